@@ -1,0 +1,1 @@
+"""Lightning Fabric recipes built on vlmrb_torchrl."""

@@ -1,0 +1,1 @@
+"""Environments: one file each, with its prompt, render state and renderer."""

@@ -1,0 +1,1 @@
+"""Renderers: render state in, frames out, batched."""

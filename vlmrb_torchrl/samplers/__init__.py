@@ -1,0 +1,1 @@
+"""Ways to draw from a replay buffer: one file each."""
