@@ -1,1 +1,17 @@
-"""Renderers: render state in, frames out, batched."""
+"""Render state in, frames out. Add a renderer: one file here, and one import line below."""
+
+from vlmrb_torchrl.renderers.base import Renderer
+from vlmrb_torchrl.renderers.minigrid import (
+    AbstractSprites,
+    MiniGridRenderer,
+    SwappedSprites,
+    minigrid_render_state,
+)
+
+__all__ = [
+    "AbstractSprites",
+    "MiniGridRenderer",
+    "Renderer",
+    "SwappedSprites",
+    "minigrid_render_state",
+]

@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+import pickle
+import warnings
+from functools import cache
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from minigrid.core.constants import COLOR_TO_IDX, OBJECT_TO_IDX
+from minigrid.envs.doorkey import DoorKeyEnv
+
+from vlmrb_torchrl.renderers import (
+    AbstractSprites,
+    MiniGridRenderer,
+    SwappedSprites,
+    minigrid_render_state,
+)
+from vlmrb_torchrl.renderers.minigrid import _mosaic
+
+TILE = 8
+# One of each kind of scenery: doors, boxes, balls, lava, floors, several rooms, big grids.
+SAMPLE = (
+    "MiniGrid-DoorKey-8x8-v0",
+    "MiniGrid-LavaCrossingS9N2-v0",
+    "MiniGrid-ObstructedMaze-2Dlhb-v1",
+    "MiniGrid-Dynamic-Obstacles-6x6-v0",
+    "MiniGrid-Playground-v0",
+    "BabyAI-GoToSeqS5R2-v0",
+    "BabyAI-UnlockToUnlock-v0",
+)
+
+
+@cache
+def registered() -> tuple[str, ...]:
+    import minigrid
+
+    if not any(name.startswith("MiniGrid-") for name in gymnasium.registry):
+        minigrid.register_minigrid_envs()
+    return tuple(n for n in gymnasium.registry if n.startswith(("MiniGrid-", "BabyAI-")))
+
+
+def make(name: str) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return gymnasium.make(name, disable_env_checker=True)
+
+
+def stock_frame(env: Any, tile_size: int = TILE) -> torch.Tensor:
+    frame = env.unwrapped.get_frame(highlight=False, tile_size=tile_size)
+    return torch.from_numpy(np.ascontiguousarray(frame.transpose(2, 0, 1)))
+
+
+def assert_exact(name: str, steps: int, seed: int = 3) -> None:
+    """Frames of `steps` random steps equal MiniGrid's; also drawn all at once."""
+    env, render = make(name), MiniGridRenderer(TILE)
+    env.reset(seed=seed)
+    env.action_space.seed(seed)
+    states, frames = [minigrid_render_state(env)], [stock_frame(env)]
+    for _ in range(steps):
+        *_, terminated, truncated, _ = env.step(env.action_space.sample())
+        states.append(minigrid_render_state(env))
+        frames.append(stock_frame(env))
+        if terminated or truncated:
+            env.reset()
+    assert torch.equal(render(torch.stack(states)), torch.stack(frames)), f"{name}, seed {seed}"
+    assert torch.equal(render(states[-1]), frames[-1])
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_frames_equal_minigrids_own(name: str) -> None:
+    assert name in registered()
+    assert_exact(name, steps=20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", registered())
+def test_frames_equal_minigrids_own_on_every_registered_environment(name: str) -> None:
+    try:
+        make(name).reset(seed=0)
+    except Exception as error:  # WFC presets need packages that MiniGrid does not install
+        pytest.skip(f"{name} does not load: {error}")
+    assert_exact(name, steps=6)
+
+
+@pytest.mark.parametrize("tile_size", [1, 3, 4, 6, 10, 32])
+def test_any_tile_size_is_exact(tile_size: int) -> None:
+    env = DoorKeyEnv(size=6)
+    env.reset(seed=0)
+    frame = MiniGridRenderer(tile_size)(minigrid_render_state(env))
+    assert torch.equal(frame, stock_frame(env, tile_size))
+
+
+@pytest.mark.parametrize("direction", range(4))
+@pytest.mark.parametrize("under", ["goal", "door", "lava", "floor", "nothing"])
+def test_agent_is_drawn_over_what_it_stands_on(under: str, direction: int) -> None:
+    from minigrid.core.world_object import Door, Floor, Goal, Lava
+
+    things = {
+        "goal": Goal(),
+        "door": Door("red", is_open=True),
+        "lava": Lava(),
+        "floor": Floor("purple"),
+        "nothing": None,
+    }
+    env = DoorKeyEnv(size=6)
+    env.reset(seed=0)
+    env.agent_pos, env.agent_dir = np.array((2, 3)), direction
+    env.grid.set(2, 3, things[under])
+    assert torch.equal(MiniGridRenderer(TILE)(minigrid_render_state(env)), stock_frame(env))
+
+
+def test_goal_keeps_its_colour() -> None:
+    """MiniGrid's decode turns every goal green; its encode and its pictures do not."""
+    from minigrid.core.world_object import Goal
+
+    env = DoorKeyEnv(size=5)
+    env.reset(seed=0)
+    env.grid.set(3, 3, Goal("red"))
+    assert torch.equal(MiniGridRenderer(TILE)(minigrid_render_state(env)), stock_frame(env))
+
+
+def empty_state(across: int, down: int, x: int, y: int) -> torch.Tensor:
+    state = torch.zeros(across, down, 4, dtype=torch.uint8)
+    state[..., 0] = OBJECT_TO_IDX["empty"]
+    state[x, y, 3] = 1
+    return state
+
+
+@pytest.mark.parametrize(
+    ("agent", "origin"),
+    # first = clip(agent - 6 // 2, 0, length - 6), along x (length 9) and y (length 8)
+    [((1, 1), (0, 0)), ((4, 5), (1, 2)), ((7, 6), (3, 2)), ((3, 3), (0, 0))],
+)
+def test_window_is_the_crop_around_the_agent(
+    agent: tuple[int, int], origin: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    state = empty_state(9, 8, *agent)
+    state[..., 0] = torch.randint(1, 10, (9, 8), dtype=torch.uint8)
+    state[..., 1] = torch.randint(0, 6, (9, 8), dtype=torch.uint8)
+    whole, shown = MiniGridRenderer(TILE)(state), MiniGridRenderer(TILE, window=6)(state)
+    x, y = (cell * TILE for cell in origin)
+    assert torch.equal(shown, whole[:, y : y + 6 * TILE, x : x + 6 * TILE])
+
+
+def test_grid_smaller_than_its_window_is_centred_on_black() -> None:
+    state = empty_state(5, 6, 2, 2)
+    shown = MiniGridRenderer(4, window=8)(state)
+    whole = MiniGridRenderer(4)(state)
+    assert shown.shape == (3, 32, 32)
+    assert torch.equal(shown[:, 4:28, 4:24], whole)
+    shown[:, 4:28, 4:24] = 0
+    assert not shown.any()
+
+
+def test_leading_dimensions_are_kept() -> None:
+    states = torch.stack([empty_state(6, 6, 1 + i % 4, 1 + i // 4) for i in range(12)])
+    render = MiniGridRenderer(4, window=5)
+    frames = render(states)
+    assert frames.shape == (12, 3, 20, 20)
+    assert frames.dtype == torch.uint8
+    assert torch.equal(render(states.view(3, 2, 2, 6, 6, 4)), frames.view(3, 2, 2, 3, 20, 20))
+    assert torch.equal(render(states.expand(2, 12, 6, 6, 4))[1], frames)
+    assert render(states[:0]).shape == (0, 3, 20, 20)
+
+
+def test_zeros_of_a_spec_are_drawn() -> None:
+    assert MiniGridRenderer(8, window=4)(torch.zeros(2, 6, 6, 4, dtype=torch.uint8)).shape == (
+        2,
+        3,
+        32,
+        32,
+    )
+
+
+def test_renderer_pickles_without_its_tiles_and_draws_the_same() -> None:
+    env = DoorKeyEnv(size=8)
+    env.reset(seed=1)
+    state = minigrid_render_state(env)
+    render = MiniGridRenderer(32, window=6, sprites=AbstractSprites(5))
+    frame = render(state)
+    data = pickle.dumps(render)
+    assert len(data) < 1000
+    assert torch.equal(pickle.loads(data)(state), frame)
+
+
+def test_path_of_other_devices_equals_the_cpus() -> None:
+    """The gather in torch, run here on the meta of no device but the CPU's own tensors."""
+
+    class Elsewhere:
+        type = "elsewhere"
+
+    rng = np.random.default_rng(0)
+    tiles = rng.integers(0, 2**60, (7, 3, 8, 1))
+    slots = rng.integers(0, 7, (5, 4, 6))
+    expected = _mosaic(tiles, slots, torch.device("cpu"))
+    moved = torch.Tensor.to
+    try:
+        torch.Tensor.to = lambda self, device: self  # type: ignore[method-assign,assignment]
+        assert torch.equal(_mosaic(tiles, slots, Elsewhere()), expected)  # type: ignore[arg-type]
+    finally:
+        torch.Tensor.to = moved  # type: ignore[method-assign]
+
+
+def test_swapped_sprites_draw_one_object_as_another() -> None:
+    def state(kind: str, colour: str) -> torch.Tensor:
+        cell = [OBJECT_TO_IDX[kind], COLOR_TO_IDX[colour], 0, 1]
+        return torch.tensor(cell, dtype=torch.uint8).view(1, 1, 4)
+
+    stock = MiniGridRenderer(16)
+    swapped = MiniGridRenderer(16, sprites=SwappedSprites({"goal": "yellow key", "key": "goal"}))
+    assert torch.equal(swapped(state("goal", "green")), stock(state("key", "yellow")))
+    assert torch.equal(swapped(state("key", "red")), stock(state("goal", "red")))
+    assert torch.equal(swapped(state("ball", "red")), stock(state("ball", "red")))
+
+
+def test_abstract_sprites_follow_the_seed() -> None:
+    state = empty_state(5, 5, 2, 2)
+    state[4, 4, 0] = OBJECT_TO_IDX["goal"]
+    first, again, other = (
+        MiniGridRenderer(8, sprites=AbstractSprites(seed))(state) for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    tiles = first.unfold(1, 8, 8).unfold(2, 8, 8).permute(1, 2, 0, 3, 4).flatten(2).flatten(0, 1)
+    assert len(tiles.unique(dim=0)) == 3  # empty, agent, goal
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (torch.zeros(6, 6, 4), "float32"),
+        (torch.zeros(6, 6, 3, dtype=torch.uint8), r"\[6, 6, 3\]"),
+        (torch.full((6, 6, 4), 200, dtype=torch.uint8), "no MiniGrid cell has"),
+        (torch.tensor([[[1, 7, 0, 0]]], dtype=torch.uint8), "colour=7"),
+        (torch.tensor([[[1, 0, 0, 5]]], dtype=torch.uint8), "agent=5"),
+    ],
+)
+def test_what_is_no_render_state_is_refused(bad: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MiniGridRenderer()(bad)
+
+
+def test_impossible_arguments_are_refused() -> None:
+    with pytest.raises(ValueError, match="tile_size=0"):
+        MiniGridRenderer(0)
+    with pytest.raises(ValueError, match="window=0"):
+        MiniGridRenderer(window=0)
+    with pytest.raises(ValueError, match="'goat'"):
+        SwappedSprites({"goat": "key"})
