@@ -1,1 +1,16 @@
 """Judges of clips: one TensorDictModule each, clips in, score in [0, 1] out."""
+
+from vlmrb_torchrl.scorers.base import ClipScorer, SeededScorer
+from vlmrb_torchrl.scorers.constant import ConstantScorer
+from vlmrb_torchrl.scorers.noisy import NoisyScorer
+from vlmrb_torchrl.scorers.privileged import PrivilegedScorer
+from vlmrb_torchrl.scorers.random import RandomScorer
+
+__all__ = [
+    "ClipScorer",
+    "ConstantScorer",
+    "NoisyScorer",
+    "PrivilegedScorer",
+    "RandomScorer",
+    "SeededScorer",
+]

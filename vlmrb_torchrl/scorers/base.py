@@ -1,0 +1,167 @@
+"""What every scorer is: a frozen module that reads a batch of clips and writes one score each.
+
+To add one, write one file with a subclass of `ClipScorer` and, for a short name, one import line
+in ``scorers/__init__.py``; the contract tests then find it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Self
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+
+from vlmrb_torchrl.keys import CLIP, SCORE
+
+
+class ClipScorer(TensorDictModuleBase):
+    """A frozen judge of clips: clips (or simulator events) in, a score in [0, 1] out.
+
+    B: clips in the batch, F: frames shown of a clip, E: events a simulator can report.
+
+    A subclass implements `score`; `forward` checks what goes in and what comes out. Scorers are
+    cheap to construct and picklable, since a scorer may be sent to a worker process: whatever is
+    heavy (weights) is loaded by `load`, which the worker calls before its first clip.
+
+    Args:
+        in_keys: Keys read. ``"clip"`` (uint8 ``[B, F, 3, H, W]``) asks for rendered frames; a
+            scorer that reads only ``"events"`` (bool ``[B, E]``) costs no rendering.
+
+    Attributes:
+        cheap: True if a batch takes well under a millisecond of Python. `AsyncScorer` then uses a
+            thread instead of a process, which would cost more than the scoring.
+        deterministic: False if the same clip may get another score the next time.
+    """
+
+    cheap: bool = False
+    deterministic: ClassVar[bool] = True
+
+    def __init__(self, in_keys: Sequence[str] = (CLIP,)) -> None:
+        super().__init__()
+        self.in_keys = list(in_keys)
+        self.out_keys = [SCORE]
+
+    @classmethod
+    def example(cls) -> Self:
+        """A small working instance, which the contract tests judge the class by.
+
+        The clips they hand it have frames of 64 by 64 pixels and three events, named ``goal``,
+        ``door`` and ``key``. A class whose arguments have no defaults overrides this.
+        """
+        return cls()
+
+    @property
+    def config(self) -> tuple[tuple[str, object], ...]:
+        """Hashable (name, value) pairs that say how this scorer was made, for messages."""
+        return ()
+
+    @property
+    def device(self) -> torch.device:
+        """Where this scorer computes: the device of its first parameter, else the CPU."""
+        first = next(self.parameters(), None)
+        return torch.device("cpu") if first is None else first.device
+
+    @property
+    def needs_frames(self) -> bool:
+        """Whether clips must be rendered for this scorer."""
+        return CLIP in self.in_keys
+
+    def load(self) -> None:
+        """Load what is heavy. Called once by a worker before its first clip; may do nothing."""
+
+    def score(self, tensordict: TensorDictBase) -> Tensor:
+        """Judge a batch of clips: ``[B]`` in [0, 1], in the order of the batch.
+
+        Args:
+            tensordict: The clips, batch ``[B]``, holding at least ``in_keys``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement score(tensordict).")
+
+    @torch.no_grad()
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write ``"score"``, float32 ``[B]``, into the clips and return them.
+
+        Raises:
+            KeyError: If one of ``in_keys`` is missing.
+            ValueError: If `score` answered anything but ``[B]`` finite numbers in [0, 1].
+        """
+        for key in self.in_keys:
+            if tensordict.get(key, None) is None:
+                raise KeyError(
+                    f"{self!r} reads {key!r}, but the clips hold only "
+                    f"{sorted(map(str, tensordict.keys()))}; {_REMEDIES.get(key, 'add it')}."
+                )
+        score = self.score(tensordict)
+        check_scores(score, tensordict.shape[0], repr(self))
+        tensordict.set(SCORE, score.to(torch.float32))
+        return tensordict
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self.config)
+        return f"{type(self).__name__}({arguments})"
+
+
+class SeededScorer(ClipScorer):
+    """A scorer that draws random numbers from a generator of its own.
+
+    The same seed and the same sequence of batches give the same scores, whatever else draws
+    random numbers. The generator's state is part of ``state_dict()``.
+
+    Args:
+        in_keys: Keys read, as in `ClipScorer`.
+        seed: Where the sequence starts.
+    """
+
+    deterministic = False
+
+    def __init__(self, in_keys: Sequence[str] = (), *, seed: int = 0) -> None:
+        super().__init__(in_keys)
+        self.seed = int(seed)
+        self._generator = torch.Generator().manual_seed(self.seed)
+
+    def draw(self, clips: int) -> Tensor:
+        """The next ``clips`` numbers of the sequence, float32 ``[clips]``, uniform in [0, 1)."""
+        return torch.rand(clips, generator=self._generator)
+
+    def get_extra_state(self) -> Tensor:
+        """The generator's state, for ``state_dict()``."""
+        return self._generator.get_state()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Continue the sequence where ``state`` was taken."""
+        self._generator.set_state(state.cpu())
+
+
+_REMEDIES = {
+    CLIP: "render them first with ClipRenderTransform",
+    "events": 'let the environment write ("next", "events")',
+}
+
+
+def check_scores(score: Tensor, clips: int, source: str) -> None:
+    """Raise ValueError unless ``score`` is ``[clips]`` finite numbers in [0, 1].
+
+    Args:
+        score: What a scorer answered.
+        clips: How many clips it was asked about.
+        source: Who answered, for the message.
+    """
+    if score.shape != (clips,):
+        raise ValueError(
+            f"{source} answered shape {tuple(score.shape)} for {clips} clips; "
+            f"score() must return one number per clip, shape ({clips},)."
+        )
+    good = (score >= 0) & (score <= 1)  # False for NaN, too
+    if not bool(good.all()):
+        bad = score[~good][0].item()
+        raise ValueError(f"{source} answered {bad}; a score must be a number in [0, 1].")
+
+
+def check_unit(name: str, value: float) -> float:
+    """Return ``value`` as a float if it lies in [0, 1], else raise ValueError naming it."""
+    if not 0.0 <= value <= 1.0:  # False for NaN, too
+        raise ValueError(f"{name} is {value}; it is a probability: choose it in [0, 1].")
+    return float(value)
