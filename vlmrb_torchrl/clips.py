@@ -1,0 +1,129 @@
+"""What a clip is, and how its frames are drawn.
+
+A clip covers consecutive transitions of one trajectory and shows the states that they lead to.
+How many transitions it covers and how many frames of it are shown are two numbers: 128
+transitions shown as 32 frames cost a quarter of the judge's time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.data import Bounded, Composite
+from torchrl.envs import Transform
+
+from vlmrb_torchrl.keys import CLIP, EVENTS, RENDER_STATE
+from vlmrb_torchrl.renderers.base import Renderer
+
+
+class ClipRenderTransform(Transform):
+    """Draws frames from render states: wherever TorchRL takes a transform.
+
+    In a replay buffer or called on clips it draws on demand; in a `TransformedEnv` it draws at
+    every step. Only the scorer's road needs the frames, so the former is the cheap place.
+
+    B: batch, L: frames of a clip (or no such dimension at all), S: shape of one state.
+
+    Args:
+        renderer: Draws ``[*B, *S]`` into uint8 ``[*B, 3, H, W]`` on its input's device.
+        in_keys: Where the render states are.
+        out_keys: Where the frames go.
+
+    Example:
+        >>> transform = ClipRenderTransform(MiniGridRenderer(tile_size=4))
+        >>> states = torch.zeros(2, 32, 6, 6, 4, dtype=torch.uint8)
+        >>> transform(TensorDict({"render_state": states}, [2]))["clip"].shape
+        torch.Size([2, 32, 3, 24, 24])
+    """
+
+    def __init__(
+        self,
+        renderer: Renderer,
+        in_keys: Sequence[NestedKey] = (RENDER_STATE,),
+        out_keys: Sequence[NestedKey] = (CLIP,),
+    ) -> None:
+        if len(in_keys) != len(out_keys):
+            raise ValueError(
+                f"in_keys={list(in_keys)} and out_keys={list(out_keys)} differ in length; "
+                "name one output for each input."
+            )
+        super().__init__(in_keys=list(in_keys), out_keys=list(out_keys))
+        self.renderer = renderer
+
+    def _apply_transform(self, obs: Tensor) -> Tensor:
+        return self.renderer(obs)
+
+    def _reset(
+        self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
+    ) -> TensorDictBase:
+        return self._call(tensordict_reset)
+
+    def transform_observation_spec(self, observation_spec: Composite) -> Composite:
+        """Add the frames: uint8, 0 to 255, of the shape that the renderer draws."""
+        observation_spec = observation_spec.clone()
+        for in_key, out_key in zip(self.in_keys, self.out_keys, strict=True):
+            state = observation_spec[in_key]
+            frames = self.renderer(state.zero())
+            observation_spec[out_key] = Bounded(
+                0, 255, shape=frames.shape, dtype=torch.uint8, device=state.device
+            )
+        return observation_spec
+
+
+@lru_cache(maxsize=1024)
+def shown_outcomes(transitions: int, frames: int) -> NDArray[np.int64]:
+    """Which outcomes of a clip are shown: int64 ``[frames]``, positions from 0.
+
+    Up to ``frames`` transitions: all of them, then the last one repeated. More: spread evenly,
+    the last always among them, since an episode's success may be visible only there.
+
+    Example:
+        >>> shown_outcomes(2, 4), shown_outcomes(8, 4)
+        (array([0, 1, 1, 1]), array([1, 3, 5, 7]))
+    """
+    step = np.arange(frames, dtype=np.int64)
+    if transitions <= frames:
+        return step.clip(max=transitions - 1)
+    return -(-(step + 1) * transitions // frames) - 1  # ceil((step + 1) n / F) - 1
+
+
+@dataclass(slots=True, eq=False)
+class Clip:
+    """One clip. n: transitions covered, F: frames shown, E: events.
+
+    Attributes:
+        index: Slots of the covered transitions, int64 ``[n]``.
+        generation: Their stamps when they were inserted, int64 ``[n]``.
+        render_state: States shown, ``[F, *S]``, on the CPU; None if the data has none.
+        events: What happened in any covered transition, bool ``[E]``; None if the data has none.
+        cut_at: Transitions that the cutter had seen when it cut this clip.
+    """
+
+    index: NDArray[np.int64]
+    generation: NDArray[np.int64]
+    render_state: Any  # Tensor or TensorDict
+    events: NDArray[np.bool_] | None
+    cut_at: int
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+def stack_clips(clips: Sequence[Clip]) -> TensorDict:
+    """Clips as the TensorDict that scorers read: ``"render_state"`` and ``"events"``, batch [B]."""
+    states = [clip.render_state for clip in clips if clip.render_state is not None]
+    events = [clip.events for clip in clips if clip.events is not None]
+    batch = TensorDict({}, [len(clips)])
+    if states:
+        batch.set(RENDER_STATE, torch.stack(states))
+    if events:
+        batch.set(EVENTS, torch.from_numpy(np.stack(events)))
+    return batch

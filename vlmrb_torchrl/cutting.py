@@ -1,0 +1,223 @@
+"""Cuts what is inserted into a replay buffer into clips, whatever the batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from vlmrb_torchrl.clips import Clip, shown_outcomes
+from vlmrb_torchrl.insertions import Span, join, read_insertion
+
+_PATIENCE_TRANSITIONS = 1024
+"""A trajectory is given up only after this many transitions of others, so that inserting one
+transition at a time (of up to as many environments) does not cut every clip short."""
+
+
+@dataclass(slots=True)
+class _Track:
+    """The open clip of one trajectory: its transitions from the clip's start on."""
+
+    pieces: list[Span]
+    length: int = 0  # transitions held
+    covered: int = 0  # of them, from the first, already in a clip that was cut
+    skip: int = 0  # transitions to pass over before the next clip starts (stride > length)
+    seen_batch: int = 0
+    seen_transition: int = 0
+
+    def head(self, transitions: int) -> Span:
+        """The first ``transitions`` held, in one span."""
+        parts, missing = [], transitions
+        for piece in self.pieces:
+            parts.append(piece.cut(0, missing))
+            missing -= len(piece.slot)
+            if missing <= 0:
+                break
+        return join(parts)
+
+    def drop(self, transitions: int) -> None:
+        """Let go of the first ``transitions``, held or yet to come."""
+        self.skip = max(0, transitions - self.length)
+        self.length = max(0, self.length - transitions)
+        while self.pieces and transitions > 0:
+            held = len(self.pieces[0].slot)
+            if held > transitions:
+                self.pieces[0] = self.pieces[0].cut(transitions, held)
+            else:
+                del self.pieces[0]
+            transitions -= held
+
+
+class ClipCutter:
+    """Cuts what is inserted into a replay buffer into clips, whatever the batches.
+
+    A trajectory's clips start every ``stride`` transitions. Its end closes the open clip, which
+    then may be shorter; with ``stride <= clip_transitions`` every transition lies in a clip. A
+    trajectory that stops without ``done`` (its environment was reset, its worker died) is closed
+    when its environment shows another one, or after ``patience`` batches without it.
+
+    Args:
+        clip_transitions: Transitions that a clip covers.
+        frames_per_clip: Outcome states of them that are shown.
+        stride: Transitions from one clip's start to the next; None: ``clip_transitions``.
+        needs_frames: Whether ``("next", "render_state")`` must be there.
+        patience: Insertion batches after which an unseen trajectory is given up. Collectors with
+            many asynchronous workers want more than they have workers.
+
+    Raises:
+        ValueError: If one of the numbers is below 1.
+
+    Example:
+        >>> cutter = ClipCutter(clip_transitions=32, frames_per_clip=32)
+        >>> index = buffer.extend(data)
+        >>> clips = cutter.cut(data, index, buffer.generations_of(index))
+    """
+
+    def __init__(
+        self,
+        clip_transitions: int = 32,
+        frames_per_clip: int = 32,
+        stride: int | None = None,
+        *,
+        needs_frames: bool = True,
+        patience: int = 8,
+    ) -> None:
+        stride = clip_transitions if stride is None else stride
+        for name, value in (
+            ("clip_transitions", clip_transitions),
+            ("frames_per_clip", frames_per_clip),
+            ("stride", stride),
+            ("patience", patience),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1.")
+        self.clip_transitions = clip_transitions
+        self.frames_per_clip = frames_per_clip
+        self.stride = stride
+        self.needs_frames = needs_frames
+        self.patience = patience
+        self.transitions = 0  # seen so far
+        self._batches = 0
+        self._tracks: dict[int, _Track] = {}  # by trajectory, the longest unseen first
+
+    def __len__(self) -> int:
+        """Transitions in open clips, those already in an earlier clip included."""
+        return sum(track.length for track in self._tracks.values())
+
+    def cut(self, data: TensorDictBase, index: Tensor, generation: Tensor) -> list[Clip]:
+        """Take in one insertion batch; return the clips that it completes.
+
+        Args:
+            data: Transitions, ``[T]`` (trajectories one after the other) or ``[..., T]`` (one
+                environment a row), with ``("next", "done")``, ``("next", "render_state")``,
+                optionally ``("next", "events")`` and ``("collector", "traj_ids")``. Without
+                trajectory ids each row, or the whole of ``[T]``, is one stream split by ``done``.
+            index: Their slots, as many as there are transitions, in the order of
+                ``data.reshape(-1)``.
+            generation: The slots' stamps, of the same shape.
+
+        Raises:
+            KeyError: If a key is missing.
+            ValueError: If the numbers of transitions differ.
+        """
+        insertion = read_insertion(data, index, generation, self.needs_frames)
+        self._batches += 1
+        clips: list[Clip] = []
+        for segment in insertion.segments:
+            track = self._tracks.pop(segment.trajectory, None)
+            if track is None:
+                track = _Track([])
+            elif track.pieces and not insertion.continues(track.pieces[-1], segment.start):
+                # Trajectory ids start at 0 again with every new collector: the states tell.
+                self._close(track, clips)
+                track = _Track([])
+            self._append(track, insertion.span.cut(segment.start, segment.stop), clips)
+            if segment.ended:
+                self._close(track, clips)
+            else:
+                track.seen_batch, track.seen_transition = self._batches, self.transitions
+                self._tracks[segment.trajectory] = track
+        self._give_up(clips)
+        return clips
+
+    def flush(self) -> list[Clip]:
+        """Close every open clip and return them: the trajectories go on in new ones."""
+        clips: list[Clip] = []
+        for track in self._tracks.values():
+            self._close(track, clips)
+        self._tracks.clear()
+        return clips
+
+    def _append(self, track: _Track, span: Span, clips: list[Clip]) -> None:
+        length = len(span.slot)
+        self.transitions += length
+        skipped = min(track.skip, length)
+        track.skip -= skipped
+        if skipped == length:
+            return
+        track.pieces.append(span.cut(skipped, length) if skipped else span)
+        track.length += length - skipped
+        while track.length >= self.clip_transitions:
+            clips.append(self._clip(track.head(self.clip_transitions)))
+            track.drop(self.stride)
+            track.covered = max(0, self.clip_transitions - self.stride)
+
+    def _close(self, track: _Track, clips: list[Clip]) -> None:
+        if track.length > track.covered:
+            clips.append(self._clip(track.head(track.length)))
+
+    def _clip(self, span: Span) -> Clip:
+        shown = shown_outcomes(len(span.slot), self.frames_per_clip)
+        return Clip(
+            index=span.slot.copy(),
+            generation=span.generation.copy(),
+            render_state=None if span.outcome is None else span.outcome[torch.from_numpy(shown)],
+            events=None if span.events is None else np.asarray(span.events.any(0)),
+            cut_at=self.transitions,
+        )
+
+    def _give_up(self, clips: list[Clip]) -> None:
+        for key, track in list(self._tracks.items()):
+            if (
+                self._batches - track.seen_batch < self.patience
+                or self.transitions - track.seen_transition < _PATIENCE_TRANSITIONS
+            ):
+                break  # the rest was seen later
+            self._close(self._tracks.pop(key), clips)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The open clips and the counters, as numbers and tensors."""
+        return {
+            "transitions": self.transitions,
+            "tracks": {
+                trajectory: {
+                    "held": track.head(track.length).state_dict() if track.length else None,
+                    "covered": track.covered,
+                    "skip": track.skip,
+                }
+                for trajectory, track in self._tracks.items()
+            },
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``.
+
+        Only environments that go on, too, with the same trajectory ids, can complete the open
+        clips. Where they start afresh, call `flush` next.
+        """
+        self.transitions = state["transitions"]
+        self._tracks = {}
+        for trajectory, saved in state["tracks"].items():
+            held = [] if saved["held"] is None else [Span.from_state_dict(saved["held"])]
+            self._tracks[trajectory] = _Track(
+                held,
+                length=sum(len(span.slot) for span in held),
+                covered=saved["covered"],
+                skip=saved["skip"],
+                seen_batch=self._batches,
+                seen_transition=self.transitions,
+            )
