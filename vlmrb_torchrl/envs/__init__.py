@@ -1,1 +1,25 @@
-"""Environments: one file each, with its prompt, render state and renderer."""
+"""Environments with a render state, events and prompts.
+
+Add an environment: one file here, and one line in ``_HOMES`` where a short name is wanted.
+The files are imported at first use, for each needs a simulator that need not be installed.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from vlmrb_torchrl.envs.base import JudgedEnv
+
+if TYPE_CHECKING:
+    from vlmrb_torchrl.envs.doorkey import DoorKeyEnv
+
+__all__ = ["DoorKeyEnv", "JudgedEnv"]
+
+_HOMES = {"DoorKeyEnv": "doorkey"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,32 @@
+"""What an environment of this package offers beside being a TorchRL ``EnvBase``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
+
+from vlmrb_torchrl.renderers.base import Renderer
+
+
+@runtime_checkable
+class JudgedEnv(Protocol):
+    """An environment whose clips a judge can be shown, and asked about.
+
+    Beside what it observes, such an environment writes two entries (``vlmrb_torchrl.keys``):
+    ``render_state``, from which its renderer redraws the state, and ``events``, bool
+    ``[*B, E]``: what the simulator saw happen in the transition that led to this state, all
+    False after a reset. The agent reads neither.
+
+    Attributes:
+        event_names: Names of the E events, in their order in ``events``.
+        success_event: The event that is success, one of ``event_names``.
+        prompts: What to ask a judge about each event, word for word; ``success_event`` at least.
+    """
+
+    event_names: tuple[str, ...]
+    success_event: str
+    prompts: Mapping[str, str]
+
+    def renderer(self) -> Renderer:
+        """A renderer of this environment's ``render_state``."""
+        ...
