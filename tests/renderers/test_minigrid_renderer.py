@@ -9,6 +9,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium.error import DependencyNotInstalled
 from minigrid.core.constants import COLOR_TO_IDX, OBJECT_TO_IDX
 from minigrid.envs.doorkey import DoorKeyEnv
 
@@ -18,19 +19,9 @@ from vlmrb_torchrl.renderers import (
     SwappedSprites,
     minigrid_render_state,
 )
-from vlmrb_torchrl.renderers.minigrid import _mosaic
+from vlmrb_torchrl.renderers.minigrid import _mosaic, _mosaic_on
 
 TILE = 8
-# One of each kind of scenery: doors, boxes, balls, lava, floors, several rooms, big grids.
-SAMPLE = (
-    "MiniGrid-DoorKey-8x8-v0",
-    "MiniGrid-LavaCrossingS9N2-v0",
-    "MiniGrid-ObstructedMaze-2Dlhb-v1",
-    "MiniGrid-Dynamic-Obstacles-6x6-v0",
-    "MiniGrid-Playground-v0",
-    "BabyAI-GoToSeqS5R2-v0",
-    "BabyAI-UnlockToUnlock-v0",
-)
 
 
 @cache
@@ -69,20 +60,16 @@ def assert_exact(name: str, steps: int, seed: int = 3) -> None:
     assert torch.equal(render(states[-1]), frames[-1])
 
 
-@pytest.mark.parametrize("name", SAMPLE)
-def test_frames_equal_minigrids_own(name: str) -> None:
-    assert name in registered()
-    assert_exact(name, steps=20)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("name", registered())
-def test_frames_equal_minigrids_own_on_every_registered_environment(name: str) -> None:
+def test_frames_equal_minigrids_own(name: str) -> None:
+    """On every registered MiniGrid and BabyAI environment, over 20 random steps."""
     try:
         make(name).reset(seed=0)
-    except Exception as error:  # WFC presets need packages that MiniGrid does not install
-        pytest.skip(f"{name} does not load: {error}")
-    assert_exact(name, steps=6)
+    except (DependencyNotInstalled, FileNotFoundError) as error:
+        # They need packages of minigrid[wfc], and pictures that MiniGrid's wheel leaves out.
+        assert "WFC" in name, error
+        pytest.skip(str(error))
+    assert_exact(name, steps=20)
 
 
 @pytest.mark.parametrize("tile_size", [1, 3, 4, 6, 10, 32])
@@ -187,22 +174,11 @@ def test_renderer_pickles_without_its_tiles_and_draws_the_same() -> None:
     assert torch.equal(pickle.loads(data)(state), frame)
 
 
-def test_path_of_other_devices_equals_the_cpus() -> None:
-    """The gather in torch, run here on the meta of no device but the CPU's own tensors."""
-
-    class Elsewhere:
-        type = "elsewhere"
-
+def test_mosaic_of_other_devices_equals_the_cpus() -> None:
     rng = np.random.default_rng(0)
     tiles = rng.integers(0, 2**60, (7, 3, 8, 1))
     slots = rng.integers(0, 7, (5, 4, 6))
-    expected = _mosaic(tiles, slots, torch.device("cpu"))
-    moved = torch.Tensor.to
-    try:
-        torch.Tensor.to = lambda self, device: self  # type: ignore[method-assign,assignment]
-        assert torch.equal(_mosaic(tiles, slots, Elsewhere()), expected)  # type: ignore[arg-type]
-    finally:
-        torch.Tensor.to = moved  # type: ignore[method-assign]
+    assert torch.equal(_mosaic_on(torch.device("cpu"), tiles, slots), _mosaic(tiles, slots))
 
 
 def test_swapped_sprites_draw_one_object_as_another() -> None:

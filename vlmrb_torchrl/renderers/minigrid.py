@@ -216,7 +216,10 @@ class MiniGridRenderer:
         slots = self._slots(cells.view(np.uint32)[..., 0]).swapaxes(1, 2)  # [N, H, W]
         if self.window is not None:
             slots = _crop(slots, cells[..., 3].swapaxes(1, 2), self.window)
-        frames = _mosaic(self._tiles, slots, render_state.device)
+        if render_state.device.type == "cpu":
+            frames = _mosaic(self._tiles, slots)
+        else:
+            frames = _mosaic_on(render_state.device, self._tiles, slots)
         return frames.view(*batch, *frames.shape[1:])
 
     def _slots(self, cells: NDArray[np.uint32]) -> NDArray[np.intp]:
@@ -255,16 +258,22 @@ class MiniGridRenderer:
         self._clear()
 
 
-def _mosaic(tiles: NDArray[Any], slots: NDArray[np.intp], device: torch.device) -> Tensor:
+def _mosaic(tiles: NDArray[Any], slots: NDArray[np.intp]) -> Tensor:
     """Lay tiles ``[K, 3, t, r]`` by slots ``[N, H, W]``: uint8 frames ``[N, 3, H t, W t]``."""
     N, H, W = slots.shape
     t = tiles.shape[2]
-    if device.type == "cpu":
-        laid = np.ascontiguousarray(tiles.take(slots, 0).transpose(0, 3, 1, 4, 2, 5))
-        return torch.from_numpy(laid.view(np.uint8).reshape(N, 3, H * t, W * t))
+    # numpy: on a CPU its take and its transposing copy are two to twelve times torch's speed.
+    laid = np.ascontiguousarray(tiles.take(slots, 0).transpose(0, 3, 1, 4, 2, 5))
+    return torch.from_numpy(laid.view(np.uint8).reshape(N, 3, H * t, W * t))
+
+
+def _mosaic_on(device: torch.device, tiles: NDArray[Any], slots: NDArray[np.intp]) -> Tensor:
+    """``_mosaic`` by torch on ``device``: only tiles and slots travel there, not frames."""
+    N, H, W = slots.shape
+    t = tiles.shape[2]
     atlas, where = torch.from_numpy(tiles).to(device), torch.from_numpy(slots).to(device)
-    frames = atlas[where].permute(0, 3, 1, 4, 2, 5).contiguous()
-    return frames.view(torch.uint8).view(N, 3, H * t, W * t)
+    laid = atlas[where].permute(0, 3, 1, 4, 2, 5).contiguous()
+    return laid.view(torch.uint8).view(N, 3, H * t, W * t)
 
 
 def _crop(slots: NDArray[np.intp], agent: NDArray[np.uint8], window: int) -> NDArray[np.intp]:
