@@ -1,0 +1,139 @@
+"""The command line of every recipe: typed signatures in, one-line refusals out."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, lazy_instance
+from lightning.fabric import Fabric
+
+from recipes.checks import ConfigError, require
+from recipes.off_policy import train
+from recipes.replay import Replay, VLMGuided
+from recipes.settings import Scoring, Training
+from recipes.telemetry import Telemetry
+from recipes.tasks import DoorKey, Task
+
+LAUNCHED_BY_FABRIC_CLI = "LT_CLI_USED"
+
+
+def build_parser(algorithm: type[L.LightningModule]) -> ArgumentParser:
+    """Build the parser of a recipe from the signatures of its parts."""
+    parser = ArgumentParser(description=algorithm.__doc__, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file; may be given repeatedly.")
+    parser.add_subclass_arguments(Task, "env", default=lazy_instance(DoorKey), required=False)
+    parser.add_subclass_arguments(
+        Replay, "replay", default=lazy_instance(VLMGuided), required=False
+    )
+    parser.add_class_arguments(Scoring, "scoring")
+    parser.add_class_arguments(algorithm, "algorithm", skip={"env"}, instantiate=False)
+    parser.add_class_arguments(Training, "training")
+    return parser
+
+
+def one_line(error: BaseException) -> str:
+    """Reduce a parser's report to the line that names the value and the remedy."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ConfigError):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines)
+
+
+def check(config: Namespace, settings: Namespace) -> None:
+    """Refuse combinations that cannot work.
+
+    Args:
+        config: The parsed values.
+        settings: The same, instantiated.
+    """
+    capacity = settings.replay.capacity
+    if settings.replay.uses_scores:
+        clip = settings.scoring.clip_transitions
+        require(
+            clip <= capacity,
+            "scoring.clip_transitions",
+            clip,
+            f"use at most replay.capacity ({capacity}), or enlarge the buffer",
+        )
+    batch = settings.training.env_steps_per_collection
+    require(
+        batch <= capacity,
+        "training.num_envs x training.steps_per_collection",
+        batch,
+        f"use at most replay.capacity ({capacity})",
+    )
+    warmup = settings.training.warmup_env_steps
+    require(
+        warmup < settings.training.total_env_steps,
+        "training.warmup_env_steps",
+        warmup,
+        f"use less than training.total_env_steps ({settings.training.total_env_steps})",
+    )
+
+
+def run_name(algorithm: type[L.LightningModule], settings: Namespace) -> str:
+    """Name a run by its algorithm, environment, replay method and seed."""
+    method = type(settings.replay).__name__.lower()
+    return f"{algorithm.__name__.lower()}_{settings.env.name}_{method}_s{settings.training.seed}"
+
+
+def run(algorithm: type[L.LightningModule], argv: list[str] | None = None) -> None:
+    """Parse the command line, build the parts, train.
+
+    Args:
+        algorithm: LightningModule class of the recipe.
+        argv: Command line; by default the process's own.
+    """
+    parser = build_parser(algorithm)
+    try:
+        config = parser.parse_args(argv)
+        settings = parser.instantiate_classes(config)
+        check(config, settings)
+        # Built once to refuse its arguments before any process or file exists.
+        module = build_algorithm(algorithm, settings)
+    except (ArgumentError, ConfigError, ValueError, TypeError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {one_line(error)}")
+    launch(module, parser, config, settings, algorithm)
+
+
+def build_algorithm(algorithm: type[L.LightningModule], settings: Namespace) -> Any:
+    """Build the LightningModule for the specs of the environment."""
+    torch.manual_seed(settings.training.seed)
+    env = settings.env.make(1, seed=0)
+    module = algorithm(env, **settings.algorithm.as_dict())
+    env.close()
+    return module
+
+
+def launch(
+    module: Any,
+    parser: ArgumentParser,
+    config: Namespace,
+    settings: Namespace,
+    algorithm: type[L.LightningModule],
+) -> None:
+    """Launch Fabric, unless ``fabric run`` did, and train."""
+    training: Training = settings.training
+    torch.set_num_threads(training.torch_threads)
+    if os.environ.get(LAUNCHED_BY_FABRIC_CLI):
+        fabric = Fabric()
+    else:
+        fabric = Fabric(accelerator="auto", devices=1)
+        fabric.launch()
+    fabric.seed_everything(training.seed + fabric.global_rank, verbose=False)
+    folder = Path(training.log_dir) / (training.name or run_name(algorithm, settings))
+    if fabric.is_global_zero:
+        folder.mkdir(parents=True, exist_ok=True)
+        parser.save(config, folder / "config.yaml", overwrite=True)
+    with Telemetry(fabric, settings.env, training, folder) as telemetry:
+        train(fabric, module, settings.env, settings.replay, settings.scoring, training, telemetry)
+    if fabric.is_global_zero and training.progress:
+        print(f"logs: {folder} (tensorboard --logdir {training.log_dir})")

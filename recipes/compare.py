@@ -1,0 +1,202 @@
+"""Compare replay methods on one task: same seeds, same budget, in parallel, with intervals.
+
+    python -m recipes.compare                                   # UER, PER, VLM-RB on DoorKey-6x6
+    python -m recipes.compare --methods '[uer, vlm_rb]' --seeds 10 --first_seed 100
+
+Each run is a process of its own.  Ctrl-C stops them; the same command goes on with the runs
+that are not finished.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jsonargparse
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from recipes.checks import ConfigError, require
+from recipes.metrics import last_row
+from recipes.report import report
+
+CONFIGS = Path(__file__).parent / "configs"
+POLL_SECONDS = 0.5
+
+
+@dataclass
+class Run:
+    """One training run of a comparison.
+
+    Args:
+        method: Name of the method's YAML file, without its ending.
+        seed: Seed of the run.
+        command: Command line that trains it.
+        folder: Where it writes.
+    """
+
+    method: str
+    seed: int
+    command: list[str]
+    folder: Path
+    process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+    bar: TaskID | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the run's folder."""
+        return self.folder.name
+
+    def finished(self) -> bool:
+        """Whether this very command has been run to its end."""
+        marker = self.folder / "finished.json"
+        return marker.exists() and json.loads(marker.read_text()) == self.command
+
+    def start(self) -> None:
+        """Start the process; what it prints goes to ``output.txt``."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "finished.json").unlink(missing_ok=True)
+        for events in self.folder.glob("events.out.tfevents.*"):
+            events.unlink()
+        with (self.folder / "output.txt").open("wb") as output:
+            self.process = subprocess.Popen(self.command, stdout=output, stderr=output)
+
+    def ended(self) -> bool:
+        """Whether the process has ended; a failed one is reported.
+
+        Raises:
+            ConfigError: If the process failed, with the last line that it printed.
+        """
+        if self.process is None or (code := self.process.poll()) is None:
+            return False
+        if code != 0:
+            output = self.folder / "output.txt"
+            lines = output.read_text().strip().splitlines() or ["(nothing printed)"]
+            raise ConfigError(f"{self.name} failed: {lines[-1]} (whole output: {output})")
+        (self.folder / "finished.json").write_text(json.dumps(self.command))
+        return True
+
+    def stop(self) -> None:
+        """End the process and wait for it."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait()
+
+
+def plan(
+    configs: Path, algorithm: str, methods: list[str], seeds: list[int], out: Path, extra: list[str]
+) -> list[Run]:
+    """List the runs, seed by seed, so that every method meets the same load of the machine."""
+    shared = configs / f"{algorithm}.yaml"
+    require(shared.is_file(), "configs", configs, f"it should hold {shared.name}")
+    runs = []
+    for seed in seeds:
+        for method in methods:
+            overlay = configs / "methods" / f"{method}.yaml"
+            known = sorted(path.stem for path in overlay.parent.glob("*.yaml"))
+            require(overlay.is_file(), "methods", method, f"use some of {', '.join(known)}")
+            folder = out / f"{method}_s{seed}"
+            command = [sys.executable, "-m", f"recipes.{algorithm}"]
+            command += ["--config", str(shared), "--config", str(overlay)]
+            command += [f"--training.seed={seed}", f"--training.log_dir={out}"]
+            command += [f"--training.name={folder.name}", "--training.progress=false", *extra]
+            runs.append(Run(method, seed, command, folder))
+    return runs
+
+
+def execute(runs: list[Run], jobs: int, progress: Progress) -> None:
+    """Run all, ``jobs`` at a time."""
+    waiting = deque(run for run in runs if not run.finished())
+    total = progress.add_task("all runs", total=len(runs), completed=len(runs) - len(waiting))
+    running: list[Run] = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                run = waiting.popleft()
+                run.start()
+                run.bar = progress.add_task(run.name, total=None)
+                running.append(run)
+            try:
+                running[0].process.wait(POLL_SECONDS)  # type: ignore[union-attr]
+            except subprocess.TimeoutExpired:
+                pass
+            for run in list(running):
+                show(progress, run)
+                if run.ended():
+                    running.remove(run)
+                    progress.remove_task(run.bar)  # type: ignore[arg-type]
+                    progress.advance(total)
+    finally:
+        for run in running:
+            run.stop()
+
+
+def show(progress: Progress, run: Run) -> None:
+    """Move the bar of a run."""
+    row = last_row(run.folder)
+    if row and run.bar is not None:
+        success = f"success {row['train/success']:.2f}" if "train/success" in row else ""
+        progress.update(
+            run.bar, completed=row["env_steps"], total=row.get("total_env_steps"), note=success
+        )
+
+
+def compare(
+    configs: Path = CONFIGS / "doorkey_6x6",
+    algorithm: str = "dqn",
+    methods: list[str] = ["uer", "per", "vlm_rb"],  # noqa: B006
+    seeds: int = 3,
+    first_seed: int = 0,
+    jobs: int | None = None,
+    out: Path = Path("runs/compare"),
+    extra: list[str] = [],  # noqa: B006
+) -> None:
+    """Train every method on every seed, then print a table and draw the curves.
+
+    Args:
+        configs: Folder of a task: ``<algorithm>.yaml`` holds what all methods share,
+            ``methods/<method>.yaml`` what each one departs in.
+        algorithm: Recipe to run.
+        methods: Names of the methods; differences are taken against ``uer`` and ``per``.
+        seeds: Runs per method.
+        first_seed: The seeds are ``first_seed``, ``first_seed + 1``, …
+        jobs: Runs at a time; null: one for each core.
+        out: Folder of logs, table and curves.
+        extra: Further arguments of every run, such as ``['--training.total_env_steps=50000']``.
+    """
+    require(seeds >= 1, "seeds", seeds, "use at least 1")
+    require(first_seed >= 0, "first_seed", first_seed, "use 0 or more")
+    require(jobs is None or jobs >= 1, "jobs", jobs, "use at least 1, or null")
+    jobs = jobs or len(os.sched_getaffinity(0))
+    numbers = list(range(first_seed, first_seed + seeds))
+    runs = plan(configs, algorithm, methods, numbers, out, extra)
+    console = Console()
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:>7.0f}"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        execute(runs, jobs, progress)
+    report({m: [r.folder for r in runs if r.method == m] for m in methods}, out, console)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    try:
+        jsonargparse.auto_cli(compare, args=argv, as_positional=False)
+    except ConfigError as error:
+        sys.exit(f"compare: {error}")
+    except KeyboardInterrupt:
+        sys.exit("compare: stopped; the same command goes on with the unfinished runs")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Double DQN (van Hasselt et al. 2016, arXiv 1509.06461), with any replay method.
+
+    python -m recipes.dqn --config recipes/configs/doorkey_6x6/dqn.yaml
+    fabric run --devices=2 recipes/dqn.py --config recipes/configs/doorkey_6x6/dqn.yaml
+"""
+
+from __future__ import annotations
+
+import lightning as L
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModule, TensorDictSequential
+from torch import Tensor
+from torch.optim import Adam, Optimizer
+from torchrl.envs import EnvBase
+from torchrl.modules import EGreedyModule, QValueActor
+from torchrl.objectives import DQNLoss, SoftUpdate, ValueEstimators
+
+from recipes.checks import require
+from recipes.networks import grid_mlp
+from vlmrb_torchrl import keys
+
+
+class DQN(L.LightningModule):
+    """Double DQN with a soft target network and ε-greedy exploration.
+
+    Args:
+        env: Environment whose specs the networks are built for.
+        hidden_features: Width of each hidden layer.
+        gamma: Discount factor.
+        learning_rate: Step size of Adam.
+        adam_eps: Adam's ε; larger than its default, since the gradients are small.
+        target_update_rate: Polyak rate τ: target ← (1-τ) target + τ online, each update.
+        gradient_clip_norm: Largest norm of the gradient.
+        epsilon_final: Share of random actions after annealing from 1.
+        epsilon_env_steps: Environment steps over which ε falls linearly.
+    """
+
+    def __init__(
+        self,
+        env: EnvBase,
+        *,
+        hidden_features: tuple[int, ...] = (128, 128),
+        gamma: float = 0.95,
+        learning_rate: float = 1e-3,
+        adam_eps: float = 1e-5,
+        target_update_rate: float = 0.01,
+        gradient_clip_norm: float = 10.0,
+        epsilon_final: float = 0.1,
+        epsilon_env_steps: int = 180_000,
+    ) -> None:
+        super().__init__()
+        require(0 <= gamma < 1, "algorithm.gamma", gamma, "use a number in [0, 1)")
+        require(learning_rate > 0, "algorithm.learning_rate", learning_rate, "use more than 0")
+        require(
+            0 < target_update_rate <= 1,
+            "algorithm.target_update_rate",
+            target_update_rate,
+            "use a number in (0, 1]",
+        )
+        require(0 <= epsilon_final <= 1, "algorithm.epsilon_final", epsilon_final, "use 0 to 1")
+        observation = env.observation_spec["observation"]
+        action_spec = env.action_spec_unbatched
+        network = grid_mlp(
+            num_cells=observation.shape[-1] - 1,
+            num_codes=int(observation.space.high.max()) + 1,
+            num_outputs=action_spec.space.n,
+            hidden=hidden_features,
+        )
+        self.actor = QValueActor(network, in_keys=["observation"], spec=action_spec)
+        self.greedy = EGreedyModule(
+            action_spec, eps_end=epsilon_final, annealing_num_steps=epsilon_env_steps
+        )
+        self.loss = DQNLoss(
+            self.actor,
+            action_space=action_spec,
+            loss_function="smooth_l1",
+            double_dqn=True,
+            delay_value=True,
+        )
+        self.loss.make_value_estimator(ValueEstimators.TD0, gamma=gamma)
+        self.target = SoftUpdate(self.loss, tau=target_update_rate)
+        self.learning_rate, self.adam_eps = learning_rate, adam_eps
+        self.gradient_clip_norm = gradient_clip_norm
+
+    @property
+    def policy(self) -> TensorDictModule:
+        """The greedy policy."""
+        return self.actor
+
+    @property
+    def behaviour(self) -> TensorDictModule:
+        """The policy that collects: greedy but for a share ε of random actions."""
+        return TensorDictSequential(self.actor, self.greedy)
+
+    def configure_optimizers(self) -> Optimizer:
+        """Build Adam over the online network."""
+        return Adam(self.loss.parameters(), lr=self.learning_rate, eps=self.adam_eps, fused=True)
+
+    def training_step(self, batch: TensorDictBase) -> Tensor:
+        """Compute the loss of a batch and write |δ| into it."""
+        loss: Tensor = self.loss(batch)["loss"]
+        # DQNLoss writes δ²; replay priorities are in units of return.
+        batch.set(keys.TD_ERROR, batch.get(keys.TD_ERROR).sqrt())
+        return loss
+
+    def after_update(self) -> None:
+        """Move the target network towards the online one."""
+        self.target.step()
+
+    def after_collection(self, env_steps: int) -> dict[str, float]:
+        """Anneal exploration; return what is worth logging."""
+        self.greedy.step(env_steps)
+        return {"epsilon": float(self.greedy.eps)}
+
+
+if __name__ == "__main__":
+    from recipes.cli import run
+
+    torch.set_float32_matmul_precision("high")
+    run(DQN)

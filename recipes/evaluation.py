@@ -1,0 +1,60 @@
+"""Evaluation of a policy on seeds that training never sees."""
+
+from __future__ import annotations
+
+import torch
+from tensordict.nn import TensorDictModuleBase
+from torchrl.envs import step_mdp
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from recipes.settings import Training
+from recipes.tasks import Task
+
+
+@torch.no_grad()
+def evaluate(
+    policy: TensorDictModuleBase, task: Task, training: Training, number: int
+) -> dict[str, float]:
+    """Play one episode in each of ``training.eval_episodes`` held-out environments.
+
+    The environments depend on ``number`` alone: two methods, and two seeds, are judged on the
+    same ones.
+
+    Args:
+        policy: Greedy policy; a share ``training.eval_epsilon`` of its actions is replaced by
+            random ones.
+        task: Factory of the environments.
+        training: Episodes and ε.
+        number: Which evaluation of the run this is, from 0.
+
+    Returns:
+        ``success`` (share of episodes), ``return`` (mean, undiscounted) and ``length`` (mean,
+        environment steps).
+    """
+    episodes = training.eval_episodes
+    env = task.make(episodes, seed=number, held_out=True)
+    noise = torch.Generator().manual_seed(number)
+    success_event = task.event_names.index(task.success_event)
+    alive = torch.ones(episodes, dtype=torch.bool)
+    success = torch.zeros(episodes, dtype=torch.bool)
+    total, length = torch.zeros(episodes), torch.zeros(episodes)
+    state = env.reset()
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        while alive.any():
+            state = policy(state)
+            random = torch.rand(episodes, generator=noise) < training.eval_epsilon
+            anything = torch.randint(env.action_spec.space.n, (episodes,), generator=noise)
+            state["action"] = torch.where(random, anything, state["action"])
+            state = env.step(state)
+            outcome = state["next"]
+            success |= alive & outcome["events"][:, success_event]
+            total += outcome["reward"].squeeze(-1) * alive
+            length += alive
+            alive &= ~outcome["done"].squeeze(-1)
+            state = step_mdp(state)
+    env.close()
+    return {
+        "success": success.float().mean().item(),
+        "return": total.mean().item(),
+        "length": length.mean().item(),
+    }

@@ -1,0 +1,140 @@
+"""The loop of the paper's Figure 1, once and explicit.
+
+collect → extend → score → sample → update → re-prioritise → log.  Every recipe runs it; what
+differs between algorithms is in their LightningModule, what differs between replay methods is
+in the sampler, and nothing here knows that a VLM exists but for one line: ``scoring.submit``.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Protocol
+
+import torch
+from lightning.fabric import Fabric
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+from torch.optim import Optimizer
+from torchrl.collectors import Collector
+
+from recipes.evaluation import evaluate
+from recipes.replay import Replay
+from recipes.settings import Scoring, Training
+from recipes.telemetry import Telemetry
+from vlmrb_torchrl import AsyncScorer, ClipRenderTransform, VLMReplayBuffer, keys
+from recipes.tasks import Task
+
+
+class Algorithm(Protocol):
+    """What the loop asks of a LightningModule."""
+
+    gradient_clip_norm: float
+    policy: TensorDictModuleBase
+    behaviour: TensorDictModuleBase
+
+    def configure_optimizers(self) -> Optimizer:
+        """Build the optimizer."""
+
+    def training_step(self, batch: TensorDictBase) -> Tensor:
+        """Return the loss of a batch; write |δ| into it."""
+
+    def after_update(self) -> None:
+        """Run after each gradient step (target networks)."""
+
+    def after_collection(self, env_steps: int) -> dict[str, float]:
+        """Run after each collected batch (exploration); return what is worth logging."""
+
+
+def build_scoring(buffer: VLMReplayBuffer, task: Task, settings: Scoring) -> AsyncScorer:
+    """Put the judge beside the buffer."""
+    return AsyncScorer(
+        buffer,
+        ClipRenderTransform(task.renderer()),
+        settings.scorer,
+        clip_transitions=settings.clip_transitions,
+        frames_per_clip=settings.frames_per_clip,
+        stride=settings.stride,
+        queue_clips=settings.queue_clips,
+        batch_clips=settings.batch_clips,
+        mode=settings.mode,
+    )
+
+
+def train(
+    fabric: Fabric,
+    module: Algorithm,
+    task: Task,
+    replay: Replay,
+    scoring_settings: Scoring,
+    training: Training,
+    telemetry: Telemetry,
+) -> None:
+    """Train ``module`` on ``task``; every figure goes to ``telemetry``.
+
+    Args:
+        fabric: A launched Fabric.
+        module: The algorithm, freshly built.
+        task: The environment's factory.
+        replay: The replay method.
+        scoring_settings: How clips are cut and judged, for methods that use scores.
+        training: Lengths, ratios and seeds.
+        telemetry: Where figures go.
+    """
+    algorithm, optimizer = fabric.setup(module, module.configure_optimizers())
+    algorithm.mark_forward_method("training_step")
+    buffer = replay.buffer()
+    buffer.set_rng(torch.Generator().manual_seed(training.seed + fabric.global_rank))
+    schedulers = replay.schedulers(buffer, training.env_steps_per_collection * fabric.world_size)
+    env = task.make(training.num_envs, seed=training.seed * fabric.world_size + fabric.global_rank)
+    collector = Collector(
+        env,
+        module.behaviour,
+        frames_per_batch=training.env_steps_per_collection,
+        total_frames=-1,
+        trust_policy=True,
+    )
+    with ExitStack() as cleanup:
+        cleanup.callback(collector.shutdown)
+        scoring = None
+        if replay.uses_scores:
+            scoring = cleanup.enter_context(build_scoring(buffer, task, scoring_settings))
+        env_steps, updates_due, evaluations = 0, 0.0, 0
+        for data in collector:
+            transitions = data.exclude(keys.RENDER_STATE).reshape(-1)
+            new_env_steps = transitions.numel() * fabric.world_size
+            env_steps += new_env_steps
+            index = buffer.extend(transitions)
+            if scoring is not None:
+                scoring.submit(transitions, index)
+
+            if env_steps > training.warmup_env_steps:
+                updates_due += new_env_steps * training.updates_per_env_step
+                while updates_due >= 1:
+                    updates_due -= 1
+                    batch = buffer.sample().to(fabric.device)
+                    loss = algorithm.training_step(batch)
+                    optimizer.zero_grad()
+                    fabric.backward(loss)
+                    norm = fabric.clip_gradients(
+                        algorithm, optimizer, max_norm=module.gradient_clip_norm
+                    )
+                    optimizer.step()
+                    module.after_update()
+                    if replay.uses_td_error:
+                        buffer.update_tensordict_priority(batch)
+                    telemetry.update(batch, loss=loss, gradient_norm=norm)
+                for scheduler in schedulers:
+                    scheduler.step()
+            telemetry.collected(data, module.after_collection(new_env_steps))
+
+            telemetry.log(env_steps, buffer, scoring)
+            if env_steps >= (evaluations + 1) * training.eval_every_env_steps:
+                with telemetry.paused():
+                    if fabric.is_global_zero:
+                        result = evaluate(module.policy, task, training, evaluations)
+                        telemetry.evaluated(env_steps, result)
+                    fabric.barrier()
+                evaluations += 1
+            if env_steps >= training.total_env_steps:
+                break

@@ -1,0 +1,186 @@
+"""How the learner draws its batches: one class per method, chosen by name on the command line.
+
+A method of one's own is a subclass in any importable module: ``--replay my_module.MyReplay``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torchrl.data import LazyTensorStorage, PrioritizedSampler, RandomSampler
+from torchrl.data.replay_buffers.samplers import Sampler
+from torchrl.data.replay_buffers.scheduler import LinearScheduler, ParameterScheduler
+
+from recipes.checks import require
+from vlmrb_torchrl import VLMPrioritizedSampler, VLMReplayBuffer
+
+
+class Replay(ABC):
+    """What every replay method shares: a ring of transitions and a batch size.
+
+    Args:
+        capacity: Slots of the buffer, in transitions, on each rank.
+        batch_size: Transitions per gradient step, on each rank.
+    """
+
+    uses_scores = False
+    """Whether clips are scored for this method."""
+    uses_td_error = False
+    """Whether |δ| is written back after each gradient step."""
+
+    def __init__(self, capacity: int = 200_000, batch_size: int = 64) -> None:
+        require(capacity >= 1, "replay.capacity", capacity, "use at least 1 transition")
+        require(
+            1 <= batch_size <= capacity,
+            "replay.batch_size",
+            batch_size,
+            f"use 1 to replay.capacity ({capacity})",
+        )
+        self.capacity = capacity
+        self.batch_size = batch_size
+
+    @abstractmethod
+    def sampler(self) -> Sampler:
+        """Build the sampler of the buffer."""
+
+    def schedulers(self, buffer: VLMReplayBuffer, env_steps: int) -> list[ParameterScheduler]:
+        """What changes while training; each scheduler is stepped once per collected batch.
+
+        Args:
+            buffer: The buffer whose sampler is driven.
+            env_steps: Environment steps of one collected batch.
+        """
+        return []
+
+    def buffer(self) -> VLMReplayBuffer:
+        """Build the replay buffer: memory on the CPU, one row per transition."""
+        return VLMReplayBuffer(
+            storage=LazyTensorStorage(self.capacity),
+            sampler=self.sampler(),
+            batch_size=self.batch_size,
+            priority_key="td_error",
+        )
+
+
+class Uniform(Replay):
+    """UER: every stored transition is equally likely."""
+
+    def sampler(self) -> Sampler:
+        """Build TorchRL's uniform sampler."""
+        return RandomSampler()
+
+
+class Prioritized(Replay):
+    """PER: P(i) ∝ (|δ_i| + ε)^α with weights (N P)^-β (Schaul et al. 2016, arXiv 1511.05952).
+
+    Args:
+        capacity: Slots of the buffer, in transitions, on each rank.
+        batch_size: Transitions per gradient step, on each rank.
+        alpha: Exponent of the priority, 0 (uniform) to 1.
+        beta: Exponent of the importance weight at the start, 0 to 1.
+        beta_final: The same at the end of ``beta_env_steps``.
+        beta_env_steps: Environment steps over which β rises.
+        eps: Added to |δ|, in units of return, so that no transition is lost.
+    """
+
+    uses_td_error = True
+
+    def __init__(
+        self,
+        capacity: int = 200_000,
+        batch_size: int = 64,
+        alpha: float = 0.6,
+        beta: float = 0.4,
+        beta_final: float = 1.0,
+        beta_env_steps: int = 240_000,
+        eps: float = 1e-3,
+    ) -> None:
+        super().__init__(capacity, batch_size)
+        for name, value in (("alpha", alpha), ("beta", beta), ("beta_final", beta_final)):
+            require(0 <= value <= 1, f"replay.{name}", value, "use a number from 0 to 1")
+        require(beta_env_steps >= 1, "replay.beta_env_steps", beta_env_steps, "use at least 1")
+        require(eps > 0, "replay.eps", eps, "use a small positive number such as 1e-3")
+        self.alpha, self.beta, self.eps = alpha, beta, eps
+        self.beta_final, self.beta_env_steps = beta_final, beta_env_steps
+
+    def sampler(self) -> Sampler:
+        """Build TorchRL's own prioritized sampler, the peer to be compared with."""
+        return PrioritizedSampler(self.capacity, alpha=self.alpha, beta=self.beta, eps=self.eps)
+
+    def schedulers(self, buffer: VLMReplayBuffer, env_steps: int) -> list[ParameterScheduler]:
+        """Raise β to ``beta_final``."""
+        steps = max(1, self.beta_env_steps // env_steps)
+        return [LinearScheduler(buffer, "beta", final_value=self.beta_final, num_steps=steps)]
+
+
+class VLMGuided(Replay):
+    """VLM-RB: q(i) = λ q^P(i) + (1-λ)/N, where q^P follows the judge's scores (arXiv 2602.01915).
+
+    Args:
+        capacity: Slots of the buffer, in transitions, on each rank.
+        batch_size: Transitions per gradient step, on each rank.
+        lmbda: Final share λ of draws by score, 0 (uniform) to 1.
+        lmbda_env_steps: Environment steps over which λ rises linearly from 0.
+        alpha: Exponent of the priority.
+        beta: Exponent of the importance weight (N q)^-β; 0 as in the paper, 1 is unbiased.
+        eps: Added to each priority; large values leak draws to transitions without a score.
+        td_boost: Multiply the score by |δ|, the paper's choice for continuous control.
+        threshold: A score from here on counts as Yes (1), below as No (0); null keeps raw scores.
+        unscored_priority: Priority of a transition that no judge has seen yet.
+    """
+
+    uses_scores = True
+
+    def __init__(
+        self,
+        capacity: int = 200_000,
+        batch_size: int = 64,
+        lmbda: float = 0.5,
+        lmbda_env_steps: int = 20_000,
+        alpha: float = 0.6,
+        beta: float = 0.0,
+        eps: float = 1e-12,
+        td_boost: bool = False,
+        threshold: float | None = 0.5,
+        unscored_priority: float = 0.0,
+    ) -> None:
+        super().__init__(capacity, batch_size)
+        require(0 <= lmbda <= 1, "replay.lmbda", lmbda, "use a number from 0 (uniform) to 1")
+        require(lmbda_env_steps >= 1, "replay.lmbda_env_steps", lmbda_env_steps, "use at least 1")
+        require(0 <= beta <= 1, "replay.beta", beta, "use a number from 0 to 1")
+        require(alpha >= 0, "replay.alpha", alpha, "use 0 or more")
+        require(eps > 0, "replay.eps", eps, "use a small positive number such as 1e-12")
+        require(
+            threshold is None or 0 < threshold <= 1,
+            "replay.threshold",
+            threshold,
+            "use a number in (0, 1], or null for raw scores",
+        )
+        require(
+            0 <= unscored_priority <= 1,
+            "replay.unscored_priority",
+            unscored_priority,
+            "use a number from 0 to 1",
+        )
+        self.lmbda, self.lmbda_env_steps = lmbda, lmbda_env_steps
+        self.alpha, self.beta, self.eps = alpha, beta, eps
+        self.threshold, self.unscored_priority = threshold, unscored_priority
+        self.td_boost = self.uses_td_error = td_boost
+
+    def sampler(self) -> Sampler:
+        """Build the mixture sampler, λ still at 0."""
+        return VLMPrioritizedSampler(
+            self.capacity,
+            lmbda=0.0,
+            alpha=self.alpha,
+            beta=self.beta,
+            eps=self.eps,
+            td_boost=self.td_boost,
+            threshold=self.threshold,
+            unscored_priority=self.unscored_priority,
+        )
+
+    def schedulers(self, buffer: VLMReplayBuffer, env_steps: int) -> list[ParameterScheduler]:
+        """Raise λ from 0 to ``lmbda``."""
+        steps = max(1, self.lmbda_env_steps // env_steps)
+        return [LinearScheduler(buffer, "lmbda", final_value=self.lmbda, num_steps=steps)]

@@ -1,0 +1,111 @@
+"""Settings that every recipe shares; defaults live here, YAML files hold departures only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from recipes.checks import require
+from vlmrb_torchrl.scorers import ClipScorer, EmbeddedJudge
+
+
+@dataclass
+class Training:
+    """The run: how long, how many environments, how often it learns, looks and writes.
+
+    Env steps and updates are counted over all ranks together.
+
+    Args:
+        total_env_steps: Length of the run, in environment steps.
+        num_envs: Environments stepped together, on each rank.
+        steps_per_collection: Steps of each environment between two rounds of updates.
+        warmup_env_steps: Environment steps before the first update.
+        updates_per_env_step: Gradient steps per environment step (0.125: one every 8 steps).
+        seed: Seed of the networks, the environments and the draws.
+        eval_every_env_steps: Distance of two evaluations, in environment steps.
+        eval_episodes: Episodes of an evaluation, on seeds that training never sees.
+        eval_epsilon: Share of random actions in an evaluation; it breaks endless loops.
+        log_every_env_steps: Distance of two rows of training figures.
+        strip_every_env_steps: Distance of two pictures of scored clips; 0 for none.
+        log_dir: Folder for TensorBoard logs and metrics.
+        name: Name of the run's folder below ``log_dir``; null: algorithm, method and seed.
+        torch_threads: Threads of a tensor operation; 1 is fastest for small networks.
+        progress: Show a progress bar.
+    """
+
+    total_env_steps: int = 240_000
+    num_envs: int = 16
+    steps_per_collection: int = 8
+    warmup_env_steps: int = 2_000
+    updates_per_env_step: float = 0.125
+    seed: int = 0
+    eval_every_env_steps: int = 15_000
+    eval_episodes: int = 40
+    eval_epsilon: float = 0.05
+    log_every_env_steps: int = 4_000
+    strip_every_env_steps: int = 60_000
+    log_dir: str = "runs"
+    name: str | None = None
+    torch_threads: int = 1
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        positive = (
+            "total_env_steps",
+            "num_envs",
+            "steps_per_collection",
+            "eval_every_env_steps",
+            "eval_episodes",
+            "log_every_env_steps",
+            "torch_threads",
+        )
+        for name in positive:
+            value = getattr(self, name)
+            require(value >= 1, f"training.{name}", value, "use at least 1")
+        for name in ("warmup_env_steps", "strip_every_env_steps", "seed"):
+            value = getattr(self, name)
+            require(value >= 0, f"training.{name}", value, "use 0 or more")
+        ratio = self.updates_per_env_step
+        require(0 < ratio <= 64, "training.updates_per_env_step", ratio, "use (0, 64]")
+        epsilon = self.eval_epsilon
+        require(0 <= epsilon <= 1, "training.eval_epsilon", epsilon, "use 0 to 1")
+
+    @property
+    def env_steps_per_collection(self) -> int:
+        """Environment steps of one collected batch, on one rank."""
+        return self.num_envs * self.steps_per_collection
+
+
+@dataclass
+class Scoring:
+    """How clips are cut and judged; read by replay methods that use scores.
+
+    Args:
+        scorer: The judge. A VLM of your own: any ``ClipScorer`` class by its import path.
+        clip_transitions: Consecutive transitions that a clip covers and its score is written to.
+        frames_per_clip: Frames of them that the judge sees, the last outcome among them.
+        stride: Transitions between the starts of two clips; null: no overlap.
+        queue_clips: Clips that may wait; the oldest is dropped, and counted, beyond.
+        batch_clips: Clips that the judge sees at once.
+        mode: Where the judge runs: a process (CPU), a thread with its own CUDA stream, in the
+            loop itself (``sync``: reruns are bit-exact), or what suits the judge (``auto``).
+    """
+
+    scorer: ClipScorer = field(default_factory=EmbeddedJudge)
+    clip_transitions: int = 32
+    frames_per_clip: int = 32
+    stride: int | None = None
+    queue_clips: int = 256
+    batch_clips: int = 16
+    mode: Literal["auto", "process", "thread", "sync"] = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("clip_transitions", "frames_per_clip", "queue_clips", "batch_clips"):
+            value = getattr(self, name)
+            require(value >= 1, f"scoring.{name}", value, "use at least 1")
+        require(
+            self.stride is None or 1 <= self.stride <= self.clip_transitions,
+            "scoring.stride",
+            self.stride,
+            f"use 1 to scoring.clip_transitions ({self.clip_transitions}), or null for no overlap",
+        )

@@ -1,0 +1,82 @@
+"""What a recipe is trained on: one class per task, chosen by name on the command line.
+
+A task of one's own is a subclass in any importable module: ``--env my_module.MyTask``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torchrl.envs import EnvBase
+
+from recipes.checks import require
+from vlmrb_torchrl.envs import DoorKeyEnv
+from vlmrb_torchrl.renderers import MiniGridRenderer, Renderer
+
+
+class Task(ABC):
+    """An environment's factory, with the camera that its judge looks through.
+
+    Attributes:
+        name: Short name, used for folders.
+        event_names: What the simulator reports, in the order of ``("next", "events")``.
+        success_event: The one of them that is success.
+    """
+
+    name: str
+    event_names: tuple[str, ...]
+    success_event: str
+
+    @abstractmethod
+    def make(self, num_envs: int, seed: int, *, held_out: bool = False) -> EnvBase:
+        """Build a batched environment ``[num_envs]``.
+
+        Args:
+            num_envs: Environments stepped together.
+            seed: Of its stream of episodes.
+            held_out: Play episodes that training never draws.
+        """
+
+    @abstractmethod
+    def renderer(self) -> Renderer:
+        """Build the renderer of the judge's frames."""
+
+
+class DoorKey(Task):
+    """MiniGrid DoorKey: fetch the key, open the door, reach the green goal.
+
+    Args:
+        size: Cells along an edge, walls included; at least 5.
+        max_steps: Steps until an episode is truncated; null: MiniGrid's 10 size².
+        tile_size: Pixels along the edge of a cell in the judge's frames.
+        window: Cells along the edge of the judge's frames, a window that holds the agent;
+            null: the whole grid. The embedded judge knows 8 pixels a cell and 8 cells.
+    """
+
+    event_names = DoorKeyEnv.event_names
+    success_event = DoorKeyEnv.success_event
+
+    def __init__(
+        self,
+        size: int = 8,
+        max_steps: int | None = None,
+        tile_size: int = 8,
+        window: int | None = 8,
+    ) -> None:
+        require(size >= 5, "env.size", size, "use at least 5: DoorKey has two rooms")
+        require(max_steps is None or max_steps >= 1, "env.max_steps", max_steps, "use 1 or more")
+        require(tile_size >= 1, "env.tile_size", tile_size, "use at least 1 pixel")
+        require(window is None or window >= 1, "env.window", window, "use 1 or more, or null")
+        self.size, self.max_steps = size, max_steps
+        self.tile_size, self.window = tile_size, window
+        self.name = f"doorkey_{size}x{size}"
+
+    def make(self, num_envs: int, seed: int, *, held_out: bool = False) -> DoorKeyEnv:
+        """Build ``num_envs`` games."""
+        return DoorKeyEnv(
+            self.size, num_envs, max_steps=self.max_steps, seed=seed, held_out=held_out
+        )
+
+    def renderer(self) -> MiniGridRenderer:
+        """Build the tile renderer."""
+        return MiniGridRenderer(self.tile_size, self.window)

@@ -1,0 +1,186 @@
+"""Where a run's figures go: TensorBoard, a metrics file, a progress bar."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.loggers import TensorBoardLogger
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from recipes.metrics import METRICS_FILE
+from recipes.settings import Training
+from recipes.strips import clip_strip
+from vlmrb_torchrl import AsyncScorer, VLMPrioritizedSampler, VLMReplayBuffer
+from recipes.tasks import Task
+
+
+class Telemetry:
+    """Collects the figures of a run and writes a row of means every so often.
+
+    ``metrics.jsonl`` holds one JSON object per row: ``env_steps``, ``total_env_steps``,
+    ``seconds`` of training (evaluations left out) and the figures under the names that
+    TensorBoard shows. Only rank 0 writes.
+
+    Args:
+        fabric: A launched Fabric.
+        task: For the name of the success event.
+        training: Distances of rows and pictures.
+        folder: Folder of the run.
+    """
+
+    def __init__(self, fabric: Fabric, task: Task, training: Training, folder: Path) -> None:
+        self._writes = fabric.is_global_zero
+        self._training = training
+        self._folder = folder
+        self._success = task.event_names.index(task.success_event)
+        self._sums: dict[str, list[Tensor | float]] = defaultdict(list)
+        self._episode_return: Tensor | None = None
+        self._episode_length: Tensor | None = None
+        self._episodes = 0
+        self._updates = 0
+        self._last_batch: TensorDictBase | None = None
+        self._next_log = training.log_every_env_steps
+        self._next_strip = training.strip_every_env_steps
+        self._latest: dict[str, float] = {}
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> Telemetry:
+        if self._writes:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._file = (self._folder / METRICS_FILE).open("w")
+            self._tensorboard = TensorBoardLogger(self._folder.parent, name=self._folder.name,
+                                                  version="")
+            if self._training.progress:
+                self._progress = Progress(
+                    TextColumn("[bold]{task.description}"),
+                    BarColumn(),
+                    MofNCompleteColumn(),
+                    TimeRemainingColumn(),
+                    TextColumn("{task.fields[note]}"),
+                )
+                self._progress.start()
+                self._bar = self._progress.add_task(
+                    self._folder.name, total=self._training.total_env_steps, note=""
+                )
+        self._start = self._last_time = time.perf_counter()
+        self._last_env_steps = 0
+        return self
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what happens inside out of the training time."""
+        start = time.perf_counter()
+        yield
+        elapsed = time.perf_counter() - start
+        self._start += elapsed
+        self._last_time += elapsed
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._writes:
+            if self._progress is not None:
+                self._progress.stop()
+            self._file.close()
+            self._tensorboard.finalize("success" if error is None else "failed")
+
+    def update(self, batch: TensorDictBase, *, loss: Tensor, gradient_norm: Tensor | None) -> None:
+        """Note a gradient step; nothing is read back from the device here."""
+        self._sums["loss/td"].append(loss.detach())
+        if gradient_norm is not None:
+            self._sums["loss/gradient_norm"].append(gradient_norm)
+        self._last_batch = batch
+        self._updates += 1
+
+    def collected(self, data: TensorDictBase, extra: dict[str, float]) -> None:
+        """Note a collected batch ``[N, T]``: its finished episodes and what the algorithm says."""
+        reward = data["next", "reward"].squeeze(-1)
+        done = data["next", "done"].squeeze(-1)
+        if self._episode_return is None or self._episode_length is None:
+            self._episode_return = torch.zeros_like(reward[:, 0])
+            self._episode_length = torch.zeros_like(reward[:, 0])
+        for step in range(reward.shape[1]):
+            self._episode_return += reward[:, step]
+            self._episode_length += 1
+            if done[:, step].any():
+                ended = done[:, step]
+                success = data["next", "events"][ended, step, self._success]
+                self._sums["train/success"].extend(success.float().unbind())
+                self._sums["train/return"].extend(self._episode_return[ended].unbind())
+                self._sums["train/episode_length"].extend(self._episode_length[ended].unbind())
+                self._episodes += int(ended.sum())
+                self._episode_return[ended] = 0
+                self._episode_length[ended] = 0
+        for name, value in extra.items():
+            self._latest[f"train/{name}"] = value
+
+    def log(self, env_steps: int, buffer: VLMReplayBuffer, scoring: AsyncScorer | None) -> None:
+        """Write a row if it is time for one."""
+        if self._progress is not None:
+            self._progress.update(self._bar, completed=env_steps)
+        if env_steps < self._next_log:
+            return
+        self._next_log += self._training.log_every_env_steps
+        now = time.perf_counter()
+        seconds = now - self._last_time
+        row = {name: float(sum(values)) / len(values) for name, values in self._sums.items()}
+        row |= self._latest
+        row["speed/env_steps_per_s"] = (env_steps - self._last_env_steps) / seconds
+        row["speed/updates_per_s"] = self._updates / seconds
+        row["train/episodes"] = self._episodes
+        row |= self._replay_figures(buffer)
+        if scoring is not None:
+            row |= {f"scoring/{name}": value for name, value in scoring.statistics().items()}
+        self._write(env_steps, row)
+        self._sums.clear()
+        self._updates = 0
+        self._last_time, self._last_env_steps = now, env_steps
+        if scoring is not None and 0 < self._next_strip <= env_steps:
+            self._next_strip += self._training.strip_every_env_steps
+            self._show_clips(env_steps, scoring)
+
+    def evaluated(self, env_steps: int, result: dict[str, float]) -> None:
+        """Write the figures of an evaluation."""
+        self._write(env_steps, {f"eval/{name}": value for name, value in result.items()})
+        if self._progress is not None:
+            self._progress.update(self._bar, note=f"success {result['success']:.2f}")
+
+    def _replay_figures(self, buffer: VLMReplayBuffer) -> dict[str, float]:
+        figures = {"replay/transitions": float(len(buffer))}
+        sampler = buffer.sampler
+        if isinstance(sampler, VLMPrioritizedSampler):
+            figures["replay/lambda"] = float(sampler.lmbda)
+            for name, value in sampler.statistics(len(buffer)).items():
+                figures[f"replay/{name}"] = value
+            if self._last_batch is not None:
+                positive = sampler.positive(self._last_batch["index"])
+                figures["replay/batch_share_positive"] = positive.float().mean().item()
+        return figures
+
+    def _show_clips(self, env_steps: int, scoring: AsyncScorer) -> None:
+        for name, (frames, score) in scoring.showcase().items():
+            if self._writes:
+                figure = clip_strip(frames, f"{name} clip, score {score:.3f}")
+                self._tensorboard.experiment.add_figure(f"clips/{name}", figure, env_steps)
+
+    def _write(self, env_steps: int, row: dict[str, float]) -> None:
+        if not self._writes:
+            return
+        seconds = time.perf_counter() - self._start
+        place = {"env_steps": env_steps, "total_env_steps": self._training.total_env_steps}
+        self._file.write(json.dumps({**place, "seconds": seconds, **row}) + "\n")
+        self._file.flush()
+        self._tensorboard.log_metrics(row, env_steps)

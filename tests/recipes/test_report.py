@@ -1,0 +1,72 @@
+"""The figures of a comparison against values worked by hand."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from recipes.report import Outcome, interval, read_outcome, report, steps_cell
+
+STEPS = np.array([100.0, 200.0, 300.0, 400.0])
+
+
+def outcome(*curves):
+    return Outcome(STEPS, np.array(curves, float), np.full(len(curves), 1000.0))
+
+
+def test_area_is_the_mean_over_evaluations():
+    # (0 + 0.5 + 1 + 1) / 4 and (0 + 0 + 0 + 1) / 4
+    assert outcome([0, 0.5, 1, 1], [0, 0, 0, 1]).area.tolist() == [0.625, 0.25]
+
+
+def test_steps_to_level_is_the_first_evaluation_at_it_and_infinite_if_never():
+    assert outcome([0, 0.8, 0.1, 1], [0, 0.79, 0, 0]).steps_to_level.tolist() == [200.0, np.inf]
+
+
+def test_median_of_unreached_runs_is_shown_as_beyond_the_budget():
+    assert steps_cell(outcome([0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0])) == "> 0k (1/3)"
+
+
+def test_interval_holds_the_mean_and_a_single_seed_has_none():
+    mean, low, high = interval(np.array([0.0, 1.0, 0.0, 1.0, 0.5]))
+    assert mean == 0.5
+    assert 0 < low < 0.5 < high < 1
+    mean, low, high = interval(np.array([0.3]))
+    assert mean == 0.3
+    assert np.isnan([low, high]).all()
+
+
+def test_bootstrap_interval_is_close_to_the_normal_one_for_many_seeds():
+    # Mean of n normal numbers: the 95 % interval is mean ± 1.96 s / sqrt(n).
+    values = np.random.default_rng(0).normal(size=400)
+    mean, low, high = interval(values)
+    half = 1.96 * values.std() / 20
+    assert low == pytest.approx(mean - half, abs=0.02)
+    assert high == pytest.approx(mean + half, abs=0.02)
+
+
+def test_report_writes_table_and_curves_and_pairs_differences_by_seed(tmp_path):
+    folders = {}
+    for method, lift in (("uer", 0.0), ("vlm_rb", 0.25)):
+        folders[method] = []
+        for seed in range(3):
+            folder = tmp_path / f"{method}_s{seed}"
+            folder.mkdir()
+            rows = [
+                {"env_steps": steps, "seconds": 2.0, "eval/success": 0.2 * seed + lift}
+                for steps in (100, 200)
+            ]
+            rows.append({"env_steps": 200, "seconds": 2.0, "train/success": 0.5})
+            (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+            folders[method].append(folder)
+    assert read_outcome(folders["uer"]).speed.tolist() == [100.0] * 3
+    console = Console(file=io.StringIO(), width=200)
+    report(folders, tmp_path, console)
+    table = (tmp_path / "table.md").read_text()
+    # Seeds differ, the paired difference does not: its interval has no width.
+    assert "0.25 [0.25, 0.25]" in table
+    assert "0.20 [0.00, 0.40]" in table  # mean of 0, 0.2, 0.4
+    assert (tmp_path / "curves.png").stat().st_size > 0
+    assert "tensorboard --logdir" in console.file.getvalue()
