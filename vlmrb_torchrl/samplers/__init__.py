@@ -1,1 +1,7 @@
-"""Ways to draw from a replay buffer: one file each."""
+"""Ways to draw from a replay buffer: one file each, beside the parts that they share."""
+
+from __future__ import annotations
+
+from vlmrb_torchrl.samplers.vlm import VLMPrioritizedSampler
+
+__all__ = ["VLMPrioritizedSampler"]

@@ -1,0 +1,239 @@
+"""A replay buffer whose late writes never land on the wrong transition.
+
+A score or a TD error is computed for a transition and arrives later; by then the ring may have
+written another transition into its slot. Each slot therefore carries a generation, which counts
+its writes, and a late write names the generation that it was computed for.
+
+B: items of one call, N: slots of the storage.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.utils import expand_as_right
+from torch import Tensor
+from torchrl.data import TensorDictReplayBuffer
+from torchrl.data.replay_buffers.samplers import PrioritizedSampler
+from torchrl.data.replay_buffers.utils import _reduce
+from torchrl.data.replay_buffers.writers import TensorDictRoundRobinWriter
+
+from vlmrb_torchrl.keys import GENERATION, INDEX, TD_ERROR
+
+
+class VLMReplayBuffer(TensorDictReplayBuffer):
+    """A ``TensorDictReplayBuffer`` with generation-stamped slots and guarded late writes.
+
+    ``extend`` and ``add`` leave ``"index"`` and ``"index_generation"`` in the tensordict that they
+    are given: where each transition went, and the stamp of that very write, taken under the lock
+    that it was made under. Threads may extend in between; the pair stays exact::
+
+        index = buffer.extend(data)
+        ...  # any time later, in any thread
+        live = buffer.write_scores(data["index"], data["index_generation"], score)
+
+    A locked tensordict is left as it is; pass a shallow ``copy()`` to get the pair. Samples carry
+    both keys too. All methods may be called from several threads, also with ``shared=True``;
+    generations are per process.
+
+    Args:
+        priority_key: Where |δ| lies in a batch passed to :meth:`update_tensordict_priority`.
+        **kwargs: As of ``TensorDictReplayBuffer``. The default writer is a
+            ``TensorDictRoundRobinWriter`` that tracks generations. Any sampler goes.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> from torchrl.data import LazyTensorStorage
+        >>> from vlmrb_torchrl.samplers import VLMPrioritizedSampler
+        >>> sampler = VLMPrioritizedSampler(4)
+        >>> buffer = VLMReplayBuffer(storage=LazyTensorStorage(4), sampler=sampler, batch_size=2)
+        >>> first = TensorDict({"x": torch.arange(3)}, [3])
+        >>> index = buffer.extend(first)
+        >>> index = buffer.extend(TensorDict({"x": torch.arange(3, 6)}, [3]))  # overwrites 0 and 1
+        >>> buffer.write_scores(first["index"], first["index_generation"], torch.ones(3))
+        tensor([False, False,  True])
+    """
+
+    def __init__(self, *, priority_key: str = TD_ERROR, **kwargs: Any) -> None:
+        if kwargs.get("writer") is None:
+            kwargs["writer"] = partial(
+                TensorDictRoundRobinWriter,
+                compilable=kwargs.get("compilable"),
+                track_generations=True,
+            )
+        super().__init__(priority_key=priority_key, **kwargs)
+
+    # ---------------------------------------------------------------- inserting
+
+    def extend(self, tensordicts: TensorDictBase, **kwargs: Any) -> Tensor:
+        """Writes a batch of transitions, and their slots and stamps into ``tensordicts``.
+
+        Args:
+            tensordicts: ``[B, ...]``; gets ``"index"`` and ``"index_generation"``, int64 ``[B]``.
+            **kwargs: As of ``TensorDictReplayBuffer.extend``.
+
+        Returns:
+            Slots, int64 ``[B]``, or ``[B, storage.ndim]``.
+        """
+        with self._replay_lock:
+            index: Tensor = super().extend(_unstamped(tensordicts), **kwargs)
+            self._stamp(tensordicts, index)
+        return index
+
+    def add(self, data: TensorDictBase) -> Any:
+        """Writes one transition, and its slot and stamp into ``data``; see :meth:`extend`."""
+        with self._replay_lock:
+            index = super().add(_unstamped(data))
+            self._stamp(data, index)
+        return index
+
+    def _stamp(self, data: Any, index: Any) -> None:
+        # Under the replay lock of the write itself: no other thread has written since.
+        tracked = self._writer.tracks_generations and index is not None
+        if not tracked or not isinstance(data, TensorDictBase) or data.is_locked:
+            return
+        index = torch.as_tensor(index)
+        if self._storage.ndim > 1:
+            index = _shaped_like(data, index, self.dim_extend)
+        generation = self._writer.generations_of(index)
+        slots = self._storage._max_size_along_dim0(batched_data=data) if index.ndim else 1
+        if index.ndim and index.shape[0] > slots:
+            # A batch longer than the ring overwrote its own start, and stamps it as its end.
+            generation[:-slots] = -1
+        if self._storage.ndim == 1:
+            index, generation = expand_as_right(index, data), expand_as_right(generation, data)
+        data.set(INDEX, index.to(data.device) if data.device else index)
+        data.set(GENERATION, generation.to(data.device) if data.device else generation)
+
+    # ---------------------------------------------------------------- late writes
+
+    def generations_of(self, index: Any) -> Tensor:
+        """How often each slot was rewritten by now, int64 ``[B]``; -1 where it never was written.
+
+        The stamp of one's own insertion is in the tensordict passed to :meth:`extend`: another
+        thread may have written between that call and this one.
+        """
+        with self._replay_lock, self._write_lock:
+            return self._generations(index)
+
+    def write_scores(self, index: Any, generation: Any, score: Any) -> Tensor:
+        """Gives the judge's scores to the transitions that they were computed for.
+
+        Args:
+            index: Slots, int64 ``[B]`` (or ``[B, storage.ndim]``), of the insertion or a sample.
+            generation: The stamps that came with them, int64 ``[B]``.
+            score: ``[B]`` or ``[B, 1]`` in [0, 1].
+
+        Returns:
+            bool ``[B]``: which slots still held their transition and got the score.
+
+        Raises:
+            TypeError: The sampler keeps no scores, or the writer no generations.
+            ValueError: A score to be written is NaN or outside [0, 1]; nothing was written.
+        """
+        if not hasattr(self.sampler, "update_score"):
+            raise TypeError(
+                f"{type(self.sampler).__name__} keeps no scores: build the buffer with a "
+                "VLMPrioritizedSampler, or score nothing."
+            )
+        return self._write_live(self.sampler.update_score, index, generation, score)
+
+    def write_td_errors(self, index: Any, generation: Any, td_error: Any) -> Tensor:
+        """Gives |δ| to the transitions that it was computed for; see :meth:`write_scores`.
+
+        Args:
+            index: Slots, int64 ``[B]`` (or ``[B, storage.ndim]``).
+            generation: The stamps that came with them, int64 ``[B]``.
+            td_error: |δ|, ``[B]`` or ``[B, 1]``, in units of return.
+
+        Returns:
+            bool ``[B]``: which slots still held their transition and got the TD error.
+
+        Raises:
+            TypeError: The sampler is not prioritized, or the writer keeps no generations.
+        """
+        if not isinstance(self.sampler, PrioritizedSampler):
+            raise TypeError(
+                f"{type(self.sampler).__name__} keeps no priorities: build the buffer with a "
+                "prioritized sampler, or write no TD errors."
+            )
+        return self._write_live(self.sampler.update_priority, index, generation, td_error)
+
+    def update_tensordict_priority(self, data: TensorDictBase) -> None:
+        """Writes |δ| of a sampled batch back, leaving out what was overwritten since.
+
+        Args:
+            data: ``[B]`` with ``"index"``, ``"index_generation"`` and |δ| at ``priority_key``,
+                ``[B]`` or ``[B, 1]``. Without a stamp nothing is left out, as in TorchRL.
+
+        Raises:
+            KeyError: The sampler draws by |δ| and the batch has none.
+        """
+        sampler = self.sampler
+        if not isinstance(sampler, PrioritizedSampler):
+            return
+        generation = data.get(GENERATION, None)
+        td_error = data.get(self.priority_key, None)
+        if td_error is None and hasattr(sampler, "uses_td_error"):
+            # TorchRL would write the running maximum, as if these slots had been visited.
+            if generation is not None and sampler.uses_td_error:
+                raise KeyError(
+                    f"the batch has no {self.priority_key!r}, which the sampler draws by: let the "
+                    "loss write it, or pass priority_key."
+                )
+            return
+        plain = self._storage.ndim == 1 and data.ndim == 1 and self._sample_unit is None
+        if generation is None or td_error is None or not plain:
+            super().update_tensordict_priority(data)
+            return
+        if td_error.numel() != data.shape[0]:
+            td_error = _reduce(td_error.reshape(data.shape[0], -1), sampler.reduction, dim=1)
+        self.write_td_errors(data.get(INDEX), generation, td_error)
+
+    def _write_live(self, write: Any, index: Any, generation: Any, value: Any) -> Tensor:
+        if not self.writer.tracks_generations:
+            raise TypeError(
+                f"{type(self.writer).__name__} keeps no generations: build the buffer with "
+                "writer=TensorDictRoundRobinWriter(track_generations=True), or with none."
+            )
+        index = torch.stack(index, -1) if isinstance(index, tuple) else torch.as_tensor(index)
+        generation, value = torch.as_tensor(generation), torch.as_tensor(value).detach()
+        items = index.shape[0]
+        if generation.shape != (items,) or value.numel() != items:
+            raise ValueError(
+                f"{items} indices came with stamps of shape {tuple(generation.shape)} and values "
+                f"of shape {tuple(value.shape)}: pass one of each per transition."
+            )
+        value = value.reshape(-1)
+        # In this order, as everywhere in TorchRL. The sampler is called itself: with shared=True
+        # the write lock is not re-entrant, and buffer.update_priority would wait for itself.
+        with self._replay_lock, self._write_lock:
+            current = self._generations(index)
+            live: Tensor = (generation.to(current.device) == current) & (current >= 0)
+            if bool(live.all()):
+                write(index, value, storage=self._storage)
+            elif bool(live.any()):
+                write(index[live], value[live.to(value.device)], storage=self._storage)
+        return live
+
+    def _generations(self, index: Any) -> Tensor:
+        stamps: Tensor = self._writer.generations_of(index)
+        return stamps
+
+
+def _unstamped(data: Any) -> Any:
+    """The same data without the stamp of an earlier write, which is no part of a transition."""
+    if isinstance(data, TensorDictBase) and GENERATION in data:
+        return data.exclude(GENERATION)
+    return data
+
+
+def _shaped_like(data: TensorDictBase, index: Tensor, dim_extend: int) -> Tensor:
+    """Indices ``[B, D]`` of a storage of D dimensions, laid out as the batch that was passed."""
+    dims = index.shape[-1]
+    shape = list(data.shape[:dims])
+    shape[0], shape[dim_extend] = shape[dim_extend], shape[0]  # the buffer extends along dim 0
+    return index.reshape(*shape, dims).transpose(0, dim_extend)
