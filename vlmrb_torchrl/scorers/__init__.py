@@ -2,6 +2,8 @@
 
 from vlmrb_torchrl.scorers.base import ClipScorer, SeededScorer
 from vlmrb_torchrl.scorers.constant import ConstantScorer
+from vlmrb_torchrl.scorers.embedded import EmbeddedJudge
+from vlmrb_torchrl.scorers.huggingface import HuggingFaceScorer
 from vlmrb_torchrl.scorers.noisy import NoisyScorer
 from vlmrb_torchrl.scorers.privileged import PrivilegedScorer
 from vlmrb_torchrl.scorers.random import RandomScorer
@@ -9,6 +11,8 @@ from vlmrb_torchrl.scorers.random import RandomScorer
 __all__ = [
     "ClipScorer",
     "ConstantScorer",
+    "EmbeddedJudge",
+    "HuggingFaceScorer",
     "NoisyScorer",
     "PrivilegedScorer",
     "RandomScorer",
