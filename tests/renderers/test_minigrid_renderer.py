@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from functools import cache
 from typing import Any
 
 import gymnasium
@@ -24,13 +23,8 @@ from vlmrb_torchrl.renderers.minigrid import _mosaic, _mosaic_on
 TILE = 8
 
 
-@cache
-def registered() -> tuple[str, ...]:
-    import minigrid
-
-    if not any(name.startswith("MiniGrid-") for name in gymnasium.registry):
-        minigrid.register_minigrid_envs()
-    return tuple(n for n in gymnasium.registry if n.startswith(("MiniGrid-", "BabyAI-")))
+# Importing minigrid registered them.
+NAMES = tuple(name for name in gymnasium.registry if name.startswith(("MiniGrid-", "BabyAI-")))
 
 
 def make(name: str) -> Any:
@@ -60,16 +54,21 @@ def assert_exact(name: str, steps: int, seed: int = 3) -> None:
     assert torch.equal(render(states[-1]), frames[-1])
 
 
-@pytest.mark.parametrize("name", registered())
+@pytest.mark.parametrize("name", NAMES)
 def test_frames_equal_minigrids_own(name: str) -> None:
-    """On every registered MiniGrid and BabyAI environment, over 20 random steps."""
+    """On every registered MiniGrid and BabyAI environment that loads, over 8 random steps."""
     try:
         make(name).reset(seed=0)
     except (DependencyNotInstalled, FileNotFoundError) as error:
         # They need packages of minigrid[wfc], and pictures that MiniGrid's wheel leaves out.
-        assert "WFC" in name, error
+        if "WFC" not in name:
+            raise
         pytest.skip(str(error))
-    assert_exact(name, steps=20)
+    assert_exact(name, steps=8)
+
+
+def test_registry_was_found() -> None:
+    assert len(NAMES) > 150
 
 
 @pytest.mark.parametrize("tile_size", [1, 3, 4, 6, 10, 32])

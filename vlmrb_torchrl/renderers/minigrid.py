@@ -23,6 +23,7 @@ _OUTSIDE = 0  # slot of the black tile, shown beyond the grid's border
 # A cell is four bytes (type, colour, state, agent); these bits of them can be set.
 _USED_BITS = np.frombuffer(bytes([0x0F, 0x07, 0x03, 0x07]), np.uint32)[0]
 _CODES = 1 << 12
+_CHUNK_BYTES = 1 << 19  # half of a usual second-level cache
 
 
 class Cell(NamedTuple):
@@ -262,9 +263,13 @@ def _mosaic(tiles: NDArray[Any], slots: NDArray[np.intp]) -> Tensor:
     """Lay tiles ``[K, 3, t, r]`` by slots ``[N, H, W]``: uint8 frames ``[N, 3, H t, W t]``."""
     N, H, W = slots.shape
     t = tiles.shape[2]
-    # numpy: on a CPU its take and its transposing copy are two to twelve times torch's speed.
-    laid = np.ascontiguousarray(tiles.take(slots, 0).transpose(0, 3, 1, 4, 2, 5))
-    return torch.from_numpy(laid.view(np.uint8).reshape(N, 3, H * t, W * t))
+    frames = np.empty((N, 3, H, t, W, tiles.shape[3]), tiles.dtype)
+    # numpy's take and transposing copy are faster than torch's here. A few frames at a time:
+    # what was gathered stays in the cache, and no second batch of frames is allocated.
+    few = max(_CHUNK_BYTES // (3 * t * t * H * W), 1)
+    for i in range(0, N, few):
+        frames[i : i + few] = tiles.take(slots[i : i + few], 0).transpose(0, 3, 1, 4, 2, 5)
+    return torch.from_numpy(frames.view(np.uint8).reshape(N, 3, H * t, W * t))
 
 
 def _mosaic_on(device: torch.device, tiles: NDArray[Any], slots: NDArray[np.intp]) -> Tensor:

@@ -1,0 +1,63 @@
+"""Ratios that survive a shared machine: every contestant is timed in turn, round after round."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Repeated measurements of one quantity.
+
+    Args:
+        samples: The measurements, one a round, in the order of the rounds.
+    """
+
+    samples: Sequence[float]
+
+    @property
+    def median(self) -> float:
+        """The middle measurement."""
+        return statistics.median(self.samples)
+
+    def __truediv__(self, other: Spread) -> Spread:
+        """Ratios round by round: what slowed both down in a round cancels."""
+        return Spread([a / b for a, b in zip(self.samples, other.samples, strict=True)])
+
+    def __str__(self) -> str:
+        """Median, and the lowest and highest measurement."""
+        low, middle, high = map(_short, (min(self.samples), self.median, max(self.samples)))
+        return f"{middle} ({low} to {high})"
+
+
+def _short(value: float) -> str:
+    if value >= 10_000:
+        return f"{value / 1000:,.0f}k"
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2f}"
+
+
+def rates(
+    contestants: Mapping[str, Callable[[], int]], rounds: int, seconds: float
+) -> dict[str, Spread]:
+    """Time contestants in turn.
+
+    Args:
+        contestants: Each does some of its work and returns how many units it did.
+        rounds: Measurements of each, after one that is not counted.
+        seconds: Least duration of a measurement.
+
+    Returns:
+        Units per second of each contestant, one sample a round.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in contestants}
+    for i in range(rounds + 1):
+        for name, work in contestants.items():
+            units, start = 0, time.perf_counter()
+            while (elapsed := time.perf_counter() - start) < seconds:
+                units += work()
+            if i:  # the first round warms caches up
+                samples[name].append(units / elapsed)
+    return {name: Spread(values) for name, values in samples.items()}
