@@ -19,6 +19,7 @@ from recipes.settings import Scoring, Training
 from recipes.telemetry import Telemetry
 from recipes.tasks import DoorKey, Task
 
+DEFAULT_SCORER = "vlmrb_torchrl.scorers.EmbeddedJudge"
 LAUNCHED_BY_FABRIC_CLI = "LT_CLI_USED"
 
 
@@ -31,6 +32,7 @@ def build_parser(algorithm: type[L.LightningModule]) -> ArgumentParser:
         Replay, "replay", default=lazy_instance(VLMGuided), required=False
     )
     parser.add_class_arguments(Scoring, "scoring")
+    parser.set_defaults({"scoring.scorer": {"class_path": DEFAULT_SCORER}})
     parser.add_class_arguments(algorithm, "algorithm", skip={"env"}, instantiate=False)
     parser.add_class_arguments(Training, "training")
     return parser

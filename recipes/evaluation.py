@@ -9,6 +9,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from recipes.settings import Training
 from recipes.tasks import Task
+from vlmrb_torchrl import keys
 
 
 @torch.no_grad()
@@ -47,7 +48,7 @@ def evaluate(
             state["action"] = torch.where(random, anything, state["action"])
             state = env.step(state)
             outcome = state["next"]
-            success |= alive & outcome["events"][:, success_event]
+            success |= alive & outcome[keys.EVENTS][:, success_event]
             total += outcome["reward"].squeeze(-1) * alive
             length += alive
             alive &= ~outcome["done"].squeeze(-1)

@@ -93,6 +93,7 @@ def train(
         frames_per_batch=training.env_steps_per_collection,
         total_frames=-1,
         trust_policy=True,
+        auto_register_policy_transforms=False,
     )
     with ExitStack() as cleanup:
         cleanup.callback(collector.shutdown)

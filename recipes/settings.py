@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from recipes.checks import require
-from vlmrb_torchrl.scorers import ClipScorer, EmbeddedJudge
+from vlmrb_torchrl.scorers import ClipScorer
 
 
 @dataclass
@@ -91,7 +91,7 @@ class Scoring:
             loop itself (``sync``: reruns are bit-exact), or what suits the judge (``auto``).
     """
 
-    scorer: ClipScorer = field(default_factory=EmbeddedJudge)
+    scorer: ClipScorer
     clip_transitions: int = 32
     frames_per_clip: int = 32
     stride: int | None = None

@@ -20,7 +20,7 @@ from torch import Tensor
 from recipes.metrics import METRICS_FILE
 from recipes.settings import Training
 from recipes.strips import clip_strip
-from vlmrb_torchrl import AsyncScorer, VLMPrioritizedSampler, VLMReplayBuffer
+from vlmrb_torchrl import AsyncScorer, VLMPrioritizedSampler, VLMReplayBuffer, keys
 from recipes.tasks import Task
 
 
@@ -117,7 +117,7 @@ class Telemetry:
             self._episode_length += 1
             if done[:, step].any():
                 ended = done[:, step]
-                success = data["next", "events"][ended, step, self._success]
+                success = data["next", keys.EVENTS][ended, step, self._success]
                 self._sums["train/success"].extend(success.float().unbind())
                 self._sums["train/return"].extend(self._episode_return[ended].unbind())
                 self._sums["train/episode_length"].extend(self._episode_length[ended].unbind())
@@ -166,7 +166,7 @@ class Telemetry:
             for name, value in sampler.statistics(len(buffer)).items():
                 figures[f"replay/{name}"] = value
             if self._last_batch is not None:
-                positive = sampler.positive(self._last_batch["index"])
+                positive = sampler.positive[self._last_batch[keys.INDEX]]
                 figures["replay/batch_share_positive"] = positive.float().mean().item()
         return figures
 

@@ -1,0 +1,232 @@
+"""Clips for the embedded judge: episodes, which frames a clip shows, and its labels.
+
+T: transitions of an episode, U: distinct states in it, E: events, F: frames shown of a clip.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlmrb_torchrl.renderers.minigrid import Cell, MiniGridRenderer
+
+EVENT_NAMES = ("goal", "door", "key")
+"""What the simulator reports of a transition: the agent came to stand on a goal; a door went
+from not open to open; a key was picked up."""
+GOAL = 0
+VIEW = MiniGridRenderer(tile_size=8, window=8)
+"""The judge's view, 64 x 64 pixels: one 8-pixel patch of its vision tower is one cell."""
+
+
+class Episode:
+    """One trajectory, each distinct state stored once.
+
+    Args:
+        family: Name of the world's family.
+        policy: Name of the script that acted.
+        states: Render states, root first, uint8 ``[T + 1, W, H, 4]``.
+        events: What happened in each transition, bool ``[T, E]``.
+    """
+
+    def __init__(self, family: str, policy: str, states: np.ndarray, events: np.ndarray) -> None:
+        self.family = family
+        self.policy = policy
+        self.events = events
+        distinct: dict[bytes, int] = {}
+        self.rows = np.array([distinct.setdefault(s.tobytes(), len(distinct)) for s in states])
+        first_seen = np.unique(self.rows, return_index=True)[1]
+        self.states = states[first_seen]
+        """Distinct states, uint8 ``[U, W, H, 4]``; ``rows`` (int ``[T + 1]``) points into it."""
+
+    def __len__(self) -> int:
+        return len(self.events)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Consecutive transitions of an episode, some of whose outcome states are shown."""
+
+    episode: int
+    first: int
+    transitions: int
+    frames: int
+
+    def shown(self) -> np.ndarray:
+        """Outcomes shown, int ``[F]``, counted from the clip's first transition."""
+        return frame_rule(self.transitions, self.frames)
+
+
+def frame_rule(transitions: int, frames: int) -> np.ndarray:
+    """Which outcomes a clip shows.
+
+    All of them, the last one repeated, where there are frames enough; otherwise
+    ``ceil((j + 1) * transitions / frames) - 1``, so that the last is always among them.
+
+    Returns:
+        Outcome indices, int ``[frames]``.
+
+    Example:
+        >>> frame_rule(8, 4).tolist(), frame_rule(2, 4).tolist()
+        ([1, 3, 5, 7], [0, 1, 1, 1])
+    """
+    if transitions <= frames:
+        return np.minimum(np.arange(frames), transitions - 1)
+    return -(-(np.arange(frames) + 1) * transitions // frames) - 1
+
+
+def happened(episode: Episode, clip: Clip) -> np.ndarray:
+    """Whether each event happened in any transition of the clip, bool ``[E]``."""
+    result: np.ndarray = episode.events[clip.first : clip.first + clip.transitions].any(0)
+    return result
+
+
+def visible(episode: Episode, clip: Clip) -> np.ndarray:
+    """The label taught, bool ``[E]``: the event happened and its frames can show it.
+
+    A door opened or a key picked up before the first frame shown looks just like a door open
+    or a key carried all along. "Do not guess": such a clip is a No.
+    """
+    label = happened(episode, clip)
+    start = clip.first + int(clip.shown()[0]) + 1
+    label[1:] = episode.events[start : clip.first + clip.transitions, 1:].any(0)
+    return label
+
+
+def visible_by_frame(episode: Episode, clip: Clip) -> np.ndarray:
+    """Which frame shows which event, bool ``[F, E]``: a goal stood on, a change since the last."""
+    shown = clip.shown()
+    done = np.cumsum(episode.events[clip.first : clip.first + clip.transitions], axis=0)
+    counts = done[shown]
+    label = np.diff(counts, axis=0, prepend=counts[:1]) > 0
+    label[:, GOAL] = counts[:, GOAL] > 0
+    return np.asarray(label)
+
+
+class ClipSampler:
+    """Draws labelled clips, hard negatives among them.
+
+    Args:
+        episodes: Where clips are cut from.
+        random: Source of every draw.
+    """
+
+    def __init__(self, episodes: Sequence[Episode], random: np.random.Generator) -> None:
+        self.episodes = episodes
+        self.random = random
+        weights = np.array([len(e) for e in episodes], dtype=float)
+        self._cumulative = np.cumsum(weights / weights.sum())
+        self._moments = [
+            [(i, int(t)) for i, e in enumerate(episodes) for t in np.flatnonzero(e.events[:, k])]
+            for k in range(len(EVENT_NAMES))
+        ]
+
+    def draw(self, question: int, answer: bool, transitions: int, frames: int) -> Clip:
+        """A clip for ``question`` whose taught label is ``answer``.
+
+        Args:
+            question: Index into ``EVENT_NAMES``.
+            answer: The label wanted.
+            transitions: Transitions covered; fewer where the episode is shorter, and now and
+                then on purpose (an episode's last clip is short).
+            frames: Frames shown.
+        """
+        while True:
+            length = transitions
+            if self.random.random() < 0.2:
+                length = int(self.random.integers(1, transitions + 1))
+            clip = self._propose(question, answer, length, frames)
+            if clip and visible(self.episodes[clip.episode], clip)[question] == answer:
+                return clip
+
+    def _propose(self, question: int, answer: bool, length: int, frames: int) -> Clip | None:
+        random = self.random
+        mode = random.random()
+        if not answer and mode < 0.3:  # anything at all
+            index = int(np.searchsorted(self._cumulative, random.random()))
+            size = len(self.episodes[min(index, len(self.episodes) - 1)])
+            first = int(random.integers(0, max(1, size - length + 1)))
+        else:
+            other = not answer and mode < 0.5
+            about = int(random.integers(len(EVENT_NAMES))) if other else question
+            index, moment = self._moments[about][int(random.integers(len(self._moments[about])))]
+            size = len(self.episodes[index])
+            if answer or other:  # the event anywhere inside
+                first = moment - int(random.integers(0, min(length, moment + 1)))
+            elif mode < 0.8:  # the clip ends one transition before the event
+                first, size = max(0, moment - length), moment
+            else:  # the door is open, the key is carried, from the first frame on
+                first = moment + int(random.random() < 0.5)
+        covered = min(length, size - first)
+        return Clip(index, first, covered, frames) if covered > 0 else None
+
+
+class FrameTable:
+    """Every distinct state of many episodes under one number, rendered on demand.
+
+    Args:
+        episodes: Their states are numbered in order: state u of episode i is ``offset[i] + u``.
+    """
+
+    def __init__(self, episodes: Sequence[Episode]) -> None:
+        self.episodes = episodes
+        self.offset = np.cumsum([0] + [len(e.states) for e in episodes])
+
+    def __len__(self) -> int:
+        return int(self.offset[-1])
+
+    def rows(self, clip: Clip) -> np.ndarray:
+        """Numbers of the frames that a clip shows, int ``[F]``."""
+        episode = self.episodes[clip.episode]
+        shown = clip.first + 1 + clip.shown()
+        return np.asarray(self.offset[clip.episode] + episode.rows[shown])
+
+    def render(self, numbers: np.ndarray, renderer: MiniGridRenderer = VIEW) -> Tensor:
+        """Frames of numbered states, uint8 ``[len(numbers), 3, H, W]``."""
+        owner = np.searchsorted(self.offset, numbers, side="right") - 1
+        by_shape: dict[tuple[int, ...], list[int]] = {}
+        for k, i in enumerate(owner):
+            by_shape.setdefault(self.episodes[i].states.shape[1:], []).append(k)
+        frames = None
+        for places in by_shape.values():
+            states = [
+                self.episodes[owner[k]].states[numbers[k] - self.offset[owner[k]]] for k in places
+            ]
+            drawn = renderer(torch.from_numpy(np.stack(states)))
+            if frames is None:
+                frames = drawn.new_empty(len(numbers), *drawn.shape[1:])
+            frames[torch.tensor(places)] = drawn
+        return torch.empty(0, 3, 64, 64, dtype=torch.uint8) if frames is None else frames
+
+
+OTHER, EMPTY, WALL, OPEN_DOOR, SHUT_DOOR, KEY, ON_GOAL = range(7)
+CELL_CLASSES = 7
+_CLASS_OF_KIND = {0: EMPTY, 1: EMPTY, 2: WALL, 3: EMPTY, 5: KEY, 8: ON_GOAL}
+
+
+def _label_sprites(cell: Cell, tile_size: int) -> np.ndarray:
+    """A "tile" whose three colour channels are class of the cell, agent there, its direction."""
+    kind = _CLASS_OF_KIND.get(cell.kind, OTHER)
+    if cell.kind == 4:
+        kind = OPEN_DOOR if cell.state == 0 else SHUT_DOOR
+    pixel = np.array([kind, cell.agent > 0, max(cell.agent - 1, 0)], dtype=np.uint8)
+    return np.broadcast_to(pixel, (tile_size, tile_size, 3))
+
+
+LABEL_VIEW = MiniGridRenderer(tile_size=1, window=8, sprites=_label_sprites)
+"""Draws, in the judge's own window, what each cell is: the targets of the vision stage."""
+
+
+def draw_spec(random: np.random.Generator, longest: int) -> tuple[int, int]:
+    """Transitions and frames of a training clip, frames at most ``longest``.
+
+    Half of the clips show every transition, the others every second to fourth.
+    """
+    choices = [f for f in (2, 4, 8, 16, 24, 32, 48, 64) if f <= longest]
+    frames = int(random.choice(choices[-3:]))
+    stride = 1.0 if random.random() < 0.5 else float(random.choice([2.0, 3.0, 4.0]))
+    return math.ceil(frames * stride), frames

@@ -1,0 +1,197 @@
+"""The embedded judge's parts: a tokenizer, a processor and a tiny PerceptionLM, from nothing.
+
+Everything is made of transformers' own classes, so that the Auto classes load it back without
+any code of ours.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recipes.judge_questions import PARAPHRASES
+
+PIXELS = 64
+PATCH = 8
+BOS, EOS, PAD, IMAGE, VIDEO = (
+    "<|begin_of_text|>", "<|eot_id|>", "<|pad|>", "<|image|>", "<|video|>"
+)  # fmt: skip
+HEADER, HEADER_END = "<|start_header_id|>", "<|end_header_id|>"
+# PerceptionLM's own turn format: pictures first, then the words.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}{{ '<|image|>' }}"
+    "{% elif c['type'] == 'video' %}{{ '<|video|>' }}{% endif %}{% endfor %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %}"
+    "{{ '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+
+
+def build_tokenizer(vocabulary: int = 512) -> Any:
+    """A byte-level BPE tokenizer whose merges are learnt from the judge's questions."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = [BOS, EOS, PAD, IMAGE, VIDEO, HEADER, HEADER_END]
+    text = [p for group in PARAPHRASES.values() for p in group]
+    text += ["user assistant Yes No yes no Answer: Yes Answer: No. Yes. No."] * 20
+    core = Tokenizer(models.BPE(unk_token=None))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary - len(special),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(text, trainer)
+    core.add_special_tokens(special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        extra_special_tokens={"image_token": IMAGE, "video_token": VIDEO},
+        padding_side="left",
+        model_max_length=1024,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_processor(tokens_per_side: int = 1) -> Any:
+    """The PerceptionLM processor for 64-pixel frames of ``tokens_per_side``² tokens each."""
+    from transformers import PerceptionLMProcessor
+    from transformers.models.perception_lm.image_processing_perception_lm import (
+        PerceptionLMImageProcessor,
+    )
+    from transformers.models.perception_lm.video_processing_perception_lm import (
+        PerceptionLMVideoProcessor,
+    )
+
+    return PerceptionLMProcessor(
+        video_processor=PerceptionLMVideoProcessor(
+            size={"height": PIXELS, "width": PIXELS}, do_sample_frames=False
+        ),
+        image_processor=PerceptionLMImageProcessor(
+            tile_size=PIXELS, vision_input_type="vanilla", max_num_tiles=1
+        ),
+        tokenizer=build_tokenizer(),
+        patch_size=PATCH,
+        pooling_ratio=PIXELS // PATCH // tokens_per_side,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_model(
+    processor: Any,
+    vision_width: int = 64,
+    vision_layers: int = 2,
+    width: int = 128,
+    layers: int = 3,
+    heads: int = 4,
+) -> Any:
+    """A PerceptionLM with random weights.
+
+    Args:
+        processor: Its tokenizer and pooling decide vocabulary and tokens a frame.
+        vision_width: Width of the vision transformer.
+        vision_layers: Its depth.
+        width: Width of the language model.
+        layers: Its depth.
+        heads: Attention heads of the language model; the vision tower has as many.
+    """
+    from transformers import (
+        LlamaConfig,
+        PerceptionLMConfig,
+        PerceptionLMForConditionalGeneration,
+        TimmWrapperConfig,
+    )
+
+    tokenizer = processor.tokenizer
+    vision = TimmWrapperConfig(
+        architecture="vit_tiny_patch16_224",
+        do_pooling=False,
+        model_args={
+            "embed_dim": vision_width,
+            "depth": vision_layers,
+            "num_heads": heads,
+            "img_size": [PIXELS, PIXELS],
+            "patch_size": PATCH,
+            "class_token": False,
+            "global_pool": "avg",
+            "mlp_ratio": 2.0,
+        },
+    )
+    text = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=width**-0.5,
+    )
+    config = PerceptionLMConfig(
+        vision_config=vision,
+        text_config=text,
+        vision_use_cls_token=False,
+        projector_pooling_ratio=processor.pooling_ratio,
+        image_token_id=tokenizer.image_token_id,
+        video_token_id=tokenizer.video_token_id,
+        tie_word_embeddings=True,
+    )
+    model = PerceptionLMForConditionalGeneration(config)
+    _initialise_vision(model)
+    return model
+
+
+@torch.no_grad()
+def _initialise_vision(model: Any) -> None:
+    """Weights that let a tower this narrow learn within minutes.
+
+    transformers draws every weight with a deviation of 0.02, made for widths near a thousand: at
+    64 the signal dies on the way. Sines as position embeddings make "the cell in front" a linear
+    shift, and the projector's gain makes up for its average over 64 cells.
+    """
+    tower, projector = model.model.vision_tower.timm_model, model.model.multi_modal_projector
+    for module in tower.blocks.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+    nn.init.normal_(tower.patch_embed.proj.weight, std=0.12)
+    nn.init.xavier_uniform_(projector.linear_1.weight)
+    nn.init.xavier_uniform_(projector.linear_2.weight, gain=8.0)
+    side, width = PIXELS // PATCH, tower.pos_embed.shape[-1]
+    periods = torch.logspace(1.3, 5.0, width // 4, base=2.0)  # 2.5 to 32 cells
+    angles = 2 * torch.pi * torch.arange(float(side))[:, None] / periods
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)
+    across, down = waves.expand(side, side, -1), waves[:, None].expand(side, side, -1)
+    tower.pos_embed.copy_(0.7 * torch.cat([across, down], dim=-1).flatten(0, 1)[None])
+
+
+def normalise(frames: Tensor) -> Tensor:
+    """What the video processor does to uint8 frames of 64 pixels: 0 to 255 becomes -1 to 1."""
+    return frames.float().div_(127.5).sub_(1.0)
+
+
+def prompt_ids(processor: Any, prompt: str, frames: int) -> Tensor:
+    """Token ids of one user turn: the clip's placeholder tokens, the question, the answer's start.
+
+    Returns:
+        int64 ``[sequence]``.
+    """
+    content = [{"type": "video"}, {"type": "text", "text": prompt}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+    per_frame = (PIXELS // PATCH // processor.pooling_ratio) ** 2
+    text = text.replace(VIDEO, VIDEO * (per_frame * frames))
+    return torch.tensor(processor.tokenizer.encode(text, add_special_tokens=False))

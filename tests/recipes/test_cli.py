@@ -1,0 +1,79 @@
+"""Bad configurations are refused in one line, before anything is built; good ones are parsed."""
+
+from pathlib import Path
+
+import pytest
+
+from recipes import cli
+from recipes.dqn import DQN
+
+CONFIGS = Path(cli.__file__).parent / "configs"
+SHARED = sorted(CONFIGS.glob("*/dqn.yaml"))
+METHODS = sorted(CONFIGS.glob("*/methods/*.yaml"))
+
+REFUSED = {
+    "--replay.lmbda=1.5": ("replay.lmbda", "1.5"),
+    "--replay.lmbda=high": ("lmbda", "high"),
+    "--replay.capacity=0": ("replay.capacity", "0"),
+    "--replay.batch_size=300000": ("replay.batch_size", "200000"),
+    "--replay.beta=-1": ("replay.beta", "-1"),
+    "--replay.threshold=2": ("replay.threshold", "2"),
+    "--replay.no_such_key=1": ("no_such_key",),
+    "--replay=NoSuchReplay": ("NoSuchReplay",),
+    "--env.size=4": ("env.size", "4"),
+    "--env.max_steps=0": ("env.max_steps", "0"),
+    "--scoring.clip_transitions=0": ("scoring.clip_transitions", "0"),
+    "--scoring.clip_transitions=1000000": ("scoring.clip_transitions", "replay.capacity"),
+    "--scoring.stride=33": ("scoring.stride", "33"),
+    "--scoring.mode=fast": ("scoring.mode", "fast"),
+    "--scoring.scorer=NoSuchScorer": ("NoSuchScorer",),
+    "--algorithm.gamma=1": ("algorithm.gamma", "1"),
+    "--algorithm.learning_rate=0": ("algorithm.learning_rate", "0"),
+    "--algorithm.no_such_key=1": ("no_such_key",),
+    "--training.num_envs=0": ("training.num_envs", "0"),
+    "--training.warmup_env_steps=240000": ("training.warmup_env_steps", "240000"),
+    "--training.total_env_steps=many": ("total_env_steps", "many"),
+    "--training.updates_per_env_step=-1": ("training.updates_per_env_step", "-1"),
+    "--no_such_group.key=1": ("no_such_group",),
+    "--config=no_such_file.yaml": ("no_such_file.yaml",),
+}
+
+
+@pytest.mark.parametrize("argument", REFUSED)
+def test_bad_value_is_refused_in_one_line_that_names_it(argument, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "launch", lambda *_: pytest.fail("something was launched"))
+    with pytest.raises(SystemExit) as refusal:
+        cli.run(DQN, [argument, f"--training.log_dir={tmp_path}"])
+    text = str(refusal.value)
+    assert "\n" not in text
+    for part in REFUSED[argument]:
+        assert part in text
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("path", SHARED + METHODS, ids=lambda path: f"{path.parent}-{path.stem}")
+def test_every_config_is_accepted(path):
+    parser = cli.build_parser(DQN)
+    config = parser.parse_args([f"--config={path}"])
+    settings = parser.instantiate_classes(config)
+    cli.check(config, settings)
+
+
+def test_value_on_the_command_line_overrides_the_file():
+    path = CONFIGS / "doorkey_6x6" / "dqn.yaml"
+    parser = cli.build_parser(DQN)
+    settings = parser.instantiate_classes(
+        parser.parse_args([f"--config={path}", "--replay.lmbda=0.25", "--env.max_steps=50"])
+    )
+    assert settings.replay.lmbda == 0.25
+    assert (settings.env.size, settings.env.max_steps) == (6, 50)
+
+
+def test_help_explains_every_setting(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.build_parser(DQN).parse_args(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    for setting in ("--training.updates_per_env_step", "--algorithm.gamma", "--scoring.stride"):
+        assert setting in text
+    assert "Gradient steps per environment step" in " ".join(text.split())
