@@ -116,6 +116,28 @@ class Clip:
     def __len__(self) -> int:
         return len(self.index)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The attributes, as tensors and numbers."""
+        return {
+            "index": torch.from_numpy(self.index),
+            "generation": torch.from_numpy(self.generation),
+            "render_state": self.render_state,
+            "events": None if self.events is None else torch.from_numpy(self.events),
+            "cut_at": self.cut_at,
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> Clip:
+        """The inverse of `state_dict`."""
+        events = state["events"]
+        return cls(
+            state["index"].numpy(),
+            state["generation"].numpy(),
+            state["render_state"],
+            None if events is None else events.numpy(),
+            state["cut_at"],
+        )
+
 
 def stack_clips(clips: Sequence[Clip]) -> TensorDict:
     """Clips as the TensorDict that scorers read: ``"render_state"`` and ``"events"``, batch [B]."""

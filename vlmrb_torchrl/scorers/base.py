@@ -86,7 +86,7 @@ class ClipScorer(TensorDictModuleBase):
 
         Raises:
             KeyError: If one of ``in_keys`` is missing.
-            ValueError: If `score` answered anything but ``[B]`` finite numbers in [0, 1].
+            InvalidScoreError: If `score` answered anything but ``[B]`` numbers in [0, 1].
         """
         for key in self.in_keys:
             if tensordict.get(key, None) is None:
@@ -141,8 +141,12 @@ _REMEDIES = {
 }
 
 
+class InvalidScoreError(ValueError):
+    """A scorer answered something else than one number in [0, 1] per clip."""
+
+
 def check_scores(score: Tensor, clips: int, source: str) -> None:
-    """Raise ValueError unless ``score`` is ``[clips]`` finite numbers in [0, 1].
+    """Raise InvalidScoreError unless ``score`` is ``[clips]`` finite numbers in [0, 1].
 
     Args:
         score: What a scorer answered.
@@ -150,14 +154,14 @@ def check_scores(score: Tensor, clips: int, source: str) -> None:
         source: Who answered, for the message.
     """
     if score.shape != (clips,):
-        raise ValueError(
+        raise InvalidScoreError(
             f"{source} answered shape {tuple(score.shape)} for {clips} clips; "
             f"score() must return one number per clip, shape ({clips},)."
         )
     good = (score >= 0) & (score <= 1)  # False for NaN, too
     if not bool(good.all()):
         bad = score[~good][0].item()
-        raise ValueError(f"{source} answered {bad}; a score must be a number in [0, 1].")
+        raise InvalidScoreError(f"{source} answered {bad}; a score must be a number in [0, 1].")
 
 
 def check_unit(name: str, value: float) -> float:

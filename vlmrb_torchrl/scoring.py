@@ -1,0 +1,321 @@
+"""Scores what is inserted into a replay buffer while learning goes on."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+from torchrl.envs import Transform
+
+from vlmrb_torchrl.buffer import VLMReplayBuffer
+from vlmrb_torchrl.clips import Clip, stack_clips
+from vlmrb_torchrl.cutting import ClipCutter
+from vlmrb_torchrl.keys import CLIP, GENERATION, INDEX
+from vlmrb_torchrl.scorers.base import SeededScorer
+from vlmrb_torchrl.scoring_backends import (
+    Backend,
+    InlineBackend,
+    Mode,
+    ThreadBackend,
+    choose_mode,
+)
+from vlmrb_torchrl.scoring_dispatcher import Dispatcher
+from vlmrb_torchrl.scoring_ledger import Ledger
+from vlmrb_torchrl.scoring_process import ProcessBackend
+
+
+class AsyncScorer:
+    """Cuts insertions into clips, has them judged beside the learner, writes the scores back.
+
+    `submit` copies what it needs and returns; it waits for nothing and no fault of the scorer
+    reaches it. A clip of which every slot was overwritten meanwhile is dropped by the buffer's
+    generations: no score lands on another transition.
+
+    | mode | the scorer runs | for |
+    |---|---|---|
+    | ``"process"`` | in a process of its own, at low priority | scorers that compute on the CPU |
+    | ``"thread"`` | in a thread, on CUDA in its own low-priority stream | scorers on a GPU |
+    | ``"sync"`` | inside `submit`, before it returns | tests and bit-exact reruns |
+    | ``"auto"`` | thread if it is on CUDA or ``scorer.cheap``, else process | |
+
+    A scorer that raises, answers nonsense, hangs or dies is counted, logged once per kind,
+    restarted after a pause that doubles from fault to fault, and asked once more about the same
+    batch before that is given up.
+
+    Args:
+        buffer: Where the transitions are and the scores go. Its sampler must take scores.
+        transform: Draws ``"clip"`` from ``"render_state"``; None for a scorer of events.
+        scorer: The judge, any TensorDictModule that writes ``"score"`` ``[B]`` in [0, 1].
+        clip_transitions: Transitions that a clip covers.
+        frames_per_clip: Frames of them that are shown, the last outcome always among them.
+        stride: Transitions from one clip's start to the next; None: no overlap.
+        queue_clips: Clips that may wait. When the queue is full the oldest makes room.
+        batch_clips: Clips scored at once, at most.
+        max_wait_s: Seconds that a clip may wait for its batch to fill.
+        mode: See above.
+        timeout_s: Seconds for a batch until the scorer counts as hanging. In ``"sync"`` mode
+            there is no limit.
+        start_timeout_s: Seconds for a worker to start and load the scorer.
+        backoff_s: Shortest and longest pause after a fault, in seconds.
+        niceness: Of the worker process, 0 (as important as the learner) to 19.
+        worker_threads: Threads that torch may use in the worker process.
+        patience: Insertions after which an unseen trajectory counts as given up.
+        seed: Chooses the random clips of `showcase`.
+
+    Raises:
+        TypeError: If the buffer or its sampler cannot take scores.
+        ValueError: If the numbers are impossible or the scorer cannot be sent to a process.
+
+    Example:
+        >>> scoring = AsyncScorer(buffer, ClipRenderTransform(renderer), scorer)
+        >>> with scoring:
+        ...     for data in collector:
+        ...         data = data.reshape(-1)
+        ...         index = buffer.extend(data)
+        ...         scoring.submit(data, index)
+    """
+
+    def __init__(
+        self,
+        buffer: VLMReplayBuffer,
+        transform: Transform | None,
+        scorer: TensorDictModuleBase,
+        *,
+        clip_transitions: int = 32,
+        frames_per_clip: int = 32,
+        stride: int | None = None,
+        queue_clips: int = 256,
+        batch_clips: int = 16,
+        max_wait_s: float = 0.1,
+        mode: Mode = "auto",
+        timeout_s: float = 60.0,
+        start_timeout_s: float = 300.0,
+        backoff_s: tuple[float, float] = (0.5, 60.0),
+        niceness: int = 5,
+        worker_threads: int = 1,
+        patience: int = 8,
+        seed: int = 0,
+    ) -> None:
+        needs_frames = CLIP in scorer.in_keys
+        _check_buffer(buffer, clip_transitions)
+        for name, value in (
+            ("queue_clips", queue_clips),
+            ("batch_clips", batch_clips),
+            ("worker_threads", worker_threads),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1.")
+        if not (timeout_s > 0 and start_timeout_s > 0 and max_wait_s >= 0):
+            raise ValueError(
+                f"timeout_s is {timeout_s}, start_timeout_s {start_timeout_s}, max_wait_s "
+                f"{max_wait_s}; choose positive seconds."
+            )
+        if not 0 <= backoff_s[0] <= backoff_s[1]:
+            raise ValueError(f"backoff_s is {backoff_s}; choose (shortest, longest) seconds.")
+        if needs_frames and transform is None:
+            raise ValueError(f"{scorer!r} reads frames; pass ClipRenderTransform(renderer).")
+        self._buffer, self._transform, self._scorer = buffer, transform, scorer
+        self._cutter = ClipCutter(
+            clip_transitions, frames_per_clip, stride, needs_frames=needs_frames, patience=patience
+        )
+        self._cutting = threading.Lock()
+        self._ledger = Ledger(seed)
+        self.mode = choose_mode(mode, scorer)
+        self._dispatcher = Dispatcher(
+            buffer,
+            self._backend(timeout_s, start_timeout_s, niceness, worker_threads),
+            self._ledger,
+            queue_clips=queue_clips,
+            batch_clips=batch_clips,
+            max_wait_s=max_wait_s,
+            backoff_s=backoff_s,
+            threaded=self.mode != "sync",
+        )
+        # Runs when this object is collected and when the interpreter ends, Ctrl-C included.
+        self._finalizer = weakref.finalize(self, self._dispatcher.close)
+
+    def _backend(
+        self, timeout_s: float, start_timeout_s: float, niceness: int, threads: int
+    ) -> Backend:
+        transform = self._transform if self._cutter.needs_frames else None
+        if self.mode == "sync":
+            return InlineBackend(transform, self._scorer)
+        if self.mode == "thread":
+            return ThreadBackend(
+                transform, self._scorer, timeout_s=timeout_s, start_timeout_s=start_timeout_s
+            )
+        return ProcessBackend(
+            transform,
+            self._scorer,
+            timeout_s=timeout_s,
+            start_timeout_s=start_timeout_s,
+            niceness=niceness,
+            threads=threads,
+        )
+
+    def submit(self, data: TensorDictBase, index: Tensor) -> None:
+        """Take in what was just inserted: ``index = buffer.extend(data)``.
+
+        Args:
+            data: The transitions, ``[T]``, or ``[N, T]`` if ``data.reshape(-1)`` was inserted;
+                with ``("next", "done")``, ``("next", "render_state")`` where frames are wanted,
+                ``("next", "events")`` if there are any, and the collector's trajectory ids.
+                It is copied. What lies on a GPU is waited for: collect to the CPU.
+            index: The slots that ``extend`` returned.
+
+        Raises:
+            KeyError: If a key is missing.
+            ValueError: If index and data differ in length.
+            RuntimeError: If this scorer is closed.
+        """
+        if self._dispatcher.closed:
+            raise RuntimeError("This AsyncScorer is closed; make a new one.")
+        generation = self._stamps(data, index)
+        with self._cutting:
+            clips = self._cutter.cut(data, index, generation)
+            self._dispatcher.put(clips, self._cutter.transitions)
+
+    def _stamps(self, data: TensorDictBase, index: Tensor) -> Tensor:
+        """The slots' generations at this insertion, of the shape of ``index``."""
+        written: Tensor | None = data.get(INDEX, None)
+        stamps: Tensor | None = data.get(GENERATION, None)
+        if stamps is not None and written is not None and torch.equal(written, index):
+            return stamps  # taken under the lock of the very write
+        stamps = self._buffer.generations_of(index)
+        overwritten = index.numel() - self._buffer.storage.max_size
+        if overwritten > 0:  # the batch overwrote its own start; no slot has a stamp of -1
+            stamps = stamps.clone()
+            stamps[:overwritten] = -1
+        return stamps
+
+    def flush(self) -> None:
+        """Queue every open clip as it is. For when the environments start afresh."""
+        with self._cutting:
+            self._dispatcher.put(self._cutter.flush(), self._cutter.transitions)
+
+    def wait_until_ready(self, timeout_s: float = 300.0) -> bool:
+        """Wait until the worker has loaded the scorer, or failed to.
+
+        A process takes seconds to start. Learning need not wait for it, but what is inserted
+        meanwhile may be more than the queue holds.
+
+        Returns:
+            Whether that came true within ``timeout_s``.
+        """
+        return self._dispatcher.wait_until_ready(timeout_s)
+
+    def drain(self, timeout_s: float = 60.0, *, flush: bool = False) -> bool:
+        """Wait until every queued clip is scored or given up.
+
+        Args:
+            timeout_s: Seconds to wait at most.
+            flush: Queue the open clips first.
+
+        Returns:
+            Whether nothing is pending any more.
+        """
+        if flush:
+            self.flush()
+        return self._dispatcher.drain(timeout_s)
+
+    def statistics(self) -> dict[str, float]:
+        """What became of the clips and how fast, for logging.
+
+        ``clips_submitted = clips_scored + clips_late + clips_dropped + clips_failed +
+        clips_pending``, and the same in ``transitions_…`` covered; ``clips_positive`` (score
+        from 0.5 on); ``faults_{raised, invalid, timeout, died, write}``; ``retries``; and of the
+        last 30 seconds ``clips_per_s``, ``latency_s`` and ``latency_env_steps``: from the end of
+        a clip to its score in the buffer, the latter in transitions inserted meanwhile.
+        ``transitions_open`` are those whose clip is not complete.
+        """
+        with self._cutting:
+            return {**self._ledger.statistics(), "transitions_open": float(len(self._cutter))}
+
+    def showcase(self) -> dict[str, tuple[Tensor, float]]:
+        """Clips to look at: the best-scored and a random one of those since the last call.
+
+        Returns:
+            ``"best"`` and ``"random"`` to (frames uint8 ``[F, 3, H, W]``, score); empty without
+            a transform, or if nothing was scored since.
+        """
+        shown = self._ledger.pop_shown()
+        if self._transform is None:
+            return {}
+        return {
+            name: (self._transform(stack_clips([clip]))[CLIP][0].cpu(), score)
+            for name, (clip, score) in shown.items()
+            if clip.render_state is not None
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Pending and open clips, counts and random states, as tensors and numbers."""
+        with self._cutting:
+            return {
+                "cutter": self._cutter.state_dict(),
+                "pending": [clip.state_dict() for clip in self._dispatcher.pending()],
+                "ledger": self._ledger.state_dict(),
+                "scorer": {
+                    name: module.get_extra_state() for name, module in self._seeded().items()
+                },
+            }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``, once the buffer has been restored to the same moment.
+
+        What is pending is queued again. The open clips wait for environments that go on with the
+        same trajectory ids; where they start afresh, call `flush` next.
+        """
+        with self._cutting:
+            self._cutter.load_state_dict(state["cutter"])
+            for name, module in self._seeded().items():
+                module.set_extra_state(state["scorer"][name])
+            pending = [Clip.from_state_dict(clip) for clip in state["pending"]]
+            self._dispatcher.put(pending, self._cutter.transitions)
+            self._ledger.load_state_dict(state["ledger"])
+
+    def _seeded(self) -> dict[str, SeededScorer]:
+        # A worker process has its own copy, which starts from the seed.
+        modules = self._scorer.named_modules()
+        return {name: module for name, module in modules if isinstance(module, SeededScorer)}
+
+    def close(self) -> None:
+        """End the worker, leaving what is pending unscored. May be called again."""
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _check_buffer(buffer: VLMReplayBuffer, clip_transitions: int) -> None:
+    if not hasattr(buffer, "write_scores"):
+        raise TypeError(f"buffer is a {type(buffer).__name__}; scores go to a VLMReplayBuffer.")
+    if not hasattr(buffer.sampler, "update_score"):
+        raise TypeError(
+            f"The buffer's {type(buffer.sampler).__name__} takes no scores; "
+            "build the buffer with sampler=VLMPrioritizedSampler(capacity)."
+        )
+    storage = buffer.storage
+    if storage.ndim > 1:
+        raise ValueError(
+            f"The buffer's storage has {storage.ndim} dimensions; clips are cut from flat slots: "
+            "leave ndim at 1 and insert data.reshape(-1)."
+        )
+    if clip_transitions > storage.max_size:
+        raise ValueError(
+            f"clip_transitions is {clip_transitions}, but the buffer holds {storage.max_size} "
+            "transitions; choose shorter clips or a larger buffer."
+        )

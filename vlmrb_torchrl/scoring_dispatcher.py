@@ -1,0 +1,222 @@
+"""The thread between learner and scorer: takes clips from the queue, writes scores back."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vlmrb_torchrl.clips import Clip, stack_clips
+from vlmrb_torchrl.scoring_backends import Backend
+from vlmrb_torchrl.scoring_ledger import Ledger, Ticket
+from vlmrb_torchrl.scoring_worker import ScorerError, one_line
+
+_LOGGER = logging.getLogger("vlmrb_torchrl.scoring")
+_TRIES = 2
+"""How often a batch is tried: once more, since its process may have died of something else."""
+_JOIN_SECONDS = 5.0
+"""How long `close` waits for the thread, which does not outlive the interpreter anyway."""
+
+
+class Dispatcher:
+    """A bounded queue of clips and the thread that has them scored in small batches.
+
+    Nothing that a scorer does reaches the learner: faults are counted, logged once per kind, and
+    answered by a pause that doubles from fault to fault until a batch succeeds.
+
+    Args:
+        buffer: Where scores are written: ``write_scores(index, generation, score)``.
+        backend: Where the scorer runs.
+        ledger: Where everything is counted.
+        queue_clips: Clips that may wait; the oldest makes room.
+        batch_clips: Clips scored at once, at most.
+        max_wait_s: Seconds that a clip may wait for its batch to fill.
+        backoff_s: Pause after the first fault and the longest pause, in seconds.
+        threaded: False to score in the thread that calls `put`, without pauses.
+    """
+
+    def __init__(
+        self,
+        buffer: Any,
+        backend: Backend,
+        ledger: Ledger,
+        *,
+        queue_clips: int,
+        batch_clips: int,
+        max_wait_s: float,
+        backoff_s: tuple[float, float],
+        threaded: bool,
+    ) -> None:
+        self._buffer, self._backend, self._ledger = buffer, backend, ledger
+        self._queue_clips, self._batch_clips = queue_clips, batch_clips
+        self._max_wait_s, self._backoff_s = max_wait_s, backoff_s
+        self._changed = threading.Condition()
+        self._queue: deque[Ticket] = deque()
+        self._batch: list[Ticket] = []  # being scored
+        self._draining = 0
+        self._closed = False
+        self._faults_in_a_row = 0
+        self._env_steps = 0
+        self._pid = os.getpid()
+        self._started = threading.Event()
+        self._thread: threading.Thread | None = None
+        if threaded:
+            # Daemonic: what hangs in it must not keep the interpreter from ending.
+            self._thread = threading.Thread(target=self._run, name="scoring", daemon=True)
+            self._thread.start()
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    def put(self, clips: Sequence[Clip], env_steps: int) -> None:
+        """Queue ``clips``; ``env_steps`` transitions have been inserted until now."""
+        self._ledger.submitted(clips)
+        if self._thread is None:
+            self._env_steps = env_steps
+            for start in range(0, len(clips), self._batch_clips):
+                self._attempt([Ticket(clip) for clip in clips[start : start + self._batch_clips]])
+            return
+        with self._changed:
+            self._env_steps = env_steps
+            if not clips:
+                return
+            waiting = len(self._queue)
+            self._queue.extend(map(Ticket, clips))
+            excess = len(self._queue) - self._queue_clips
+            if excess > 0:
+                self._ledger.dropped([self._queue.popleft().clip for _ in range(excess)])
+            # The thread sleeps until the first clip comes, then until a batch is full.
+            if not waiting or waiting < self._batch_clips <= len(self._queue):
+                self._changed.notify_all()
+
+    def wait_until_ready(self, timeout_s: float) -> bool:
+        """Wait until the scorer was started, or failed to; whether that came within the time."""
+        return self._thread is None or self._started.wait(timeout_s)
+
+    def pending(self) -> list[Clip]:
+        """Clips neither scored nor given up, the oldest first."""
+        with self._changed:
+            return [ticket.clip for ticket in (*self._batch, *self._queue)]
+
+    def drain(self, timeout_s: float) -> bool:
+        """Wait until nothing is pending; whether that came true within ``timeout_s``."""
+        with self._changed:
+            self._draining += 1
+            self._changed.notify_all()
+            try:
+                return self._changed.wait_for(
+                    lambda: self._closed or not (self._queue or self._batch), timeout_s
+                )
+            finally:
+                self._draining -= 1
+
+    def close(self) -> None:
+        """Stop, leaving what is pending unscored. May be called again."""
+        if os.getpid() != self._pid:
+            return  # a fork of the owner: nothing here is its own
+        with self._changed:
+            if self._closed:
+                return
+            self._closed = True
+            self._ledger.dropped([ticket.clip for ticket in self._queue])
+            self._queue.clear()
+            self._changed.notify_all()
+        self._backend.abort()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(_JOIN_SECONDS)
+
+    def _run(self) -> None:
+        try:
+            self._backend.start()
+        except ScorerError as error:
+            self._fault(error.kind, str(error), retried=False)
+        self._started.set()
+        while batch := self._take():
+            self._attempt(batch)
+            with self._changed:
+                self._batch = []
+                self._changed.notify_all()
+
+    def _take(self) -> list[Ticket]:
+        """The next batch, as soon as there is one; none when closed."""
+        with self._changed:
+            while not self._closed:
+                wait_s = None
+                if self._queue:
+                    wait_s = self._queue[0].queued_at + self._max_wait_s - time.monotonic()
+                    if self._draining or len(self._queue) >= self._batch_clips or wait_s <= 0:
+                        size = min(self._batch_clips, len(self._queue))
+                        self._batch = [self._queue.popleft() for _ in range(size)]
+                        return self._batch
+                self._changed.wait(wait_s)
+            return []
+
+    def _attempt(self, batch: list[Ticket]) -> None:
+        """Have a batch scored and write the scores; whatever goes wrong is counted."""
+        clips = [ticket.clip for ticket in batch]
+        for tries_left in reversed(range(_TRIES)):
+            try:
+                scores = self._score(clips)
+                break
+            except ScorerError as error:
+                if self._closed:
+                    self._ledger.dropped(clips)
+                    return
+                self._fault(error.kind, str(error), retried=tries_left > 0)
+        else:
+            self._ledger.failed(clips)
+            return
+        self._faults_in_a_row = 0
+        try:
+            live = self._write(clips, scores)
+        except Exception as error:
+            self._fault("write", one_line(error), retried=False)
+            self._ledger.failed(clips)
+            return
+        self._ledger.answered(batch, scores, live, self._env_steps)
+
+    def _score(self, clips: list[Clip]) -> NDArray[np.float32]:
+        try:
+            return self._backend.score(stack_clips(clips))
+        except ScorerError:
+            raise
+        except Exception as error:
+            raise ScorerError("raised", one_line(error)) from error
+
+    def _write(self, clips: list[Clip], scores: NDArray[np.float32]) -> list[int]:
+        lengths = [len(clip) for clip in clips]
+        live = self._buffer.write_scores(
+            torch.from_numpy(np.concatenate([clip.index for clip in clips])),
+            torch.from_numpy(np.concatenate([clip.generation for clip in clips])),
+            torch.from_numpy(scores.repeat(lengths)),
+        )
+        return [int(part.sum()) for part in live.cpu().split(lengths)]
+
+    def _fault(self, kind: str, message: str, retried: bool) -> None:
+        if self._closed:
+            return
+        if self._ledger.fault(kind, retried):
+            _LOGGER.warning(
+                "Scoring: %s (%s). Learning goes on with the scores there are; further faults of "
+                "this kind are only counted, as faults_%s of statistics().",
+                message,
+                kind,
+                kind,
+            )
+        if self._thread is None:
+            return
+        first, longest = self._backoff_s
+        pause_s = min(first * 2.0**self._faults_in_a_row, longest)
+        self._faults_in_a_row = min(self._faults_in_a_row + 1, 30)
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed, pause_s)

@@ -1,0 +1,161 @@
+"""Judging a batch of clips, and the worker process that does so at the other end of a pipe.
+
+The process is started by `BOOTSTRAP` instead of by ``multiprocessing``: it then neither imports
+the user's script again (unless the scorer is defined there) nor refuses to start from a daemonic
+process, and it ignores Ctrl-C, which a terminal sends to it too, from its first line on.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import threading
+import time
+from multiprocessing.connection import Connection
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+from torchrl.envs import Transform
+
+from vlmrb_torchrl.keys import CLIP, SCORE
+from vlmrb_torchrl.scorers.base import InvalidScoreError, check_scores
+
+FaultKind = Literal["raised", "invalid", "timeout", "died"]
+
+BOOTSTRAP = """
+import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)
+import os, sys
+descriptor, parent, niceness = map(int, sys.argv[1:])
+os.nice(niceness)
+from multiprocessing import spawn
+from multiprocessing.connection import Connection
+connection = Connection(descriptor)
+spawn.prepare(connection.recv())
+from vlmrb_torchrl.scoring_worker import serve
+serve(connection, parent)
+"""
+"""Program of the worker process; arguments: file descriptor of its end of the pipe, pid of the
+parent, niceness. The first message is what ``multiprocessing`` tells a spawned process."""
+
+IN_WORKER = "VLMRB_SCORING_WORKER"
+"""Environment variable that is set in worker processes."""
+
+_WATCH_SECONDS = 1.0
+"""How long a worker may outlive a parent that was killed while the worker was busy."""
+
+
+class ScorerError(Exception):
+    """A batch that got no scores, and why.
+
+    Attributes:
+        kind: ``"raised"`` (the scorer raised), ``"invalid"`` (it answered something else than
+            one number in [0, 1] per clip), ``"timeout"`` (no answer), ``"died"`` (its process).
+    """
+
+    def __init__(self, kind: FaultKind, message: str) -> None:
+        super().__init__(message)
+        self.kind: FaultKind = kind
+
+
+def judge(
+    transform: Transform | None, scorer: TensorDictModuleBase, clips: TensorDictBase
+) -> NDArray[np.float32]:
+    """Draw the clips if ``scorer`` wants frames, and score them.
+
+    Args:
+        transform: Draws ``"clip"`` from ``"render_state"``.
+        scorer: Writes ``"score"``.
+        clips: Batch ``[B]``.
+
+    Returns:
+        Scores, float32 ``[B]`` in [0, 1].
+
+    Raises:
+        ScorerError: If the transform or the scorer raised, or the answer is no score.
+    """
+    try:
+        with torch.no_grad():
+            if transform is not None and CLIP in scorer.in_keys:
+                clips = transform(clips)
+            score: Tensor = scorer(clips).get(SCORE)
+            check_scores(score, clips.shape[0], type(scorer).__name__)
+            return score.to("cpu", torch.float32).numpy()
+    except InvalidScoreError as error:
+        raise ScorerError("invalid", str(error)) from error
+    except Exception as error:
+        raise ScorerError("raised", one_line(error)) from error
+
+
+def load(scorer: TensorDictModuleBase) -> None:
+    """Let ``scorer`` load what is heavy, if it is one that does."""
+    try:
+        getattr(scorer, "load", lambda: None)()
+    except Exception as error:
+        raise ScorerError("raised", f"loading the scorer failed: {one_line(error)}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """``Type: message`` of an error, on one line of moderate length."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+
+
+def to_numpy(clips: TensorDictBase) -> dict[str, Any]:
+    """Nested dict of arrays: what is sent to a worker, with no shared memory of torch's."""
+    return {
+        key: to_numpy(value) if isinstance(value, TensorDictBase) else value.numpy()
+        for key, value in clips.items()
+    }
+
+
+def from_numpy(arrays: dict[str, Any], batch_size: list[int]) -> TensorDict:
+    """The inverse of `to_numpy`."""
+
+    def tensors(tree: dict[str, Any]) -> dict[str, Any]:
+        return {k: tensors(v) if isinstance(v, dict) else _tensor(v) for k, v in tree.items()}
+
+    return TensorDict(tensors(arrays), batch_size)
+
+
+def _tensor(array: NDArray[Any]) -> Tensor:
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def serve(connection: Connection, parent: int) -> None:
+    """Answer requests until the other end of ``connection`` closes."""
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    payload, threads = connection.recv()
+    torch.set_num_threads(threads)
+    try:
+        transform, scorer = pickle.loads(payload)
+        load(scorer)
+    except Exception as error:
+        connection.send(
+            ("raised", str(error) if isinstance(error, ScorerError) else one_line(error))
+        )
+        return
+    answer: tuple[str, Any] = ("ready", None)
+    while True:
+        connection.send(answer)
+        try:
+            arrays, clips = connection.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            answer: tuple[str, Any] = (
+                "scores",
+                judge(transform, scorer, from_numpy(arrays, [clips])),
+            )
+        except ScorerError as error:
+            answer = (error.kind, str(error))
+
+
+def _end_with(parent: int) -> None:
+    # A closed pipe ends an idle worker at once; this ends one that hangs in its scorer.
+    while os.getppid() == parent:
+        time.sleep(_WATCH_SECONDS)
+    os._exit(1)
