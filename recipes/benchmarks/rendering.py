@@ -72,7 +72,7 @@ def main(  # noqa: PLR0917 - the command line
     """
     torch.set_num_threads(1)
     table = Table(
-        title=f"MiniGrid frames, {tile_size} pixels a cell, {clips * frames_per_clip} "
+        title=f"MiniGrid, tiles of {tile_size} pixels, {clips * frames_per_clip} frames "
         f"at once; median (lowest to highest) of {rounds}"
     )
     for column in ("grid", "drawn by", "frames/s", "x env.render()"):

@@ -3,7 +3,7 @@
 A MiniGrid picture is a mosaic: what a cell looks like depends only on the object in it, its
 colour and state, and the agent's direction if it stands there. Each such tile is drawn once,
 by MiniGrid's own ``Grid.render_tile``, the first time it occurs; a frame is then a gather. The
-frames equal ``env.unwrapped.get_frame(highlight=False, tile_size=…)`` byte for byte, several
+frames equal ``env.unwrapped.get_frame(highlight=False)`` byte for byte, and come over a
 hundred times faster (``recipes/benchmarks/rendering.py``).
 """
 
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _OUTSIDE = 0  # slot of the black tile, shown beyond the grid's border
-# A cell is four bytes (type, colour, state, agent); these bits of them can be set.
+# A cell is four bytes, read as one little-endian integer; these bits of them can be set.
 _USED_BITS = np.frombuffer(bytes([0x0F, 0x07, 0x03, 0x07]), np.uint32)[0]
 _CODES = 1 << 12
 _CHUNK_BYTES = 1 << 19  # half of a usual second-level cache
@@ -77,8 +77,7 @@ def stock_sprites(cell: Cell, tile_size: int) -> NDArray[np.uint8]:
     direction = cell.agent - 1 if cell.agent else None
     tile = Grid.render_tile(shown, agent_dir=direction, tile_size=tile_size)
     # Averages of sub-pixels, in floats: MiniGrid truncates them when it fills its frame.
-    pixels: NDArray[np.uint8] = tile.astype(np.uint8)
-    return pixels
+    return np.asarray(tile, np.uint8)
 
 
 @dataclass(frozen=True)
@@ -86,8 +85,8 @@ class SwappedSprites:
     """The "misleading" game: objects drawn as other objects, the dynamics untouched.
 
     Args:
-        swaps: From the type of an object to what is drawn in its place, a type with or
-            without a colour (without: the colour of the object). The agent stays the agent.
+        swaps: From the type of an object to what is drawn in its place: a type, with a colour
+            if it is not to keep the object's. The agent stays the agent.
 
     Raises:
         ValueError: A name that MiniGrid does not know.
@@ -125,18 +124,16 @@ class SwappedSprites:
         kind, colour = self.drawn_as(
             constants.IDX_TO_OBJECT[cell.kind], constants.IDX_TO_COLOR[cell.colour]
         )
-        swapped = cell._replace(
-            kind=constants.OBJECT_TO_IDX[kind], colour=constants.COLOR_TO_IDX[colour]
-        )
-        return stock_sprites(swapped, tile_size)
+        drawn = {"kind": constants.OBJECT_TO_IDX[kind], "colour": constants.COLOR_TO_IDX[colour]}
+        return stock_sprites(cell._replace(**drawn), tile_size)
 
 
 @dataclass(frozen=True)
 class AbstractSprites:
     """The "abstract" game: every tile, the agent's too, is a random texture of its own.
 
-    The texture depends on the seed and on the cell's code alone, so that the game stays
-    consistent from frame to frame and only its meaning is gone.
+    A texture depends on the seed and on its cell alone: frames stay consistent, only their
+    meaning is gone.
 
     Args:
         seed: Chooses the textures.
@@ -237,19 +234,16 @@ class MiniGridRenderer:
     def _draw(self, codes: NDArray[np.uint32]) -> None:
         with self._lock:
             new = [int(code) for code in codes if self._slot_of_code[code] < 0]
-            tiles = [
-                np.ascontiguousarray(
-                    self.sprites(
-                        Cell(code & 0xF, code >> 4 & 7, code >> 7 & 3, code >> 9), self.tile_size
-                    ).transpose(2, 0, 1)
-                ).view(self._tiles.dtype)
-                for code in new
-            ]
+            tiles = [self._tile(Cell(c & 0xF, c >> 4 & 7, c >> 7 & 3, c >> 9)) for c in new]
             if tiles:
                 first = len(self._tiles)
                 # The tiles first: another thread that sees a slot finds its tile.
                 self._tiles = np.concatenate([self._tiles, np.stack(tiles)])
                 self._slot_of_code[new] = np.arange(first, first + len(new))
+
+    def _tile(self, cell: Cell) -> NDArray[Any]:
+        pixels = self.sprites(cell, self.tile_size).transpose(2, 0, 1)
+        return np.ascontiguousarray(pixels).view(self._tiles.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"tile_size": self.tile_size, "window": self.window, "sprites": self.sprites}
