@@ -52,7 +52,7 @@ def race(size: int, tile_size: int, frames: int, rounds: int, seconds: float) ->
     )
 
 
-def main(  # noqa: PLR0917 - the command line
+def main(
     sizes: tuple[int, ...] = (8, 16),
     tile_size: int = 8,
     clips: int = 16,
