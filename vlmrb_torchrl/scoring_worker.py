@@ -7,6 +7,7 @@ process, and it ignores Ctrl-C, which a terminal sends to it too, from its first
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import threading
@@ -84,7 +85,7 @@ def judge(
                 clips = transform(clips)
             score: Tensor = scorer(clips).get(SCORE)
             check_scores(score, clips.shape[0], type(scorer).__name__)
-            return score.to("cpu", torch.float32).numpy()
+            return score.detach().to("cpu", torch.float32).numpy()
     except InvalidScoreError as error:
         raise ScorerError("invalid", str(error)) from error
     except Exception as error:
@@ -128,30 +129,31 @@ def _tensor(array: NDArray[Any]) -> Tensor:
 def serve(connection: Connection, parent: int) -> None:
     """Answer requests until the other end of ``connection`` closes."""
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    payload, threads = connection.recv()
-    torch.set_num_threads(threads)
-    try:
-        transform, scorer = pickle.loads(payload)
-        load(scorer)
-    except Exception as error:
-        connection.send(
-            ("raised", str(error) if isinstance(error, ScorerError) else one_line(error))
-        )
-        return
-    answer: tuple[str, Any] = ("ready", None)
-    while True:
-        connection.send(answer)
+    with contextlib.suppress(EOFError, OSError):
+        payload, threads = connection.recv()
+        torch.set_num_threads(threads)
         try:
-            arrays, clips = connection.recv()
-        except (EOFError, OSError):
-            return
-        try:
-            answer: tuple[str, Any] = (
-                "scores",
-                judge(transform, scorer, from_numpy(arrays, [clips])),
-            )
+            transform, scorer = pickle.loads(payload)
+            load(scorer)
         except ScorerError as error:
-            answer = (error.kind, str(error))
+            connection.send((error.kind, str(error)))
+            return
+        except Exception as error:
+            connection.send(("raised", f"the worker cannot read the scorer: {one_line(error)}"))
+            return
+        connection.send(("ready", None))
+        while True:
+            arrays, clips = connection.recv()
+            connection.send(_answer(transform, scorer, from_numpy(arrays, [clips])))
+
+
+def _answer(
+    transform: Transform | None, scorer: TensorDictModuleBase, clips: TensorDict
+) -> tuple[str, Any]:
+    try:
+        return "scores", judge(transform, scorer, clips)
+    except ScorerError as error:
+        return error.kind, str(error)
 
 
 def _end_with(parent: int) -> None:

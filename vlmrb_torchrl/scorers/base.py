@@ -96,7 +96,7 @@ class ClipScorer(TensorDictModuleBase):
                 )
         score = self.score(tensordict)
         check_scores(score, tensordict.shape[0], repr(self))
-        tensordict.set(SCORE, score.to(torch.float32))
+        tensordict.set(SCORE, score.detach().to(torch.float32))
         return tensordict
 
     def __repr__(self) -> str:
