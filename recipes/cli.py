@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -16,8 +17,8 @@ from recipes.checks import ConfigError, require
 from recipes.off_policy import train
 from recipes.replay import Replay, VLMGuided
 from recipes.settings import Scoring, Training
-from recipes.telemetry import Telemetry
 from recipes.tasks import DoorKey, Task
+from recipes.telemetry import Telemetry
 
 DEFAULT_SCORER = "vlmrb_torchrl.scorers.EmbeddedJudge"
 LAUNCHED_BY_FABRIC_CLI = "LT_CLI_USED"
@@ -124,6 +125,7 @@ def launch(
 ) -> None:
     """Launch Fabric, unless ``fabric run`` did, and train."""
     training: Training = settings.training
+    logging.getLogger("torchrl").setLevel(logging.WARNING)
     torch.set_num_threads(training.torch_threads)
     if os.environ.get(LAUNCHED_BY_FABRIC_CLI):
         fabric = Fabric()

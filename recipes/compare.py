@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -112,19 +114,19 @@ def plan(
 def execute(runs: list[Run], jobs: int, progress: Progress) -> None:
     """Run all, ``jobs`` at a time."""
     waiting = deque(run for run in runs if not run.finished())
-    total = progress.add_task("all runs", total=len(runs), completed=len(runs) - len(waiting))
+    total = progress.add_task(
+        "all runs", total=len(runs), completed=len(runs) - len(waiting), note=""
+    )
     running: list[Run] = []
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
                 run = waiting.popleft()
                 run.start()
-                run.bar = progress.add_task(run.name, total=None)
+                run.bar = progress.add_task(run.name, total=None, note="")
                 running.append(run)
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 running[0].process.wait(POLL_SECONDS)  # type: ignore[union-attr]
-            except subprocess.TimeoutExpired:
-                pass
             for run in list(running):
                 show(progress, run)
                 if run.ended():
@@ -190,6 +192,8 @@ def compare(
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
+    # Ended from outside or by Ctrl-C, the runs are stopped too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         jsonargparse.auto_cli(compare, args=argv, as_positional=False)
     except ConfigError as error:

@@ -1,7 +1,7 @@
 """Double DQN (van Hasselt et al. 2016, arXiv 1509.06461), with any replay method.
 
-    python -m recipes.dqn --config recipes/configs/doorkey_6x6/dqn.yaml
-    fabric run --devices=2 recipes/dqn.py --config recipes/configs/doorkey_6x6/dqn.yaml
+python -m recipes.dqn --config recipes/configs/doorkey_6x6/dqn.yaml
+fabric run --devices=2 recipes/dqn.py --config recipes/configs/doorkey_6x6/dqn.yaml
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torchrl.modules import EGreedyModule, QValueActor
 from torchrl.objectives import DQNLoss, SoftUpdate, ValueEstimators
 
 from recipes.checks import require
-from recipes.networks import grid_mlp
+from recipes.networks import GridQNetwork
 from vlmrb_torchrl import keys
 
 
@@ -58,16 +58,23 @@ class DQN(L.LightningModule):
             target_update_rate,
             "use a number in (0, 1]",
         )
+        for width in hidden_features:
+            require(width >= 1, "algorithm.hidden_features", hidden_features, "use 1 or more each")
+        for name, value in (("adam_eps", adam_eps), ("gradient_clip_norm", gradient_clip_norm)):
+            require(value > 0, f"algorithm.{name}", value, "use more than 0")
+        require(
+            epsilon_env_steps >= 1, "algorithm.epsilon_env_steps", epsilon_env_steps, "use >= 1"
+        )
         require(0 <= epsilon_final <= 1, "algorithm.epsilon_final", epsilon_final, "use 0 to 1")
         observation = env.observation_spec["observation"]
         action_spec = env.action_spec_unbatched
-        network = grid_mlp(
+        network = GridQNetwork(
             num_cells=observation.shape[-1] - 1,
             num_codes=int(observation.space.high.max()) + 1,
-            num_outputs=action_spec.space.n,
-            hidden=hidden_features,
+            num_actions=action_spec.space.n,
+            hidden_features=hidden_features,
         )
-        self.actor = QValueActor(network, in_keys=["observation"], spec=action_spec)
+        self.actor = QValueActor(network, spec=action_spec)
         self.greedy = EGreedyModule(
             action_spec, eps_end=epsilon_final, annealing_num_steps=epsilon_env_steps
         )
@@ -82,6 +89,16 @@ class DQN(L.LightningModule):
         self.target = SoftUpdate(self.loss, tau=target_update_rate)
         self.learning_rate, self.adam_eps = learning_rate, adam_eps
         self.gradient_clip_norm = gradient_clip_norm
+
+    replay_keys = (
+        "observation",
+        "action",
+        ("next", "observation"),
+        ("next", "reward"),
+        ("next", "done"),
+        ("next", "terminated"),
+    )
+    """What the loss reads of a transition, and so what the buffer keeps."""
 
     @property
     def policy(self) -> TensorDictModule:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 from torchrl.modules import MLP
 
@@ -18,6 +20,8 @@ class CellOneHot(nn.Module):
         num_codes: Distinct cell codes, 0 (empty) included.
     """
 
+    channels: Tensor
+
     def __init__(self, num_codes: int) -> None:
         super().__init__()
         self.register_buffer("channels", torch.eye(num_codes)[:, 1:].contiguous())
@@ -28,19 +32,35 @@ class CellOneHot(nn.Module):
         return torch.cat([cells, observation[..., -1:].to(cells.dtype)], dim=-1)
 
 
-def grid_mlp(
-    num_cells: int, num_codes: int, num_outputs: int, hidden: Sequence[int]
-) -> nn.Sequential:
-    """Build an MLP over the one-hot window.
+class GridQNetwork(TensorDictModuleBase):
+    """MLP over the one-hot window: ``"observation"`` in, ``"action_value"`` out.
 
-    The first layer sees a sparse input: about one channel in ``num_codes - 1`` is on, so its
-    weights start larger than a dense layer's would, for activations of unit scale.
+    A module of its own and not a ``TensorDictModule``, whose general way in and out takes a
+    fifth of the time of a loss on networks of this size.
+
+    Args:
+        num_cells: Cells of the window.
+        num_codes: Distinct cell codes, 0 (empty) included.
+        num_actions: Actions.
+        hidden_features: Width of each hidden layer.
     """
-    in_features = num_cells * (num_codes - 1) + 1
-    mlp = MLP(
-        in_features=in_features,
-        out_features=num_outputs,
-        num_cells=list(hidden),
-        activation_class=nn.ReLU,
-    )
-    return nn.Sequential(CellOneHot(num_codes), mlp)
+
+    in_keys = ("observation",)
+    out_keys = ("action_value",)
+
+    def __init__(
+        self, num_cells: int, num_codes: int, num_actions: int, hidden_features: Sequence[int]
+    ) -> None:
+        super().__init__()
+        self.one_hot = CellOneHot(num_codes)
+        self.mlp = MLP(
+            in_features=num_cells * (num_codes - 1) + 1,
+            out_features=num_actions,
+            num_cells=list(hidden_features),
+            activation_class=nn.ReLU,
+        )
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write float32 ``[B, num_actions]``."""
+        value = self.mlp(self.one_hot(tensordict.get("observation")))
+        return tensordict.set("action_value", value)

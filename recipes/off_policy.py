@@ -7,12 +7,13 @@ in the sampler, and nothing here knows that a VLM exists but for one line: ``sco
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Protocol
 
 import torch
 from lightning.fabric import Fabric
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torch.optim import Optimizer
@@ -21,15 +22,16 @@ from torchrl.collectors import Collector
 from recipes.evaluation import evaluate
 from recipes.replay import Replay
 from recipes.settings import Scoring, Training
-from recipes.telemetry import Telemetry
-from vlmrb_torchrl import AsyncScorer, ClipRenderTransform, VLMReplayBuffer, keys
 from recipes.tasks import Task
+from recipes.telemetry import Telemetry
+from vlmrb_torchrl import AsyncScorer, ClipRenderTransform, VLMReplayBuffer
 
 
 class Algorithm(Protocol):
     """What the loop asks of a LightningModule."""
 
     gradient_clip_norm: float
+    replay_keys: Sequence[NestedKey]
     policy: TensorDictModuleBase
     behaviour: TensorDictModuleBase
 
@@ -102,12 +104,12 @@ def train(
             scoring = cleanup.enter_context(build_scoring(buffer, task, scoring_settings))
         env_steps, updates_due, evaluations = 0, 0.0, 0
         for data in collector:
-            transitions = data.exclude(keys.RENDER_STATE).reshape(-1)
-            new_env_steps = transitions.numel() * fabric.world_size
+            new_env_steps = data.numel() * fabric.world_size
             env_steps += new_env_steps
-            index = buffer.extend(transitions)
+            # The judge's render states wait beside the buffer, not in it: draws stay small.
+            index = buffer.extend(data.select(*module.replay_keys).reshape(-1))
             if scoring is not None:
-                scoring.submit(transitions, index)
+                scoring.submit(data, index)
 
             if env_steps > training.warmup_env_steps:
                 updates_due += new_env_steps * training.updates_per_env_step

@@ -43,7 +43,8 @@ class Outcome:
     @property
     def area(self) -> Array:
         """Area under the curve: mean success over the evaluations, ``[S]``."""
-        return self.success.mean(axis=1)
+        area: Array = self.success.mean(axis=1)
+        return area
 
     @property
     def steps_to_level(self) -> Array:
@@ -120,7 +121,9 @@ def draw_curves(outcomes: dict[str, Outcome], path: Path) -> None:
         axes.fill_between(
             outcome.env_steps, bounds[:, 1], bounds[:, 2], color=line.get_color(), alpha=0.2
         )
-    axes.set(xlabel="environment steps", ylabel="success rate on held-out seeds", ylim=(-0.02, 1.02))
+    axes.set(
+        xlabel="environment steps", ylabel="success rate on held-out seeds", ylim=(-0.02, 1.02)
+    )
     axes.grid(alpha=0.3)
     axes.legend(loc="upper left")
     figure.savefig(path, dpi=140)

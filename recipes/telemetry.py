@@ -20,8 +20,8 @@ from torch import Tensor
 from recipes.metrics import METRICS_FILE
 from recipes.settings import Training
 from recipes.strips import clip_strip
-from vlmrb_torchrl import AsyncScorer, VLMPrioritizedSampler, VLMReplayBuffer, keys
 from recipes.tasks import Task
+from vlmrb_torchrl import AsyncScorer, VLMPrioritizedSampler, VLMReplayBuffer, keys
 
 
 class Telemetry:
@@ -58,8 +58,9 @@ class Telemetry:
         if self._writes:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._file = (self._folder / METRICS_FILE).open("w")
-            self._tensorboard = TensorBoardLogger(self._folder.parent, name=self._folder.name,
-                                                  version="")
+            self._tensorboard = TensorBoardLogger(
+                self._folder.parent, name=self._folder.name, version=""
+            )
             if self._training.progress:
                 self._progress = Progress(
                     TextColumn("[bold]{task.description}"),
@@ -166,8 +167,9 @@ class Telemetry:
             for name, value in sampler.statistics(len(buffer)).items():
                 figures[f"replay/{name}"] = value
             if self._last_batch is not None:
-                positive = sampler.positive[self._last_batch[keys.INDEX]]
-                figures["replay/batch_share_positive"] = positive.float().mean().item()
+                # Only what the judge prefers is drawn more often than uniformly.
+                preferred = self._last_batch[keys.Q] * len(buffer) > 1 + 1e-9
+                figures["replay/batch_share_positive"] = preferred.float().mean().item()
         return figures
 
     def _show_clips(self, env_steps: int, scoring: AsyncScorer) -> None:

@@ -1,0 +1,134 @@
+"""The loop: every method trains, figures are written, ranks agree, synchronous reruns are equal."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+from recipes import cli
+from recipes.compare import plan
+from recipes.dqn import DQN
+from recipes.metrics import read_rows
+from recipes.tasks import DoorKey
+
+ROOT = Path(cli.__file__).parent.parent
+CONFIGS = ROOT / "recipes" / "configs"
+METHODS = sorted(CONFIGS.glob("*/methods/*.yaml"))
+SHORT = [
+    "--env.size=5",
+    "--training.total_env_steps=1000",
+    "--training.warmup_env_steps=200",
+    "--training.eval_every_env_steps=500",
+    "--training.eval_episodes=2",
+    "--training.log_every_env_steps=500",
+    "--training.strip_every_env_steps=500",
+    "--training.num_envs=4",
+    "--env.max_steps=40",
+    "--training.progress=false",
+    "--replay.capacity=600",
+]
+
+
+def train(tmp_path, name, *arguments):
+    cli.run(DQN, [*arguments, *SHORT, f"--training.log_dir={tmp_path}", f"--training.name={name}"])
+    return read_rows(tmp_path / name)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda path: f"{path.parts[-3]}-{path.stem}")
+def test_every_method_trains_over_the_end_of_the_ring_and_writes_its_figures(method, tmp_path):
+    rows = train(tmp_path, "run", f"--config={method}")
+    evaluations = [row for row in rows if "eval/success" in row]
+    figures = [row for row in rows if "loss/td" in row]
+    assert [row["env_steps"] for row in evaluations] == [512, 1024]
+    assert all(0 <= row["eval/success"] <= 1 for row in evaluations)
+    # One update per 8 env steps after the warm-up; the first collection past it is at 224.
+    assert figures[-1]["replay/transitions"] == 600
+    assert all(row["loss/td"] >= 0 for row in figures)
+    if "replay/lambda" in figures[-1]:
+        last = figures[-1]
+        accounted = ("scored", "late", "dropped", "failed", "pending")
+        total = sum(last[f"scoring/clips_{fate}"] for fate in accounted)
+        assert last["scoring/clips_submitted"] == total > 0
+    assert (tmp_path / "run" / "config.yaml").exists()
+    assert list((tmp_path / "run").glob("events.out.tfevents.*"))
+
+
+def test_synchronous_rerun_is_equal_and_another_seed_is_not(tmp_path):
+    method = f"--config={CONFIGS / 'doorkey_6x6' / 'methods' / 'noisy.yaml'}"
+    runs = [
+        train(tmp_path, f"run{i}", method, "--scoring.mode=sync", f"--training.seed={seed}")
+        for i, seed in enumerate((3, 3, 4))
+    ]
+    kept = [[(row.get("loss/td"), row.get("eval/return")) for row in rows] for rows in runs]
+    assert kept[0] == kept[1]
+    assert kept[0] != kept[2]
+
+
+def test_training_step_writes_the_absolute_td_error():
+    """With all weights of the last layers at 0, Q is 0 everywhere, so δ = -r."""
+    env = DoorKey(size=5).make(2, seed=0)
+    module = DQN(env)
+    with torch.no_grad():
+        for params in (module.loss.value_network_params, module.loss.target_value_network_params):
+            params.apply(lambda weight: weight.data.zero_())
+    state = env.reset()
+    reward = torch.tensor([[0.5], [-0.25]])
+    no = torch.zeros(2, 1, dtype=torch.bool)
+    batch = TensorDict(
+        {
+            "observation": state["observation"],
+            "action": torch.zeros(2, dtype=torch.int64),
+            "next": {
+                "observation": state["observation"],
+                "reward": reward,
+                "done": no,
+                "terminated": no,
+            },
+        },
+        [2],
+    )
+    loss = module.training_step(batch)
+    assert batch["td_error"].flatten().tolist() == [0.5, 0.25]
+    # Huber below 1: δ²/2, averaged: (0.125 + 0.03125) / 2
+    assert loss.item() == pytest.approx(0.078125)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_fabric_run_trains_on_cpu_ranks(devices, tmp_path):
+    method = CONFIGS / "doorkey_6x6" / "methods" / "privileged.yaml"
+    script = ROOT / "recipes" / "dqn.py"
+    command = [str(Path(sys.executable).parent / "fabric"), "run", "--accelerator=cpu"]
+    command += ["--strategy=ddp"] if devices > 1 else []
+    command += [f"--devices={devices}", str(script), f"--config={method}", *SHORT]
+    command += [f"--training.log_dir={tmp_path}", "--training.name=run"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command,
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = read_rows(tmp_path / "run")
+    # Steps are counted over all ranks: 4 envs x 8 steps x ranks at a time.
+    assert rows[-1]["env_steps"] == 1024
+    assert any("loss/td" in row for row in rows)
+
+
+def test_comparison_runs_every_method_on_every_seed_and_knows_what_is_finished(tmp_path):
+    runs = plan(CONFIGS / "doorkey_6x6", "dqn", ["uer", "per"], [5, 6], tmp_path, [])
+    assert [run.name for run in runs] == ["uer_s5", "per_s5", "uer_s6", "per_s6"]
+    assert not runs[0].finished()
+    runs[0].folder.mkdir()
+    (runs[0].folder / "finished.json").write_text(json.dumps(runs[0].command))
+    assert runs[0].finished()
+    changed = plan(CONFIGS / "doorkey_6x6", "dqn", ["uer"], [5], tmp_path, ["--env.size=8"])
+    assert not changed[0].finished()
