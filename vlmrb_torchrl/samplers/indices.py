@@ -107,7 +107,9 @@ def checked_values(
         RuntimeError: There are neither B values nor one.
         ValueError: A value is NaN, infinite, negative or above ``most``.
     """
-    values = torch.as_tensor(values, device=index.device).detach()
+    values = torch.as_tensor(values, device=index.device)
+    if values.requires_grad:
+        values = values.detach()
     items = index.numel() if stored is None else stored.numel()
     if values.numel() == items:
         values = values.reshape(-1)

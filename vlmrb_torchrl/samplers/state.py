@@ -1,4 +1,7 @@
-"""What a sampler with scores shows of itself: its state, its statistics, its invariants."""
+"""What is known of each slot, and how it is saved, restored and checked.
+
+N: slots of the sampler.
+"""
 
 from __future__ import annotations
 
@@ -12,36 +15,85 @@ from torchrl.data.replay_buffers.samplers import PrioritizedSampler
 
 from vlmrb_torchrl.samplers.trees import SumTree, make_sum_tree
 
+# A slot without a score, in the score array; a slot never written, in the array of p.
+UNSCORED = -1.0
+EMPTY = -1.0
+
 _FILE = "sampler.pt"
 _VERSION = 1
 # Fixed at construction: a state of another value describes another distribution.
 _FIXED = ("_max_capacity", "dtype", "_eps", "td_boost", "threshold", "unscored_priority")
-# Restored: a scheduler may have moved them.
+# Restored: a scheduler may have moved them, writes have.
 _RESTORED = ("_lmbda", "_alpha", "_beta", "_written", "_scored", "_positive", "_max_priority")
 
 
-class SamplerState(PrioritizedSampler):
-    """Saving, loading and checking a :class:`VLMPrioritizedSampler`; a part of that class."""
+class SlotState(PrioritizedSampler):
+    """Per slot a score, the p that follows from it, and a TD error; over all slots a sum tree.
 
-    _sum_tree: SumTree
-    _score: Tensor
-    _td_error: Tensor
+    The part of ``VLMPrioritizedSampler`` that holds data. Its tree's leaf is (p + ε)^α, or
+    (p |δ| + ε)^α, of the slots written so far, and 0 of the others.
+    """
+
     _max_capacity: int
-    _written: int
-    _scored: int
-    _positive: int
-    _lmbda: float
+    _device: torch.device | None
+    _eps: float
+    _alpha: float
     _max_priority: Any  # (greatest |δ|, its slot), or (None, None)
-    _max_priority_within_buffer: bool
     dtype: torch.dtype
+    td_boost: bool
+    threshold: float | None
+    unscored_priority: float
+
+    def _init(self) -> None:
+        device = self._device or torch.device("cpu")
+        self._sum_tree: SumTree = make_sum_tree(self._max_capacity, self.dtype, device)
+        slots = (self._max_capacity,)
+        self._score = torch.full(slots, UNSCORED, dtype=self.dtype, device=device)
+        self._p = torch.full(slots, EMPTY, dtype=self.dtype, device=device)
+        # |δ| of a visited slot; of another one minus what stands in for it.
+        self._td_error = torch.full(slots, -1.0, dtype=self.dtype, device=device)
+        self._written = 0  # slots that were ever written
+        self._scored = 0  # of them: slots with a score
+        self._positive = 0  # of them: slots with p > 0
+        self._max_priority = None
+        self._just_marked: Any = None
+
+    @property
+    def scored(self) -> Tensor:
+        """Which slots have a score, bool ``[N]``."""
+        return self._score >= 0.0
+
+    @property
+    def visited(self) -> Tensor:
+        """Which slots have a TD error since they were written, bool ``[N]``."""
+        return self._td_error >= 0.0
+
+    def _judge(self, score: Tensor) -> Tensor:
+        """The p of scores ``[B]``, none of them missing."""
+        if self.threshold is None:
+            return score
+        return (score >= self.threshold).to(self.dtype)
+
+    def _refresh(self, index: Tensor) -> None:
+        """Brings the leaves of the slots ``index`` ``[B]`` up to date with the arrays."""
+        leaf = self._leaf(self._p[index], self._td_error[index].abs_())
+        self._sum_tree.update(index, leaf)
+
+    def _leaf(self, p: Tensor, td_error: Tensor) -> Tensor:
+        """The leaf of p and |δ|, ``[B]`` each; overwrites p."""
+        if self.td_boost:
+            p.mul_(td_error)
+        return p.add_(self._eps).pow_(self._alpha)
+
+    # ---------------------------------------------------------------- saving and moving
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of everything that decides the next draw, but for the buffer's generator."""
-        state = {name: getattr(self, name) for name in (*_FIXED, *_RESTORED)}
         return {
             "_version": _VERSION,
-            **state,
+            **{name: getattr(self, name) for name in (*_FIXED, *_RESTORED)},
             "_score": self._score.clone(),
+            "_p": self._p.clone(),
             "_td_error": self._td_error.clone(),
             # Leaves as they are: recomputed ones can differ in the last bit, since a vectorised
             # power rounds otherwise than the scalar one at a batch's end.
@@ -64,30 +116,27 @@ class SamplerState(PrioritizedSampler):
             if state_dict[name] != getattr(self, name):
                 shown = name.removeprefix("_")
                 raise ValueError(
-                    f"sampler state has {shown}={state_dict[name]}, this sampler "
+                    f"sampler state has {shown}={state_dict[name]}, this sampler has "
                     f"{getattr(self, name)}: build it with {shown}={state_dict[name]}."
                 )
         for name in _RESTORED:
             setattr(self, name, state_dict[name])
-        device = self._score.device
-        self._score = state_dict["_score"].to(device, copy=True)
-        self._td_error = state_dict["_td_error"].to(device, copy=True)
-        self._plant(state_dict["_sum_tree"], device)
+        self._just_marked = None
+        self._place(state_dict, self._score.device)
 
-    def _plant(self, leaves: Tensor, device: torch.device) -> None:
-        """Builds the tree on ``device`` with these leaves."""
+    def _place(self, state: dict[str, Any], device: torch.device) -> None:
+        self._score = state["_score"].to(device, copy=True)
+        self._p = state["_p"].to(device, copy=True)
+        self._td_error = state["_td_error"].to(device, copy=True)
         self._sum_tree = make_sum_tree(self._max_capacity, self.dtype, device)
         every = torch.arange(self._max_capacity, device=device)
-        self._sum_tree.update(every, leaves.to(device))
+        self._sum_tree.update(every, state["_sum_tree"].to(device))
 
     def _maybe_init_from_storage(self, storage: Any) -> None:
         """Moves to the storage's device where the sampler was given none, keeping its state."""
         device = self._tree_device_from_storage(storage)
-        if device is None or device == self._score.device:
-            return
-        leaves = self._sum_tree.leaves()
-        self._score, self._td_error = self._score.to(device), self._td_error.to(device)
-        self._plant(leaves, device)
+        if device is not None and device != self._score.device:
+            self._place(self.state_dict(), device)
 
     def dumps(self, path: str | Path) -> None:
         """Writes :meth:`state_dict` into the folder ``path``, whole or not at all."""
@@ -106,60 +155,34 @@ class SamplerState(PrioritizedSampler):
         """
         self.load_state_dict(torch.load(Path(path) / _FILE, map_location="cpu", weights_only=True))
 
-    def statistics(self, length: int) -> dict[str, float]:
-        """Figures for a logger, from one pass over the slots.
-
-        Args:
-            length: Slots written, N = ``len(buffer)``.
-
-        Returns:
-            ``share_scored``: slots with a score; ``share_positive``: slots with a score and p > 0;
-            ``effective_sample_size``: 1 / Σ q², all as a share of N, in [0, 1].
-        """
-        if length == 0:
-            return {"share_scored": 0.0, "share_positive": 0.0, "effective_sample_size": 0.0}
-        density = self.probabilities(length) * length
-        return {
-            "share_scored": self._scored / length,
-            "share_positive": self._positive / length,
-            "effective_sample_size": float(1.0 / density.square().mean()),
-        }
-
-    def probabilities(self, length: int) -> Tensor:
-        """The probability q of every slot, float64 ``[length]``, in closed form.
-
-        Args:
-            length: Slots written, N = ``len(buffer)``.
-        """
-        leaves = self._sum_tree.leaves()[:length].double()
-        total = leaves.sum()
-        lmbda = self._lmbda if self._has_positive() and total > 0.0 else 0.0
-        uniform = torch.full_like(leaves, (1.0 - lmbda) / length)
-        return uniform.add_(leaves, alpha=float(lmbda / total)) if lmbda else uniform
+    # ---------------------------------------------------------------- checking
 
     def check_valid(self) -> None:
-        """Asserts the invariants between arrays, counts and tree, in one O(capacity) pass.
+        """Asserts the invariants between arrays, counts and tree, in one O(N) pass.
 
         Raises:
             AssertionError: One does not hold; the message names it.
         """
-        empty, leaves = self._score == -2.0, self._sum_tree.leaves()
-        valid = empty | (self._score == -1.0) | ((self._score >= 0.0) & (self._score <= 1.0))
-        assert bool(valid.all()), "a score is outside [0, 1] and no state either"
+        written, scored, visited = self._p != EMPTY, self.scored, self.visited
+        in_range = scored & (self._score <= 1.0) | (self._score == UNSCORED)
+        assert bool(in_range.all()), "a score is neither in [0, 1] nor missing"
         assert bool(self._td_error.isfinite().all()), "a TD error is not finite"
-        assert self._written == int((~empty).sum()), "count of written slots is off"
-        assert self._scored == int((self._score >= 0.0).sum()), "count of scored slots is off"
-        positive = self._is_positive(self._score)
-        assert self._positive == int(positive.sum()), "count of positive slots is off"
-        expected = self._leaf(self._score, self._td_error)
-        expected.masked_fill_(empty, 0.0)
+        assert not bool((scored | visited)[~written].any()), "a slot never written has a score"
+        p = torch.where(scored, self._judge(self._score), self.unscored_priority)
+        assert torch.equal(self._p[written], p[written]), "a p is off its score"
+        assert self._written == int(written.sum()), "the count of written slots is off"
+        assert self._scored == int(scored.sum()), "the count of scored slots is off"
+        positive = scored & (self._p > 0.0)
+        assert self._positive == int(positive.sum()), "the count of positive slots is off"
+        self._check_tree(written)
+        if visited.any():
+            greatest = float(self._td_error[visited].max())
+            assert self._max_priority[0] >= greatest, "the running maximum is below a TD error"
+
+    def _check_tree(self, written: Tensor) -> None:
+        leaves = self._sum_tree.leaves()
+        formula = self._leaf(self._p.clone(), self._td_error.abs()).masked_fill_(~written, 0.0)
         ulps = 64.0 * torch.finfo(self.dtype).eps
-        assert torch.allclose(leaves, expected, rtol=ulps, atol=0.0), "a leaf is off its formula"
+        assert torch.allclose(leaves, formula, rtol=ulps, atol=0.0), "a leaf is off its formula"
         total, summed = self._sum_tree.total(), float(leaves.double().sum())
-        assert abs(total - summed) <= ulps * max(total, summed), (
-            "the tree's total is off its leaves"
-        )
-        visited = self._td_error[~self._td_error.signbit()]
-        greatest = self._max_priority[0]
-        if visited.numel():
-            assert greatest >= float(visited.max()), "the running maximum is below a TD error"
+        assert abs(total - summed) <= ulps * summed, "the tree's total is off its leaves"

@@ -69,6 +69,27 @@ class SumTree(ABC):
             the mass. Its leaf is never zero, whatever the rounding, as long as total > 0.
         """
 
+    def mix(self, draw: Tensor, slots: int, lmbda: float) -> tuple[Tensor, Tensor]:
+        """Draws from λ leaf(i)/total + (1 − λ)/N, with one uniform number for both branches.
+
+        Args:
+            draw: Uniform numbers, float64 ``[B]`` in [0, 1). Below 1 − λ one is a slot, above it a
+                mass of the running sum.
+            slots: N: the first N leaves are in use, the others are 0.
+            lmbda: λ in (0, 1]. The total must be above 0.
+
+        Returns:
+            Slots, int64 ``[B]``, and N times the probability of each, float64 ``[B]``.
+        """
+        total = self.total()
+        index = self.find((1.0 - draw).mul_(total / lmbda).to(self.dtype))
+        if lmbda < 1.0:
+            uniform = (draw * (slots / (1.0 - lmbda))).long()
+            index = torch.where(draw < 1.0 - lmbda, uniform, index)
+        index = index.clamp_max_(slots - 1)
+        leaf = torch.as_tensor(self[index]).double()
+        return index, leaf.mul_(lmbda * slots / total).add_(1.0 - lmbda)
+
     def leaves(self) -> Tensor:
         """All leaves, a copy ``[N]``."""
         every = torch.arange(self.capacity, device=self.device)
@@ -97,9 +118,10 @@ class CompiledSumTree(SumTree):
         from torchrl._torchrl import SumSegmentTreeFp32, SumSegmentTreeFp64
 
         single = dtype == torch.float32
+        self._numpy_dtype = np.float32 if single else np.float64
         self._tree: Any = (SumSegmentTreeFp32 if single else SumSegmentTreeFp64)(capacity)
 
-    # The numpy overloads cost a quarter of the tensor overloads (0.6 against 4.2 us a gather of
+    # The numpy overloads cost a quarter of the tensor overloads (0.6 against 4.2 μs a gather of
     # 32): pybind first tries a tensor as a scalar, whose failure is a Python exception. They read
     # memory flat, so arrays must be contiguous.
     def __getitem__(self, index: Tensor | int) -> Tensor | float:
@@ -125,6 +147,28 @@ class CompiledSumTree(SumTree):
         if np.count_nonzero(leaf) == leaf.size:
             return index
         return self._step_off_zero_leaves(mass, index)
+
+    def mix(self, draw: Tensor, slots: int, lmbda: float) -> tuple[Tensor, Tensor]:
+        """Draws from the mixture; see :meth:`SumTree.mix`, whose lines these are, in numpy.
+
+        Numpy's operations on a batch cost 0.4 μs each, torch's 1 μs: 10 against 20 μs in all.
+        """
+        total, uniform = self.total(), draw.numpy()
+        mass = 1.0 - uniform
+        mass *= total / lmbda
+        np.minimum(mass, total, out=mass)
+        index = self._tree.scan_lower_bound(mass.astype(self._numpy_dtype, copy=False))
+        if lmbda < 1.0:
+            slot = (uniform * (slots / (1.0 - lmbda))).astype(np.int64)
+            index = np.where(uniform < 1.0 - lmbda, slot, index)
+        np.minimum(index, slots - 1, out=index)
+        leaf = self._tree.at(index)
+        if np.count_nonzero(leaf) < leaf.size:  # found by rounding, or drawn uniformly under eps=0
+            return super().mix(draw, slots, lmbda)
+        density = leaf.astype(np.float64, copy=False)
+        density *= lmbda * slots / total
+        density += 1.0 - lmbda
+        return torch.from_numpy(index), torch.from_numpy(density)
 
     def _step_off_zero_leaves(self, mass: Tensor, index: Tensor) -> Tensor:
         # Rounding can push the descent past the last leaf that holds mass; the error is a few ulp

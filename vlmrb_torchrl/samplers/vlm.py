@@ -15,16 +15,11 @@ import torch
 from torch import Tensor
 from torchrl.data.replay_buffers.utils import unravel_index
 
-from vlmrb_torchrl.samplers.indices import checked_values, flat_index
-from vlmrb_torchrl.samplers.state import SamplerState
-from vlmrb_torchrl.samplers.trees import SumTree, last_of_duplicates, make_sum_tree
-
-# States of a slot that hold no score, as values of the score array: scores are never negative.
-_UNSCORED = -1.0
-_EMPTY = -2.0
+from vlmrb_torchrl.samplers.state import EMPTY
+from vlmrb_torchrl.samplers.writes import SlotWrites
 
 
-class VLMPrioritizedSampler(SamplerState):
+class VLMPrioritizedSampler(SlotWrites):
     r"""Draws slot i with probability q(i) = λ q^P(i) + (1 − λ)/N.
 
     q^P(i) ∝ (p_i + ε)^α, or (p_i |δ_i| + ε)^α with the TD boost, where p_i is the judge's score of
@@ -112,18 +107,6 @@ class VLMPrioritizedSampler(SamplerState):
         self.alpha = alpha
         self.beta = beta
 
-    def _init(self) -> None:
-        device = self._device or torch.device("cpu")
-        self._sum_tree: SumTree = make_sum_tree(self._max_capacity, self.dtype, device)
-        slots = (self._max_capacity,)
-        self._score = torch.full(slots, _EMPTY, dtype=self.dtype, device=device)
-        # |δ| of a visited slot; of an unvisited one minus what stands in for it (-0.0 included).
-        self._td_error = torch.full(slots, -1.0, dtype=self.dtype, device=device)
-        self._written = 0  # slots that were ever written
-        self._scored = 0  # of them: slots with a score
-        self._positive = 0  # of them: slots with p > 0
-        self._max_priority = None
-
     # ---------------------------------------------------------------- parameters
 
     @property
@@ -150,7 +133,7 @@ class VLMPrioritizedSampler(SamplerState):
         if value != self._alpha:
             self._alpha = value
             if self._written:
-                self._refresh((self._score != _EMPTY).nonzero().squeeze(-1))
+                self._refresh((self._p != EMPTY).nonzero().squeeze(-1))
 
     @property
     def beta(self) -> float:
@@ -167,16 +150,6 @@ class VLMPrioritizedSampler(SamplerState):
     def uses_td_error(self) -> bool:
         """Whether draws depend on the TD errors passed to :meth:`update_priority`."""
         return self.td_boost
-
-    @property
-    def scored(self) -> Tensor:
-        """Which slots have a score, bool ``[max_capacity]``."""
-        return self._score >= 0.0
-
-    @property
-    def visited(self) -> Tensor:
-        """Which slots have a TD error since they were written, bool ``[max_capacity]``."""
-        return ~self._td_error.signbit()
 
     # ---------------------------------------------------------------- drawing
 
@@ -195,171 +168,79 @@ class VLMPrioritizedSampler(SamplerState):
             RuntimeError: The storage is empty.
         """
         self._maybe_init_from_storage(storage)
+        self._just_marked = None
         slots = len(storage)
         if slots == 0:
             raise RuntimeError("Cannot sample from an empty storage.")
-        if self._written < slots:  # a storage that came with data
-            self._claim(torch.arange(slots, device=self.device))
-        lmbda = self._lmbda if self._has_positive() else 0.0
-        total = self._sum_tree.total() if lmbda > 0.0 else 0.0
-        if not total > 0.0:  # λ is 0, or all p are 0, or under eps=0 all p |δ| are
-            lmbda = 0.0
-        # One uniform number serves both branches: below 1 - λ it is a slot, above a mass.
-        draw = self._uniform(batch_size)
-        if lmbda < 1.0:
-            index = (draw * (slots / (1.0 - lmbda))).long()
-        if lmbda > 0.0:
-            mass = ((1.0 - draw) * (total / lmbda)).to(self.dtype)
-            judged = self._sum_tree.find(mass)
-            index = torch.where(draw < 1.0 - lmbda, index, judged) if lmbda < 1.0 else judged
-        index = index.clamp_max_(slots - 1)
-        if lmbda > 0.0:
-            density = torch.as_tensor(self._sum_tree[index]).double() * (lmbda * slots / total)
-            density += 1.0 - lmbda
-        else:
-            density = torch.ones_like(draw)
+        if self._written < slots:
+            self._claim(every := torch.arange(slots, device=self._p.device), self._p[every])
+        index, density = self._draw(slots, batch_size)
         weight = density.pow(-self._beta) if self._beta else torch.ones_like(density)
         info = {"priority_weight": weight.float(), "q": density.div_(slots)}
         if storage.ndim > 1:
             return unravel_index(index, storage.shape), info
         return index, info
 
+    def _draw(self, slots: int, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Slots ``[B]``, and N q of each, float64 ``[B]``."""
+        draw = self._uniform(batch_size)
+        lmbda, _ = self._mixture()
+        if lmbda > 0.0:
+            return self._sum_tree.mix(draw, slots, lmbda)
+        return (draw * slots).long().clamp_max_(slots - 1), torch.ones_like(draw)
+
+    def _mixture(self) -> tuple[float, float]:
+        """The λ to draw with, 0 while there is nothing to prefer, and the tree's total."""
+        positive = self._positive > 0
+        positive |= self.unscored_priority > 0.0 and self._scored < self._written
+        total = self._sum_tree.total() if positive and self._lmbda > 0.0 else 0.0
+        return (self._lmbda, total) if total > 0.0 else (0.0, 0.0)  # 0 under eps=0, all |δ| 0
+
     def _uniform(self, batch_size: int) -> Tensor:
-        rng = self._rng
-        source = self.device if rng is None else rng.device
+        rng, device = self._rng, self._p.device
+        source = device if rng is None else rng.device
         draw = torch.rand(batch_size, dtype=torch.float64, device=source, generator=rng)
-        return draw.to(self.device)
+        return draw.to(device)
 
-    def _has_positive(self) -> bool:
-        return self._positive > 0 or (self.unscored_priority > 0.0 and self._scored < self._written)
+    # ---------------------------------------------------------------- reporting
 
-    # ---------------------------------------------------------------- writing
-
-    @torch.no_grad()
-    def update_priority(self, index: Any, priority: Any, *, storage: Any = None) -> None:
-        """Stores |δ| of slots that a learner visited.
+    def probabilities(self, length: int) -> Tensor:
+        """The probability q of every slot, float64 ``[length]``, in closed form.
 
         Args:
-            index: int64 ``[B]``, or ``[B, storage.ndim]``; items with index -1 are skipped (a
-                ``MaxValueWriter`` marks what it did not store so). Of duplicates the last wins.
-            priority: |δ|, ``[B]``, ``[B, 1]`` or one number, in units of return.
-            storage: Needed for indices of several dimensions.
-
-        Raises:
-            ValueError: A value is NaN, infinite or negative; nothing was written.
-            IndexError: An index is out of range; nothing was written.
+            length: Slots written, N = ``len(buffer)``.
         """
-        self._maybe_init_from_storage(storage)
-        index, values, high = self._checked(index, priority, storage, "priority", math.inf)
-        if index.numel() == 0:
-            return
-        self._claim(index)
-        self._track_maximum(index, values, high)
-        if self._td_error.device.type != "cpu":  # where a scatter has no order
-            index, values = last_of_duplicates(index, values)
-        self._td_error.scatter_(0, index, values.abs())
-        if self.td_boost:
-            self._refresh(index)
-        if self._max_priority_within_buffer:
-            self._restore_maximum(index)
+        lmbda, total = self._mixture()
+        uniform = torch.full((length,), (1.0 - lmbda) / length, dtype=torch.float64)
+        uniform = uniform.to(self._p.device)
+        if lmbda == 0.0:
+            return uniform
+        return uniform.add_(self._sum_tree.leaves()[:length].double(), alpha=lmbda / total)
 
-    @torch.no_grad()
-    def update_score(self, index: Any, score: Any, *, storage: Any = None) -> None:
-        """Stores the judge's scores; a slot that has one keeps the greater.
+    def statistics(self, length: int) -> dict[str, float]:
+        """Figures for a logger, in one O(N) pass.
 
         Args:
-            index: int64 ``[B]``, or ``[B, storage.ndim]``; items with index -1 are skipped.
-            score: ``[B]``, ``[B, 1]`` or one number, in [0, 1].
-            storage: Needed for indices of several dimensions.
+            length: Slots written, N = ``len(buffer)``.
 
-        Raises:
-            ValueError: A score is NaN or outside [0, 1]; nothing was written.
-            IndexError: An index is out of range; nothing was written.
+        Returns:
+            ``share_scored``: slots with a score; ``share_positive``: slots with a score and p > 0;
+            ``effective_sample_size``: 1 / Σ q²; each as a share of N, in [0, 1].
         """
-        self._maybe_init_from_storage(storage)
-        index, values, _ = self._checked(index, score, storage, "score", 1.0)
-        if index.numel() == 0:
-            return
-        self._claim(index)
-        slot, item = index.unique(return_inverse=True)
-        before = self._score[slot]
-        after = before.scatter_reduce(0, item, values, "amax")  # no score is below any
-        self._score[slot] = after
-        self._scored += int((before < 0.0).sum())
-        self._positive += int(self._is_positive(after).sum() - self._is_positive(before).sum())
-        self._refresh(slot)
+        if length == 0:
+            return {"share_scored": 0.0, "share_positive": 0.0, "effective_sample_size": 0.0}
+        density = self.probabilities(length).mul_(length)
+        return {
+            "share_scored": self._scored / length,
+            "share_positive": self._positive / length,
+            "effective_sample_size": 1.0 / float(density.square_().mean()),
+        }
 
-    def mark_update(self, index: Any, *, storage: Any = None) -> None:
-        """Forgets score and TD error of slots that were (over)written.
-
-        Args:
-            index: int or int64 ``[B]``, or ``[B, storage.ndim]``; items with index -1 are skipped.
-            storage: Needed for indices of several dimensions.
-        """
-        self._maybe_init_from_storage(storage)
-        index, _ = flat_index(index, storage, self._max_capacity, self.device)
-        if index.numel() == 0:
-            return
-        slot = index.unique() if index.numel() > 1 else index
-        before = self._score[slot]
-        self._written += int((before == _EMPTY).sum())
-        self._scored -= int((before >= 0.0).sum())
-        self._positive -= int(self._is_positive(before).sum())
-        self._score[slot] = _UNSCORED
-        self._td_error[slot] = -float(self.default_priority)
-        self._refresh(slot)
-        if self._max_priority_within_buffer:
-            self._restore_maximum(slot)
-
-    def add(self, index: Any) -> None:
-        """Same as :meth:`mark_update`, of one slot; the storage's writer has marked it already."""
-        self.extend(index)
-
-    def extend(self, index: Any) -> None:
-        """Same as :meth:`mark_update`; indices of several dimensions were marked by the writer."""
-        if not isinstance(index, tuple) and torch.as_tensor(index).ndim < 2:
-            self.mark_update(index)
-
-    def _checked(
-        self, index: Any, values: Any, storage: Any, name: str, most: float
-    ) -> tuple[Tensor, Tensor, float]:
-        index, stored = flat_index(index, storage, self._max_capacity, self.device)
-        if index.numel() == 0:
-            return index, index, 0.0
-        values, high = checked_values(values, index, stored, name, most)
-        return index, values.to(self.dtype), high
-
-    def _claim(self, index: Tensor) -> None:
-        """Makes slots that nobody announced as written unscored, for storages that came filled."""
-        if self._written < self._max_capacity:
-            unknown = index[self._score[index] == _EMPTY]
-            if unknown.numel():
-                self.mark_update(unknown)
-
-    def _track_maximum(self, index: Tensor, values: Tensor, high: float) -> None:
-        greatest = self._max_priority[0]
-        if greatest is None or high > greatest:
-            self._max_priority = (high, int(index[values.argmax()]))
-
-    def _restore_maximum(self, index: Tensor) -> None:
-        """Finds the greatest |δ| anew if the slot that held it is in ``index``."""
-        at = self._max_priority[1]
-        if at is None or not bool((index == at).any()):
-            return
-        value, slot = torch.where(self.visited, self._td_error, -1.0).max(0)
-        self._max_priority = (float(value), int(slot)) if value >= 0.0 else None
-
-    def _is_positive(self, score: Tensor) -> Tensor:
-        return score >= self.threshold if self.threshold is not None else score > 0.0
-
-    def _leaf(self, score: Tensor, td_error: Tensor) -> Tensor:
-        p = score if self.threshold is None else (score >= self.threshold).to(self.dtype)
-        p = torch.where(score < 0.0, self.unscored_priority, p)
-        return (p * td_error.abs() if self.td_boost else p).add_(self._eps).pow_(self._alpha)
-
-    def _refresh(self, index: Tensor) -> None:
-        leaf = self._leaf(self._score[index], self._td_error[index])
-        self._sum_tree.update(index, leaf)
+    def __repr__(self) -> str:
+        shown = "lmbda", "alpha", "beta", "td_boost", "threshold", "unscored_priority"
+        arguments = ", ".join(f"{name}={getattr(self, name)}" for name in shown)
+        tree = type(self._sum_tree).__name__
+        return f"{type(self).__name__}({self._max_capacity}, {arguments}, tree={tree})"
 
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:

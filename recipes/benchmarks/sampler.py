@@ -1,0 +1,150 @@
+"""What a draw and its priority update cost, against TorchRL's and cpprb's prioritized replay.
+
+``python -m recipes.benchmarks.sampler --help``
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jsonargparse import auto_cli
+from rich.console import Console
+from rich.table import Table
+from torchrl.data import LazyTensorStorage
+from torchrl.data.replay_buffers.samplers import PrioritizedSampler
+
+from recipes.benchmarks.timing import Spread, rates
+from vlmrb_torchrl.samplers import VLMPrioritizedSampler
+from vlmrb_torchrl.samplers.trees import RadixSumTree
+
+ALPHA, BETA, EPS = 0.6, 0.4, 1e-8  # of all contestants: TorchRL's ε, PER's α and β
+POSITIVE_SHARE = 0.1  # of the slots, where a judge counts
+TORCHRL = "TorchRL PrioritizedSampler"
+
+
+def storage_of(slots: int) -> LazyTensorStorage:
+    """A full storage of one number a slot: the samplers read nothing of it but its length."""
+    storage = LazyTensorStorage(slots)
+    storage.set(torch.arange(slots), torch.zeros(slots))
+    return storage
+
+
+def cycle(sampler: PrioritizedSampler, slots: int, batch_size: int) -> Callable[[], int]:
+    """Draw a batch and write its TD errors back, on a sampler whose every slot was visited."""
+    storage, every = storage_of(slots), torch.arange(slots)
+    # TorchRL's tree takes priorities of its own dtype only.
+    sampler.update_priority(every, torch.rand(slots, dtype=sampler.dtype))
+    td_error = torch.rand(batch_size, dtype=sampler.dtype)
+
+    def work() -> int:
+        index, _ = sampler.sample(storage, batch_size)
+        sampler.update_priority(index, td_error)
+        return 1
+
+    return work
+
+
+def cpprb_cycle(slots: int, batch_size: int) -> Callable[[], int]:
+    """The same of cpprb, whose trees are single precision; it copies one number a draw as well."""
+    from cpprb import PrioritizedReplayBuffer
+
+    buffer = PrioritizedReplayBuffer(slots, {"x": {}}, alpha=ALPHA, eps=EPS)
+    buffer.add(x=np.zeros(slots), priorities=np.random.default_rng(0).random(slots))
+    td_error = np.random.default_rng(1).random(batch_size)
+
+    def work() -> int:
+        batch = buffer.sample(batch_size, BETA)
+        buffer.update_priorities(batch["indexes"], td_error)
+        return 1
+
+    return work
+
+
+def judged(slots: int, dtype: torch.dtype, **arguments: Any) -> VLMPrioritizedSampler:
+    """Our sampler with every slot scored, some of them positive."""
+    sampler = VLMPrioritizedSampler(slots, alpha=ALPHA, eps=EPS, dtype=dtype, **arguments)
+    every = torch.arange(slots)
+    sampler.extend(every)
+    sampler.update_score(every, (torch.rand(slots) < POSITIVE_SHARE).to(dtype))
+    return sampler
+
+
+def race(
+    slots: int, batch_size: int, dtype: torch.dtype, rounds: int, seconds: float
+) -> dict[str, Spread]:
+    """Cycles per second of each contestant."""
+    per = VLMPrioritizedSampler(
+        slots,
+        lmbda=1.0,
+        td_boost=True,
+        unscored_priority=1.0,
+        alpha=ALPHA,
+        beta=BETA,
+        eps=EPS,
+        dtype=dtype,
+    )
+    samplers = {
+        TORCHRL: PrioritizedSampler(slots, ALPHA, BETA, EPS, dtype),
+        "ours as PER: λ 1, TD boost": per,
+        "ours: λ 0.5, β 0": judged(slots, dtype, lmbda=0.5),
+        "ours: λ 0.5, β 0.4, TD boost": judged(slots, dtype, lmbda=0.5, beta=BETA, td_boost=True),
+    }
+    fallback = judged(slots, dtype, lmbda=0.5, beta=BETA, td_boost=True)
+    leaves = fallback._sum_tree.leaves()
+    fallback._sum_tree = RadixSumTree(slots, dtype)
+    fallback._sum_tree.update(torch.arange(slots), leaves)
+    samplers["the same on the torch radix tree"] = fallback
+    contestants = {n: cycle(sampler, slots, batch_size) for n, sampler in samplers.items()}
+    if find_spec("cpprb"):
+        contestants["cpprb (single precision)"] = cpprb_cycle(slots, batch_size)
+    return rates(contestants, rounds, seconds)
+
+
+def main(
+    slots: tuple[int, ...] = (10_000, 100_000, 1_000_000),
+    batch_sizes: tuple[int, ...] = (32, 256),
+    dtype: Literal["float32", "float64"] = "float64",
+    rounds: int = 15,
+    seconds: float = 0.1,
+    seed: int = 0,
+) -> None:
+    """Time sample + update_priority of the samplers, on one CPU core.
+
+    Args:
+        slots: Slots of the buffers, all of them written.
+        batch_sizes: Draws of a batch.
+        dtype: Of the trees and TD errors of TorchRL's sampler and of ours.
+        rounds: Repetitions, in turn for all, in one run.
+        seconds: Least duration of each measurement.
+        seed: Of priorities and draws.
+    """
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  TorchRL draws from numpy's global generator
+    console = Console()
+    if not find_spec("cpprb"):
+        console.print("cpprb is not installed and left out: pip install cpprb")
+    table = Table(
+        title=f"sample + update_priority, {dtype}: median (lowest to highest) of {rounds}. "
+        "Ratio: time of a cycle over TorchRL's."
+    )
+    table.add_column("sampler")
+    for column in ("slots", "batch", "μs/cycle", "x TorchRL"):
+        table.add_column(column, justify="right")
+    for n in slots:
+        for batch_size in batch_sizes:
+            measured = race(n, batch_size, getattr(torch, dtype), rounds, seconds)
+            for name, speed in measured.items():
+                micros = Spread([1e6 / sample for sample in speed.samples])
+                ratio = measured[TORCHRL] / speed
+                table.add_row(name, f"{n:,}", str(batch_size), str(micros), str(ratio))
+            table.add_section()
+    console.print(table)
+
+
+if __name__ == "__main__":
+    auto_cli(main)
