@@ -28,6 +28,7 @@ from recipes.metrics import last_row
 from recipes.report import report
 
 CONFIGS = Path(__file__).parent / "configs"
+METHODS = CONFIGS / "methods"
 POLL_SECONDS = 0.5
 
 
@@ -96,13 +97,14 @@ def plan(
     """List the runs, seed by seed, so that every method meets the same load of the machine."""
     shared = configs / f"{algorithm}.yaml"
     require(shared.is_file(), "configs", configs, f"it should hold {shared.name}")
+    known = sorted(path.stem for path in METHODS.glob("*.yaml"))
     runs = []
     for seed in seeds:
         for method in methods:
-            overlay = configs / "methods" / f"{method}.yaml"
-            known = sorted(path.stem for path in overlay.parent.glob("*.yaml"))
-            require(overlay.is_file(), "methods", method, f"use some of {', '.join(known)}")
-            folder = out / f"{method}_s{seed}"
+            overlay = METHODS / f"{method}.yaml" if method in known else Path(method)
+            remedy = f"use some of {', '.join(known)}, or paths of YAML files"
+            require(overlay.is_file(), "methods", method, remedy)
+            folder = out / f"{overlay.stem}_s{seed}"
             command = [sys.executable, "-m", f"recipes.{algorithm}"]
             command += ["--config", str(shared), "--config", str(overlay)]
             command += [f"--training.seed={seed}", f"--training.log_dir={out}"]
@@ -161,10 +163,10 @@ def compare(
     """Train every method on every seed, then print a table and draw the curves.
 
     Args:
-        configs: Folder of a task: ``<algorithm>.yaml`` holds what all methods share,
-            ``methods/<method>.yaml`` what each one departs in.
+        configs: Folder of a task, whose ``<algorithm>.yaml`` holds what all methods share.
         algorithm: Recipe to run.
-        methods: Names of the methods; differences are taken against ``uer`` and ``per``.
+        methods: Names in ``recipes/configs/methods``, or paths of YAML files of one's own, laid
+            over the task's; differences are taken against ``uer`` and ``per``.
         seeds: Runs per method.
         first_seed: The seeds are ``first_seed``, ``first_seed + 1``, …
         jobs: Runs at a time; null: one for each core.

@@ -33,7 +33,7 @@ class DQN(L.LightningModule):
         target_update_rate: Polyak rate τ: target ← (1-τ) target + τ online, each update.
         gradient_clip_norm: Largest norm of the gradient.
         epsilon_final: Share of random actions after annealing from 1.
-        epsilon_env_steps: Environment steps over which ε falls linearly.
+        epsilon_env_steps: Environment steps after the warm-up over which ε falls linearly.
     """
 
     def __init__(

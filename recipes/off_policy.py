@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from lightning.fabric import Fabric
@@ -45,7 +45,7 @@ class Algorithm(Protocol):
         """Run after each gradient step (target networks)."""
 
     def after_collection(self, env_steps: int) -> dict[str, float]:
-        """Run after each collected batch (exploration); return what is worth logging."""
+        """Run after each round of updates (exploration); return what is worth logging."""
 
 
 def build_scoring(buffer: VLMReplayBuffer, task: Task, settings: Scoring) -> AsyncScorer:
@@ -61,6 +61,27 @@ def build_scoring(buffer: VLMReplayBuffer, task: Task, settings: Scoring) -> Asy
         batch_clips=settings.batch_clips,
         mode=settings.mode,
     )
+
+
+def update(
+    fabric: Fabric,
+    algorithm: Any,
+    optimizer: Optimizer,
+    buffer: VLMReplayBuffer,
+    replay: Replay,
+    telemetry: Telemetry,
+) -> None:
+    """Take one gradient step: sample, update, re-prioritise."""
+    batch = buffer.sample().to(fabric.device)
+    loss = algorithm.training_step(batch)
+    optimizer.zero_grad()
+    fabric.backward(loss)
+    norm = fabric.clip_gradients(algorithm, optimizer, max_norm=algorithm.gradient_clip_norm)
+    optimizer.step()
+    algorithm.after_update()
+    if replay.uses_td_error:
+        buffer.update_tensordict_priority(batch)
+    telemetry.update(batch, loss=loss, gradient_norm=norm)
 
 
 def train(
@@ -85,51 +106,42 @@ def train(
     """
     algorithm, optimizer = fabric.setup(module, module.configure_optimizers())
     algorithm.mark_forward_method("training_step")
+    seed = training.seed * fabric.world_size + fabric.global_rank
     buffer = replay.buffer()
-    buffer.set_rng(torch.Generator().manual_seed(training.seed + fabric.global_rank))
-    schedulers = replay.schedulers(buffer, training.env_steps_per_collection * fabric.world_size)
-    env = task.make(training.num_envs, seed=training.seed * fabric.world_size + fabric.global_rank)
+    buffer.set_rng(torch.Generator().manual_seed(seed))
     collector = Collector(
-        env,
+        task.make(training.num_envs, seed=seed),
         module.behaviour,
         frames_per_batch=training.env_steps_per_collection,
         total_frames=-1,
         trust_policy=True,
         auto_register_policy_transforms=False,
     )
+    new_env_steps = training.env_steps_per_collection * fabric.world_size
+    schedulers = replay.schedulers(buffer, new_env_steps)
+    env_steps, updates_due, evaluations = 0, 0.0, 0
     with ExitStack() as cleanup:
         cleanup.callback(collector.shutdown)
         scoring = None
         if replay.uses_scores:
             scoring = cleanup.enter_context(build_scoring(buffer, task, scoring_settings))
-        env_steps, updates_due, evaluations = 0, 0.0, 0
+
         for data in collector:
-            new_env_steps = data.numel() * fabric.world_size
             env_steps += new_env_steps
             # The judge's render states wait beside the buffer, not in it: draws stay small.
             index = buffer.extend(data.select(*module.replay_keys).reshape(-1))
             if scoring is not None:
                 scoring.submit(data, index)
+            telemetry.collected(data)
 
             if env_steps > training.warmup_env_steps:
                 updates_due += new_env_steps * training.updates_per_env_step
                 while updates_due >= 1:
                     updates_due -= 1
-                    batch = buffer.sample().to(fabric.device)
-                    loss = algorithm.training_step(batch)
-                    optimizer.zero_grad()
-                    fabric.backward(loss)
-                    norm = fabric.clip_gradients(
-                        algorithm, optimizer, max_norm=module.gradient_clip_norm
-                    )
-                    optimizer.step()
-                    module.after_update()
-                    if replay.uses_td_error:
-                        buffer.update_tensordict_priority(batch)
-                    telemetry.update(batch, loss=loss, gradient_norm=norm)
+                    update(fabric, algorithm, optimizer, buffer, replay, telemetry)
+                telemetry.note(module.after_collection(new_env_steps))
                 for scheduler in schedulers:
                     scheduler.step()
-            telemetry.collected(data, module.after_collection(new_env_steps))
 
             telemetry.log(env_steps, buffer, scoring)
             if env_steps >= (evaluations + 1) * training.eval_every_env_steps:

@@ -18,6 +18,9 @@ from vlmrb_torchrl import VLMPrioritizedSampler, VLMReplayBuffer
 class Replay(ABC):
     """What every replay method shares: a ring of transitions and a batch size.
 
+    On the command line a method takes over the values of the one it replaces wherever their
+    arguments share a name, so those mean the same, with the same default, in all methods.
+
     Args:
         capacity: Slots of the buffer, in transitions, on each rank.
         batch_size: Transitions per gradient step, on each rank.
@@ -77,10 +80,10 @@ class Prioritized(Replay):
         capacity: Slots of the buffer, in transitions, on each rank.
         batch_size: Transitions per gradient step, on each rank.
         alpha: Exponent of the priority, 0 (uniform) to 1.
-        beta: Exponent of the importance weight at the start, 0 to 1.
-        beta_final: The same at the end of ``beta_env_steps``.
-        beta_env_steps: Environment steps over which β rises.
-        eps: Added to |δ|, in units of return, so that no transition is lost.
+        beta_start: Exponent of the importance weight at the start, 0 to 1.
+        beta_end: The same after ``beta_env_steps``.
+        beta_env_steps: Environment steps over which β rises linearly.
+        td_error_offset: ε, added to |δ|, in units of return, so that no transition is lost.
     """
 
     uses_td_error = True
@@ -90,27 +93,35 @@ class Prioritized(Replay):
         capacity: int = 200_000,
         batch_size: int = 64,
         alpha: float = 0.6,
-        beta: float = 0.4,
-        beta_final: float = 1.0,
+        beta_start: float = 0.4,
+        beta_end: float = 1.0,
         beta_env_steps: int = 240_000,
-        eps: float = 1e-3,
+        td_error_offset: float = 1e-3,
     ) -> None:
         super().__init__(capacity, batch_size)
-        for name, value in (("alpha", alpha), ("beta", beta), ("beta_final", beta_final)):
+        for name, value in (("alpha", alpha), ("beta_start", beta_start), ("beta_end", beta_end)):
             require(0 <= value <= 1, f"replay.{name}", value, "use a number from 0 to 1")
         require(beta_env_steps >= 1, "replay.beta_env_steps", beta_env_steps, "use at least 1")
-        require(eps > 0, "replay.eps", eps, "use a small positive number such as 1e-3")
-        self.alpha, self.beta, self.eps = alpha, beta, eps
-        self.beta_final, self.beta_env_steps = beta_final, beta_env_steps
+        require(
+            td_error_offset > 0,
+            "replay.td_error_offset",
+            td_error_offset,
+            "use a small positive number such as 1e-3",
+        )
+        self.alpha, self.td_error_offset = alpha, td_error_offset
+        self.beta_start, self.beta_end = beta_start, beta_end
+        self.beta_env_steps = beta_env_steps
 
     def sampler(self) -> Sampler:
         """Build TorchRL's own prioritized sampler, the peer to be compared with."""
-        return PrioritizedSampler(self.capacity, alpha=self.alpha, beta=self.beta, eps=self.eps)
+        return PrioritizedSampler(
+            self.capacity, alpha=self.alpha, beta=self.beta_start, eps=self.td_error_offset
+        )
 
     def schedulers(self, buffer: VLMReplayBuffer, env_steps: int) -> list[ParameterScheduler]:
-        """Raise β to ``beta_final``."""
+        """Raise β to ``beta_end``."""
         steps = max(1, self.beta_env_steps // env_steps)
-        return [LinearScheduler(buffer, "beta", final_value=self.beta_final, num_steps=steps)]
+        return [LinearScheduler(buffer, "beta", final_value=self.beta_end, num_steps=steps)]
 
 
 class VLMGuided(Replay):

@@ -19,7 +19,7 @@ class Training:
         total_env_steps: Length of the run, in environment steps.
         num_envs: Environments stepped together, on each rank.
         steps_per_collection: Steps of each environment between two rounds of updates.
-        warmup_env_steps: Environment steps before the first update.
+        warmup_env_steps: Environment steps of random actions before the first update.
         updates_per_env_step: Gradient steps per environment step (0.125: one every 8 steps).
         seed: Seed of the networks, the environments and the draws.
         eval_every_env_steps: Distance of two evaluations, in environment steps.

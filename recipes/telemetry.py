@@ -106,8 +106,12 @@ class Telemetry:
         self._last_batch = batch
         self._updates += 1
 
-    def collected(self, data: TensorDictBase, extra: dict[str, float]) -> None:
-        """Note a collected batch ``[N, T]``: its finished episodes and what the algorithm says."""
+    def note(self, figures: dict[str, float]) -> None:
+        """Keep figures of the training loop, such as ε, for the next row."""
+        self._latest |= {f"train/{name}": value for name, value in figures.items()}
+
+    def collected(self, data: TensorDictBase) -> None:
+        """Note the finished episodes of a collected batch ``[N, T]``."""
         reward = data["next", "reward"].squeeze(-1)
         done = data["next", "done"].squeeze(-1)
         if self._episode_return is None or self._episode_length is None:
@@ -125,8 +129,6 @@ class Telemetry:
                 self._episodes += int(ended.sum())
                 self._episode_return[ended] = 0
                 self._episode_length[ended] = 0
-        for name, value in extra.items():
-            self._latest[f"train/{name}"] = value
 
     def log(self, env_steps: int, buffer: VLMReplayBuffer, scoring: AsyncScorer | None) -> None:
         """Write a row if it is time for one."""

@@ -1,15 +1,18 @@
 """Bad configurations are refused in one line, before anything is built; good ones are parsed."""
 
+import importlib
+import inspect
 from pathlib import Path
 
 import pytest
+import yaml
 
 from recipes import cli
 from recipes.dqn import DQN
 
 CONFIGS = Path(cli.__file__).parent / "configs"
 SHARED = sorted(CONFIGS.glob("*/dqn.yaml"))
-METHODS = sorted(CONFIGS.glob("*/methods/*.yaml"))
+METHODS = sorted((CONFIGS / "methods").glob("*.yaml"))
 
 REFUSED = {
     "--replay.lmbda=1.5": ("replay.lmbda", "1.5"),
@@ -51,7 +54,7 @@ def test_bad_value_is_refused_in_one_line_that_names_it(argument, tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("path", SHARED + METHODS, ids=lambda path: f"{path.parent}-{path.stem}")
+@pytest.mark.parametrize("path", SHARED + METHODS, ids=lambda path: f"{path.parts[-2]}-{path.stem}")
 def test_every_config_is_accepted(path):
     parser = cli.build_parser(DQN)
     config = parser.parse_args([f"--config={path}"])
@@ -77,3 +80,24 @@ def test_help_explains_every_setting(capsys):
     for setting in ("--training.updates_per_env_step", "--algorithm.gamma", "--scoring.stride"):
         assert setting in text
     assert "Gradient steps per environment step" in " ".join(text.split())
+
+
+@pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
+def test_method_starts_from_its_own_defaults_and_not_from_those_of_the_one_it_replaces(path):
+    config = cli.build_parser(DQN).parse_args([f"--config={path}"])
+    departures = yaml.safe_load(path.read_text())
+    for chosen, stated in (
+        (config.replay, departures["replay"]),
+        (config.scoring.scorer, departures.get("scoring", {}).get("scorer")),
+    ):
+        if stated is None:
+            continue
+        module, name = chosen.class_path.rsplit(".", 1)
+        signature = inspect.signature(getattr(importlib.import_module(module), name))
+        defaults = {
+            key: list(default) if isinstance(default := parameter.default, tuple) else default
+            for key, parameter in signature.parameters.items()
+            if key not in stated.get("init_args", {})
+        }
+        used = {key: chosen.init_args[key] for key in defaults if key in chosen.init_args}
+        assert used == {key: defaults[key] for key in used}

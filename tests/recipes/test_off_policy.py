@@ -18,7 +18,7 @@ from recipes.tasks import DoorKey
 
 ROOT = Path(cli.__file__).parent.parent
 CONFIGS = ROOT / "recipes" / "configs"
-METHODS = sorted(CONFIGS.glob("*/methods/*.yaml"))
+METHODS = sorted((CONFIGS / "methods").glob("*.yaml"))
 SHORT = [
     "--env.size=5",
     "--training.total_env_steps=1000",
@@ -39,7 +39,7 @@ def train(tmp_path, name, *arguments):
     return read_rows(tmp_path / name)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda path: f"{path.parts[-3]}-{path.stem}")
+@pytest.mark.parametrize("method", METHODS, ids=lambda path: path.stem)
 def test_every_method_trains_over_the_end_of_the_ring_and_writes_its_figures(method, tmp_path):
     rows = train(tmp_path, "run", f"--config={method}")
     evaluations = [row for row in rows if "eval/success" in row]
@@ -59,7 +59,7 @@ def test_every_method_trains_over_the_end_of_the_ring_and_writes_its_figures(met
 
 
 def test_synchronous_rerun_is_equal_and_another_seed_is_not(tmp_path):
-    method = f"--config={CONFIGS / 'doorkey_6x6' / 'methods' / 'noisy.yaml'}"
+    method = f"--config={CONFIGS / 'methods' / 'noisy.yaml'}"
     runs = [
         train(tmp_path, f"run{i}", method, "--scoring.mode=sync", f"--training.seed={seed}")
         for i, seed in enumerate((3, 3, 4))
@@ -100,7 +100,7 @@ def test_training_step_writes_the_absolute_td_error():
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_fabric_run_trains_on_cpu_ranks(devices, tmp_path):
-    method = CONFIGS / "doorkey_6x6" / "methods" / "privileged.yaml"
+    method = CONFIGS / "methods" / "privileged.yaml"
     script = ROOT / "recipes" / "dqn.py"
     command = [str(Path(sys.executable).parent / "fabric"), "run", "--accelerator=cpu"]
     command += ["--strategy=ddp"] if devices > 1 else []
