@@ -132,12 +132,20 @@ def launch(
     else:
         fabric = Fabric(accelerator="auto", devices=1)
         fabric.launch()
+    # Lightning asks torch to look for NVML whenever it asks for a GPU, which Adam does in each
+    # step: 0.1 ms where there is none. The processes are forked by now; the plain check is free.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
     fabric.seed_everything(training.seed + fabric.global_rank, verbose=False)
     folder = Path(training.log_dir) / (training.name or run_name(algorithm, settings))
     if fabric.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)
         parser.save(config, folder / "config.yaml", overwrite=True)
-    with Telemetry(fabric, settings.env, training, folder) as telemetry:
-        train(fabric, module, settings.env, settings.replay, settings.scoring, training, telemetry)
+    try:
+        with Telemetry(fabric, settings.env, training, folder) as telemetry:
+            train(
+                fabric, module, settings.env, settings.replay, settings.scoring, training, telemetry
+            )
+    except KeyboardInterrupt:
+        sys.exit(f"stopped; figures so far: {folder}")
     if fabric.is_global_zero and training.progress:
         print(f"logs: {folder} (tensorboard --logdir {training.log_dir})")

@@ -8,6 +8,7 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
+from torch.nn import functional
 from torchrl.modules import MLP
 
 
@@ -28,7 +29,7 @@ class CellOneHot(nn.Module):
 
     def forward(self, observation: Tensor) -> Tensor:
         """Expand uint8 ``[B, C + 1]`` (cells, then a flag) to float32 ``[B, C (codes-1) + 1]``."""
-        cells = self.channels[observation[..., :-1].int()].flatten(-2)
+        cells = functional.embedding(observation[..., :-1].int(), self.channels).flatten(-2)
         return torch.cat([cells, observation[..., -1:].to(cells.dtype)], dim=-1)
 
 

@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 
 import jsonargparse
-import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from recipes.benchmarks.timing import Spread
 from recipes.checks import ConfigError, require
 from recipes.compare import CONFIGS, Run, plan
 from recipes.metrics import last_row
@@ -62,18 +62,13 @@ def training(
         row = measure(run)
         speeds[run.method].append(row["env_steps"] / row["seconds"])
         unscored += row.get("scoring/clips_dropped", 0) + row.get("scoring/clips_failed", 0)
-    table = Table("", "median", "least", "most", title=f"{pairs} pairs of {env_steps} env steps")
-    ratio = np.array(speeds[method]) / np.array(speeds[peer])
-    for name, values, digits in (
-        (f"{method}, env steps/s", np.array(speeds[method]), 0),
-        (f"{peer}, env steps/s", np.array(speeds[peer]), 0),
-        (f"{method} ÷ {peer}", ratio, 3),
-    ):
-        figures = (np.median(values), values.min(), values.max())
-        table.add_row(name, *(f"{figure:.{digits}f}" for figure in figures))
-    console = Console()
-    console.print(table)
-    console.print(f"clips dropped or failed: {unscored:.0f}")
+    ours, theirs = Spread(speeds[method]), Spread(speeds[peer])
+    table = Table("", "median (lowest to highest)", title=f"{pairs} pairs of {env_steps} env steps")
+    table.add_row(f"{method}, env steps/s", str(ours))
+    table.add_row(f"{peer}, env steps/s", str(theirs))
+    table.add_row(f"{method} ÷ {peer}", str(ours / theirs))
+    table.add_row("clips dropped or failed", f"{unscored:.0f}")
+    Console().print(table)
 
 
 if __name__ == "__main__":
