@@ -81,8 +81,7 @@ def frame_rule(transitions: int, frames: int) -> np.ndarray:
 
 def happened(episode: Episode, clip: Clip) -> np.ndarray:
     """Whether each event happened in any transition of the clip, bool ``[E]``."""
-    result: np.ndarray = episode.events[clip.first : clip.first + clip.transitions].any(0)
-    return result
+    return np.asarray(episode.events[clip.first : clip.first + clip.transitions].any(0))
 
 
 def visible(episode: Episode, clip: Clip) -> np.ndarray:
@@ -91,7 +90,7 @@ def visible(episode: Episode, clip: Clip) -> np.ndarray:
     A door opened or a key picked up before the first frame shown looks just like a door open
     or a key carried all along. "Do not guess": such a clip is a No.
     """
-    label = happened(episode, clip)
+    label: np.ndarray = happened(episode, clip)
     start = clip.first + int(clip.shown()[0]) + 1
     label[1:] = episode.events[start : clip.first + clip.transitions, 1:].any(0)
     return label
@@ -185,22 +184,28 @@ class FrameTable:
         shown = clip.first + 1 + clip.shown()
         return np.asarray(self.offset[clip.episode] + episode.rows[shown])
 
+    def state(self, number: int) -> np.ndarray:
+        """Render state of one number, uint8 ``[W, H, 4]``."""
+        owner = int(np.searchsorted(self.offset, number, side="right")) - 1
+        found: np.ndarray = self.episodes[owner].states[number - self.offset[owner]]
+        return found
+
     def render(self, numbers: np.ndarray, renderer: MiniGridRenderer = VIEW) -> Tensor:
         """Frames of numbered states, uint8 ``[len(numbers), 3, H, W]``."""
-        owner = np.searchsorted(self.offset, numbers, side="right") - 1
-        by_shape: dict[tuple[int, ...], list[int]] = {}
-        for k, i in enumerate(owner):
-            by_shape.setdefault(self.episodes[i].states.shape[1:], []).append(k)
-        frames = None
-        for places in by_shape.values():
-            states = [
-                self.episodes[owner[k]].states[numbers[k] - self.offset[owner[k]]] for k in places
-            ]
-            drawn = renderer(torch.from_numpy(np.stack(states)))
-            if frames is None:
-                frames = drawn.new_empty(len(numbers), *drawn.shape[1:])
-            frames[torch.tensor(places)] = drawn
-        return torch.empty(0, 3, 64, 64, dtype=torch.uint8) if frames is None else frames
+        return render_mixed([self.state(int(n)) for n in numbers], renderer)
+
+
+def render_mixed(states: Sequence[np.ndarray], renderer: MiniGridRenderer) -> Tensor:
+    """Draw states of different grid sizes, uint8 ``[len(states), 3, H, W]``."""
+    frames: list[Tensor] = [torch.empty(0)] * len(states)
+    by_shape: dict[tuple[int, ...], list[int]] = {}
+    for k, state in enumerate(states):
+        by_shape.setdefault(state.shape, []).append(k)
+    for places in by_shape.values():
+        drawn = renderer(torch.from_numpy(np.stack([states[k] for k in places])))
+        for k, frame in zip(places, drawn, strict=True):
+            frames[k] = frame
+    return torch.stack(frames)
 
 
 OTHER, EMPTY, WALL, OPEN_DOOR, SHUT_DOOR, KEY, ON_GOAL = range(7)

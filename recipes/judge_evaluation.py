@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -102,7 +101,7 @@ def figures(score: np.ndarray, label: np.ndarray, shown: np.ndarray, seed: int =
     )
 
 
-class MovedGoal(DoorKeyEnv):  # type: ignore[misc]
+class MovedGoal(DoorKeyEnv):
     """DoorKey with the goal at a random free cell beyond the door."""
 
     def _gen_grid(self, width: int, height: int) -> None:
@@ -169,15 +168,22 @@ class Examiner:
         return np.concatenate(scores)
 
     def examine(
-        self, episodes: Sequence[Episode], clips: Sequence[Clip], **kwargs: Any
+        self,
+        episodes: Sequence[Episode],
+        clips: Sequence[Clip],
+        *,
+        questions: Sequence[str] = EVENT_NAMES,
+        renderer: MiniGridRenderer = VIEW,
     ) -> dict[str, Figures]:
-        """Figures of every question."""
+        """Figures of each question."""
         labels = np.stack([happened(episodes[c.episode], c) for c in clips])
         shown = np.stack([visible(episodes[c.episode], c) for c in clips])
-        return {
-            name: figures(self.ask(name, episodes, clips, **kwargs), labels[:, k], shown[:, k])
-            for k, name in enumerate(EVENT_NAMES)
-        }
+        results = {}
+        for name in questions:
+            k = EVENT_NAMES.index(name)
+            scores = self.ask(name, episodes, clips, renderer)
+            results[name] = figures(scores, labels[:, k], shown[:, k])
+        return results
 
     def confusion(
         self, episodes: Sequence[Episode], clips: Sequence[Clip]

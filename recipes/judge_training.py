@@ -6,7 +6,7 @@
    the frame tokens alone and learns to mark the frames at which something happened.
 3. The questions join: the answer's first token is trained, the marks kept as a second loss.
 
-B: batch, F: frames of a clip, S: tokens of a sequence, D: width of the language model.
+B: batch, F: frames of a clip, E: events, S: tokens of a turn, D: width of the language model.
 """
 
 from __future__ import annotations
@@ -21,255 +21,164 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recipes.judge_data import (
-    CELL_CLASSES,
     EVENT_NAMES,
-    KEY,
     LABEL_VIEW,
-    ON_GOAL,
-    OPEN_DOOR,
-    SHUT_DOOR,
     VIEW,
     Clip,
     ClipSampler,
     FrameTable,
     draw_spec,
-    visible,
+    render_mixed,
     visible_by_frame,
 )
+from recipes.judge_frames import FrameHeads, edited_states
 from recipes.judge_model import normalise, prompt_ids
 from recipes.judge_questions import PARAPHRASES
 
 Log = Callable[[str, int, int, dict[str, float]], None]
-"""Called after each step with the stage's name, the step, the number of steps and the means."""
-MAPPED = (OPEN_DOOR, SHUT_DOOR, KEY, ON_GOAL)
-CELLS = 64
-_RATE = 3e-3
-STEPS_X = torch.tensor([1, 0, -1, 0])
-STEPS_Y = torch.tensor([0, 1, 0, -1])
+"""Called after each step: stage, step, steps of the stage, what was measured in it."""
+FRAME_BATCH, EVENT_BATCH, ANSWER_BATCH = 256, 64, 48
+# A step size that a model of half a million parameters bears; found by short runs.
+RATE = 3e-3
+ANSWER_RATE = 1.5e-3
+SHARE_OF_YES = 0.4
+"""Of the training clips: under one half, since a false Yes costs replay more than a false No."""
+MARKED_LAYER = 2
+"""Marks are read after the second of three layers; the third carries them to the answer."""
 
 
-class FrameHeads(nn.Module):
-    """Linear read-outs of a frame's token; only the vision stage uses them."""
+class Training:
+    """One training run; the stages are methods, called in this order: frames, events, answers.
 
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.position = nn.Linear(width, CELLS)
-        self.direction = nn.Linear(width, 4)
-        self.under = nn.Linear(width, CELL_CLASSES)
-        self.front = nn.Linear(width, CELL_CLASSES)
-        self.maps = nn.Linear(width, len(MAPPED) * CELLS)
-
-    def losses(self, token: Tensor, cells: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Sum of the read-outs' losses.
-
-        Args:
-            token: Frame tokens, float32 ``[B, D]``.
-            cells: What ``LABEL_VIEW`` drew of the same states, uint8 ``[B, 3, 8, 8]``.
-        """
-        kind, agent, heading = (cells[:, k].long().flatten(1) for k in range(3))
-        here = agent.argmax(1)
-        rows = torch.arange(len(here))
-        facing = heading[rows, here]
-        x, y = here % 8 + STEPS_X[facing], here // 8 + STEPS_Y[facing]
-        inside = (x >= 0) & (x < 8) & (y >= 0) & (y < 8)
-        ahead = kind[rows, (y.clamp(0, 7) * 8 + x.clamp(0, 7))] * inside
-        maps = torch.stack([kind == k for k in MAPPED], 1).flatten(1).float()
-        under = self.under(token)
-        front = self.front(token)
-        weight = torch.tensor(6.0)  # one cell in thirty holds such a thing
-        loss = (
-            F.cross_entropy(self.position(token), here)
-            + F.cross_entropy(self.direction(token), facing)
-            + 2 * F.cross_entropy(under, kind[rows, here])
-            + 2 * F.cross_entropy(front, ahead)
-            + 4 * F.binary_cross_entropy_with_logits(self.maps(token), maps, pos_weight=weight)
-        )
-        seen = (self.maps(token) > 0) == (maps > 0)
-        on_goal = kind[rows, here] == ON_GOAL
-        return loss, {
-            "loss": float(loss.detach()),
-            "position": float((self.position(token).argmax(1) == here).float().mean()),
-            "direction": float((self.direction(token).argmax(1) == facing).float().mean()),
-            "under": float((under.argmax(1) == kind[rows, here]).float().mean()),
-            "front": float((front.argmax(1) == ahead).float().mean()),
-            "map": float(seen.all(1).float().mean()),
-            "goal": float(((under.argmax(1) == ON_GOAL) == on_goal).float().mean()),
-        }
-
-
-def edited_states(table: FrameTable, random: np.random.Generator, count: int) -> list[np.ndarray]:
-    """States of the episodes, half of them with the agent put elsewhere, often at a goal.
-
-    An episode shows its goal reached once at most; put there, the agent is seen on a goal from
-    every side, and just as often beside it.
+    Args:
+        model: A PerceptionLM, trained in place.
+        processor: Its processor.
+        sampler: Draws the clips; its generator drives every draw of the run.
+        log: Told about every step.
     """
-    states = []
-    for number in random.integers(0, len(table), count):
-        owner = int(np.searchsorted(table.offset, number, side="right") - 1)
-        state = table.episodes[owner].states[number - table.offset[owner]]
-        if random.random() < 0.7:
-            state = _moved_agent(state.copy(), random)
-        states.append(state)
-    return states
+
+    def __init__(self, model: Any, processor: Any, sampler: ClipSampler, log: Log) -> None:
+        self.model = model
+        self.processor = processor
+        self.sampler = sampler
+        self.random = sampler.random
+        self.log = log
+        self.table = FrameTable(sampler.episodes)
+        self.tokens = torch.empty(0)
+        self.marks = nn.Linear(model.config.text_config.hidden_size, len(EVENT_NAMES))
+
+    def frames(self, steps: int) -> None:
+        """Stage 1: the vision tower and the projector, on single frames."""
+        heads = FrameHeads(self.marks.in_features)
+        descent = _Descent(
+            [self.model.model.vision_tower, self.model.model.multi_modal_projector, heads],
+            RATE,
+            steps,
+        )
+        self.model.train()
+        for step in range(steps):
+            states = edited_states(self.table, self.random, FRAME_BATCH)
+            tokens = self._frame_tokens(render_mixed(states, VIEW))
+            loss, means = heads.losses(tokens, render_mixed(states, LABEL_VIEW))
+            descent.step(loss)
+            self.log("frames", step, steps, means)
+
+    @torch.no_grad()
+    def embed(self) -> None:
+        """Compute the token of every distinct frame, once; the vision tower is done."""
+        self.model.eval()
+        chunks = np.array_split(np.arange(len(self.table)), max(1, len(self.table) // 512))
+        tokens = []
+        for k, numbers in enumerate(chunks):
+            tokens.append(self._frame_tokens(self.table.render(numbers)))
+            self.log("embedding", k, len(chunks), {})
+        self.tokens = torch.cat(tokens)
+
+    def _frame_tokens(self, frames: Tensor) -> Tensor:
+        """Tokens of uint8 frames, float32 ``[B, D]``."""
+        output = self.model.model.get_image_features(normalise(frames)[None])
+        tokens: Tensor = output.pooler_output[:, 0]
+        return tokens
+
+    def events(self, steps: int) -> None:
+        """Stage 2: frame tokens alone, each frame's event marked."""
+        language = self.model.model.language_model
+        descent = _Descent([language, self.marks], RATE, steps)
+        self.model.train()
+        for step in range(steps):
+            clips, _, _ = self._draw(EVENT_BATCH, 8 if step < steps // 5 else 32)
+            rows, target = self._rows_and_marks(clips)
+            output = language(
+                inputs_embeds=self.tokens[rows], output_hidden_states=True, use_cache=False
+            )
+            loss, means = _mark_loss(self.marks(output.hidden_states[MARKED_LAYER]), target)
+            descent.step(loss)
+            self.log("events", step, steps, means)
+
+    def answers(self, steps: int) -> None:
+        """Stage 3: whole turns, the answer's first token."""
+        descent = _Descent([self.model.model.language_model, self.marks], ANSWER_RATE, steps)
+        asked = _Questions(self.processor)
+        yes, no = (asked.first_token(word) for word in ("Yes", "No"))
+        self.model.train()
+        for step in range(steps):
+            longest = 8 if step < steps // 6 else 32 if step < steps // 2 else 64
+            clips, questions, answers = self._draw(ANSWER_BATCH, longest)
+            rows, target = self._rows_and_marks(clips)
+            ids, mask = asked.batch(questions, clips[0].frames, self.random)
+            output = self._forward(ids, mask, rows)
+            said = output.logits[:, -1]
+            loss = F.cross_entropy(said, torch.where(answers, yes, no))
+            seen = output.hidden_states[MARKED_LAYER][ids == self.processor.video_token_id]
+            mark_loss, _ = _mark_loss(self.marks(seen).view(*target.shape), target)
+            descent.step(loss + mark_loss)
+            right = ((said[:, yes] > said[:, no]) == answers).float()
+            means = {"loss": float(loss.detach()), "marks": float(mark_loss.detach())}
+            for k, name in enumerate(EVENT_NAMES):
+                means[name] = float(right[questions == k].mean())
+            self.log("answers", step, steps, means)
+
+    def _forward(self, ids: Tensor, mask: Tensor, rows: Tensor) -> Any:
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        video = self.tokens[rows].flatten(0, 1)[:, None]
+        return self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            mm_encoder_outputs={"video": BaseModelOutputWithPooling(pooler_output=video)},
+            output_hidden_states=True,
+            use_cache=False,
+            logits_to_keep=1,
+        )
+
+    def _draw(self, count: int, longest: int) -> tuple[list[Clip], Tensor, Tensor]:
+        """Clips of one frame count, the question to each (int64 ``[B]``), its answer (bool)."""
+        transitions, frames = draw_spec(self.random, longest)
+        questions = self.random.integers(0, len(EVENT_NAMES), count)
+        answers = self.random.random(count) < SHARE_OF_YES
+        clips = [
+            self.sampler.draw(int(q), bool(a), transitions, frames)
+            for q, a in zip(questions, answers, strict=True)
+        ]
+        return clips, torch.from_numpy(questions), torch.from_numpy(answers)
+
+    def _rows_and_marks(self, clips: list[Clip]) -> tuple[Tensor, Tensor]:
+        """Frame numbers, int64 ``[B, F]``, and what each frame shows, float32 ``[B, F, E]``."""
+        rows = np.stack([self.table.rows(clip) for clip in clips])
+        episodes = self.table.episodes
+        marks = np.stack([visible_by_frame(episodes[clip.episode], clip) for clip in clips])
+        return torch.from_numpy(rows), torch.from_numpy(marks).float()
 
 
-def _moved_agent(state: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    goals = np.argwhere(state[..., 0] == 8)
-    free = np.argwhere((state[..., 0] == 1) | (state[..., 0] == 3))
-    choice = random.random()
-    if len(goals) and choice < 0.15 and len(free):  # the goal somewhere else
-        old, new = goals[0], free[int(random.integers(len(free)))]
-        state[old[0], old[1], :3] = (1, 0, 0)
-        state[new[0], new[1], :3] = (8, 1, 0)
-        goals = new[None]
-    inside = np.array(state.shape[:2]) - 1
-    cell = None
-    if len(goals) and choice < 0.45:
-        cell = goals[int(random.integers(len(goals)))]
-    elif len(goals) and choice < 0.75:
-        cell = goals[0] + random.choice([(1, 0), (-1, 0), (0, 1), (0, -1)])
-    elif len(free):
-        cell = free[int(random.integers(len(free)))]
-    if cell is not None and (cell > 0).all() and (cell < inside).all():
-        state[..., 3] = 0
-        state[cell[0], cell[1], 3] = 1 + int(random.integers(4))
-    return state
-
-
-def render_mixed(states: list[np.ndarray], renderer: Any) -> Tensor:
-    """Draw states of different grid sizes, uint8 ``[B, 3, H, W]``."""
-    frames: list[Tensor] = [torch.empty(0)] * len(states)
-    by_shape: dict[tuple[int, ...], list[int]] = {}
-    for k, state in enumerate(states):
-        by_shape.setdefault(state.shape, []).append(k)
-    for places in by_shape.values():
-        drawn = renderer(torch.from_numpy(np.stack([states[k] for k in places])))
-        for k, frame in zip(places, drawn, strict=True):
-            frames[k] = frame
-    return torch.stack(frames)
-
-
-def train_vision(
-    model: Any, table: FrameTable, random: np.random.Generator, steps: int, log: Log
-) -> None:
-    """Stage 1, in place."""
-    heads = FrameHeads(model.config.text_config.hidden_size)
-    parts = [model.model.vision_tower, model.model.multi_modal_projector, heads]
-    parameters = [p for part in parts for p in part.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=_RATE, weight_decay=0.01, betas=(0.9, 0.98))
-    model.train()
-    for step in range(steps):
-        _set_rate(optimizer, _RATE, step, steps)
-        states = edited_states(table, random, 256)
-        token = frame_tokens(model, render_mixed(states, VIEW))[:, 0]
-        loss, means = heads.losses(token, render_mixed(states, LABEL_VIEW))
-        _descend(optimizer, loss, parameters)
-        log("frames", step, steps, means)
-
-
-def frame_tokens(model: Any, frames: Tensor) -> Tensor:
-    """Tokens of uint8 frames, float32 ``[B, tokens, D]``."""
-    tokens: Tensor = model.model.get_image_features(normalise(frames)[None]).pooler_output
-    return tokens
-
-
-@torch.no_grad()
-def embed_table(model: Any, table: FrameTable, log: Log) -> Tensor:
-    """Tokens of every distinct frame, float32 ``[len(table), tokens, D]``."""
-    model.eval()
-    chunks = np.array_split(np.arange(len(table)), max(1, len(table) // 1024))
-    tokens = []
-    for k, numbers in enumerate(chunks):
-        tokens.append(frame_tokens(model, table.render(numbers)))
-        log("embedding", k, len(chunks), {})
-    return torch.cat(tokens)
-
-
-def train_events(
-    model: Any,
-    marks: nn.Linear,
-    table: FrameTable,
-    tokens: Tensor,
-    sampler: ClipSampler,
-    steps: int,
-    log: Log,
-) -> None:
-    """Stage 2, in place: frame tokens alone, each frame's event marked."""
-    language = model.model.language_model
-    parameters = [*language.parameters(), *marks.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=_RATE, weight_decay=0.01, betas=(0.9, 0.98))
-    model.train()
-    for step in range(steps):
-        _set_rate(optimizer, _RATE, step, steps)
-        clips, _, _ = draw_batch(sampler, 64, 8 if step < steps // 4 else 32)
-        rows, target = _rows_and_marks(table, clips)
-        embeddings = tokens[rows][:, :, 0]
-        states = language(inputs_embeds=embeddings, output_hidden_states=True, use_cache=False)
-        logits = marks(states.hidden_states[_MARKED_LAYER])
-        loss, means = mark_loss(logits, target)
-        _descend(optimizer, loss, parameters)
-        log("events", step, steps, means)
-
-
-_MARKED_LAYER = 2
-"""Marks are read after the second layer: the third carries them to the answer."""
-
-
-def mark_loss(logits: Tensor, target: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """Loss of per-frame event marks, both ``[B, F, E]``."""
-    loss = F.binary_cross_entropy_with_logits(logits, target, pos_weight=torch.tensor(4.0))
+def _mark_loss(logits: Tensor, target: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """Loss of the event marks ``[B, F, E]``, and the share of clips judged rightly by them."""
+    # One frame in ten or so has a mark.
+    loss = F.binary_cross_entropy_with_logits(logits, target, pos_weight=torch.tensor(3.0))
     means = {"loss": float(loss.detach())}
     for k, name in enumerate(EVENT_NAMES):
         said, true = logits[..., k].amax(1) > 0, target[..., k].amax(1) > 0
         means[name] = float((said == true).float().mean())
     return loss, means
-
-
-def train_answers(
-    model: Any,
-    marks: nn.Linear,
-    processor: Any,
-    table: FrameTable,
-    tokens: Tensor,
-    sampler: ClipSampler,
-    steps: int,
-    log: Log,
-) -> None:
-    """Stage 3, in place: whole turns, the answer's first token."""
-    from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-    language = model.model.language_model
-    parameters = [*language.parameters(), *marks.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1.5e-3, weight_decay=0.01, betas=(0.9, 0.98))
-    asked = _Questions(processor)
-    yes, no = (processor.tokenizer.encode(w, add_special_tokens=False)[0] for w in ("Yes", "No"))
-    model.train()
-    for step in range(steps):
-        _set_rate(optimizer, 1.5e-3, step, steps)
-        longest = 8 if step < steps // 5 else 32 if step < steps // 2 else 64
-        clips, questions, answers = draw_batch(sampler, 48, longest)
-        rows, target = _rows_and_marks(table, clips)
-        ids, mask = asked.batch(questions, clips[0].frames, sampler.random)
-        video = BaseModelOutputWithPooling(pooler_output=tokens[rows].flatten(0, 1))
-        out = model(
-            input_ids=ids,
-            attention_mask=mask,
-            mm_encoder_outputs={"video": video},
-            output_hidden_states=True,
-            use_cache=False,
-            logits_to_keep=1,
-        )
-        said = out.logits[:, -1]
-        wanted = torch.where(answers, yes, no)
-        seen = out.hidden_states[_MARKED_LAYER][ids == processor.video_token_id]
-        extra, means = mark_loss(marks(seen).view(*target.shape), target)
-        answer_loss = F.cross_entropy(said, wanted)
-        _descend(optimizer, answer_loss + extra, parameters)
-        right = (said[:, yes] > said[:, no]) == answers
-        means = {"loss": float(answer_loss.detach()), "marks": means["loss"]}
-        for k, name in enumerate(EVENT_NAMES):
-            means[name] = float(right[questions == k].float().mean())
-        log("answers", step, steps, means)
 
 
 class _Questions:
@@ -279,9 +188,13 @@ class _Questions:
         self.processor = processor
         self.cache: dict[tuple[str, int], Tensor] = {}
 
+    def first_token(self, word: str) -> int:
+        return int(self.processor.tokenizer.encode(word, add_special_tokens=False)[0])
+
     def batch(
         self, questions: Tensor, frames: int, random: np.random.Generator
     ) -> tuple[Tensor, Tensor]:
+        """Ids and attention mask, both int64 ``[B, S]``; half the questions are canonical."""
         rows = []
         for question in questions.tolist():
             ways = PARAPHRASES[EVENT_NAMES[question]]
@@ -295,40 +208,24 @@ class _Questions:
         return ids, (ids != pad).long()
 
 
-def draw_batch(sampler: ClipSampler, count: int, longest: int) -> tuple[list[Clip], Tensor, Tensor]:
-    """Clips of one frame count, the question put to each (int64 ``[B]``), its answer (bool)."""
-    transitions, frames = draw_spec(sampler.random, longest)
-    questions = sampler.random.integers(0, len(EVENT_NAMES), count)
-    answers = sampler.random.random(count) < 0.5
-    clips = [
-        sampler.draw(int(q), bool(a), transitions, frames)
-        for q, a in zip(questions, answers, strict=True)
-    ]
-    return clips, torch.from_numpy(questions), torch.from_numpy(answers)
+class _Descent:
+    """AdamW with a warm-up of 50 steps and a cosine down to nothing, gradients clipped at 1."""
 
+    def __init__(self, parts: list[nn.Module], rate: float, steps: int) -> None:
+        self.parameters = [p for part in parts for p in part.parameters()]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=rate, weight_decay=0.01, betas=(0.9, 0.98)
+        )
 
-def _rows_and_marks(table: FrameTable, clips: list[Clip]) -> tuple[Tensor, Tensor]:
-    rows = np.stack([table.rows(clip) for clip in clips])
-    marks = [visible_by_frame(table.episodes[clip.episode], clip) for clip in clips]
-    return torch.from_numpy(rows), torch.from_numpy(np.stack(marks)).float()
+        def schedule(step: int) -> float:
+            return min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
 
-def _set_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, steps: int) -> None:
-    """Warm up over 50 steps, then fall to nothing along a cosine."""
-    rate = peak * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
-def _descend(
-    optimizer: torch.optim.Optimizer, loss: Tensor, parameters: list[nn.Parameter]
-) -> None:
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    nn.utils.clip_grad_norm_(parameters, 1.0)
-    optimizer.step()
-
-
-__all__ = [
-    "embed_table", "train_answers", "train_events", "train_vision", "visible",
-]  # fmt: skip
+    def step(self, loss: Tensor) -> None:
+        """One update."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.schedule.step()

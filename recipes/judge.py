@@ -1,0 +1,163 @@
+"""Train the embedded judge from nothing, examine it, and write its card.
+
+    python -m recipes.judge --output runs/judge           # about ten minutes on one core
+    python -m recipes.judge --output runs/judge --train false   # examine and write the card again
+
+The judge that the package ships was written by
+``python -m recipes.judge --output vlmrb_torchrl/scorers/judge``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from recipes.judge_card import write_card
+from recipes.judge_data import ClipSampler, Episode
+from recipes.judge_model import build_model, build_processor
+from recipes.judge_policies import play
+from recipes.judge_rooms import random_world
+from recipes.judge_training import Log, Training
+
+LOG_EVERY = 50
+
+
+def main(
+    output: Path = Path("runs/judge"),
+    *,
+    seed: int = 0,
+    episodes: int = 3000,
+    frame_steps: int = 600,
+    event_steps: int = 1200,
+    answer_steps: int = 900,
+    train: bool = True,
+    examine: bool = True,
+    examined_episodes: int = 150,
+) -> None:
+    """Train a judge and write its card. Ctrl-C leaves the output folder as it was.
+
+    Args:
+        output: Folder for the weights, the processor and the card.
+        seed: Seed of the weights, the worlds and the order of everything.
+        episodes: Scripted episodes that clips are cut from.
+        frame_steps: Steps of the first stage: what single frames show.
+        event_steps: Steps of the second: at which frame something happened.
+        answer_steps: Steps of the third: questions and answers.
+        train: False: examine the judge that lies in ``output``.
+        examine: Examine the judge and write its card, ``README.md``.
+        examined_episodes: Episodes a table row is made of.
+    """
+    counts = (episodes, frame_steps, event_steps, answer_steps, examined_episodes)
+    if min(counts) < 1:
+        sys.exit(f"episodes and steps are {counts}: each must be at least 1.")
+    torch.set_num_threads(1)  # the figures are those of one core
+    if train:
+        _train(output, seed, episodes, (frame_steps, event_steps, answer_steps))
+    elif not (output / "model.safetensors").is_file():
+        sys.exit(f"{output} holds no judge: train one first (--train true).")
+    if examine:
+        with _bar() as bar:
+            write_card(output, examined_episodes, _track(bar))
+        print(f"Card: {output / 'README.md'}")
+
+
+def _train(output: Path, seed: int, count: int, steps: tuple[int, int, int]) -> None:
+    begun, begun_cpu = time.perf_counter(), time.process_time()
+    torch.manual_seed(seed)
+    random = np.random.default_rng(seed)
+    with _bar() as bar:
+        log = _track(bar)
+        episodes = collect(count, random, log)
+        processor = build_processor()
+        training = Training(build_model(processor), processor, ClipSampler(episodes, random), log)
+        training.frames(steps[0])
+        training.embed()
+        training.events(steps[1])
+        training.answers(steps[2])
+    facts = {
+        "seed": seed,
+        "episodes": count,
+        "transitions": sum(len(e) for e in episodes),
+        "distinct_frames": len(training.table),
+        "steps": dict(zip(("frames", "events", "answers"), steps, strict=True)),
+        "parameters": sum(p.numel() for p in training.model.parameters()),
+        "minutes": round((time.perf_counter() - begun) / 60, 1),
+        "cpu_minutes": round((time.process_time() - begun_cpu) / 60, 1),
+    }
+    save(training.model.eval(), processor, facts, output)
+    print(f"Judge: {output} ({facts['parameters']:,} parameters, {facts['minutes']} minutes)")
+
+
+def collect(count: int, random: np.random.Generator, log: Log) -> list[Episode]:
+    """Scripted episodes of random worlds, resets seeded from 0 up."""
+    episodes = []
+    for k in range(count):
+        family, world = random_world(random)
+        episodes.append(play(family, world, random, seed=k))
+        log("episodes", k, count, {})
+    return episodes
+
+
+def save(model: Any, processor: Any, facts: dict[str, Any], output: Path) -> None:
+    """Write everything beside ``output``, then move it in file by file."""
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        (partial / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+        output.mkdir(parents=True, exist_ok=True)
+        for file in partial.iterdir():
+            os.replace(file, output / file.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description:10}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[measured]}"),
+    )
+
+
+def _track(bar: Progress) -> Log:
+    """A log that moves a progress bar and, every 50 steps, prints means since the last line."""
+    tasks: dict[str, Any] = {}
+    sums: dict[str, list[float]] = {}
+
+    def log(stage: str, step: int, steps: int, means: dict[str, float]) -> None:
+        if stage not in tasks:
+            tasks[stage] = bar.add_task(stage, total=steps, measured="")
+            sums.clear()
+        for name, value in means.items():
+            sums.setdefault(name, []).append(value)
+        bar.update(tasks[stage], completed=step + 1)
+        if means and ((step + 1) % LOG_EVERY == 0 or step + 1 == steps):
+            line = "  ".join(f"{name} {np.nanmean(values):.3f}" for name, values in sums.items())
+            bar.update(tasks[stage], measured=line)
+            if not bar.console.is_terminal:
+                print(f"{stage} {step + 1}/{steps}  {line}", flush=True)
+            sums.clear()
+
+    return log
+
+
+if __name__ == "__main__":
+    from jsonargparse import auto_cli
+
+    try:
+        auto_cli(main, as_positional=False)
+    except KeyboardInterrupt:
+        sys.exit("Stopped. No file was left half-written.")

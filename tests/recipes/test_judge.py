@@ -1,0 +1,221 @@
+"""The judge's recipe: held-out worlds, frame rule, labels, statistics, and a run in miniature."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from minigrid.envs import DoorKeyEnv
+from tensordict import TensorDict
+
+from recipes import judge
+from recipes.judge_data import (
+    EVENT_NAMES,
+    LABEL_VIEW,
+    VIEW,
+    Clip,
+    ClipSampler,
+    Episode,
+    FrameTable,
+    draw_spec,
+    frame_rule,
+    happened,
+    visible,
+    visible_by_frame,
+)
+from recipes.judge_evaluation import (
+    area_under_curve,
+    cut,
+    doorkey_episodes,
+    figures,
+    static_states,
+    wilson,
+)
+from recipes.judge_model import build_model, build_processor, normalise
+from recipes.judge_rooms import RandomRoom, could_be_doorkey
+from vlmrb_torchrl.scorers import HuggingFaceScorer
+
+
+@pytest.fixture(scope="module")
+def episodes() -> list[Episode]:
+    return judge.collect(60, np.random.default_rng(0), lambda *_: None)
+
+
+def counting_episode(length: int, goal: bool, doors: tuple[int, ...]) -> Episode:
+    """An episode whose state t is the number t, with a door opened in the given transitions."""
+    states = np.zeros((length + 1, 5, 5, 4), np.uint8)
+    states[:, 0, 0, 0] = np.arange(length + 1)
+    events = np.zeros((length, len(EVENT_NAMES)), bool)
+    events[-1, 0] = goal
+    events[list(doors), 1] = True
+    return Episode("counting", "none", states, events)
+
+
+@pytest.mark.parametrize("size", [5, 6, 8, 12, 16])
+def test_every_doorkey_layout_is_recognised_as_held_out(size: int) -> None:
+    world = DoorKeyEnv(size=size)
+    for seed in range(20):
+        world.reset(seed=seed)
+        assert could_be_doorkey(world.grid.encode())
+
+
+def test_random_rooms_are_never_doorkey_layouts_but_do_hold_doors_keys_and_goals() -> None:
+    found = set()
+    for seed in range(100):
+        world = RandomRoom(6 + seed % 8, 6 + seed % 8)
+        world.reset(seed=seed)
+        assert not could_be_doorkey(world.grid.encode())
+        found |= {thing.type for thing in world.grid.grid if thing}
+    assert {"door", "key", "goal", "wall"} <= found
+
+
+def test_training_never_constructs_doorkey(episodes: list[Episode]) -> None:
+    assert "DoorKey" not in {episode.family for episode in episodes}
+    for name in ("judge_rooms", "judge_policies", "judge_data", "judge_training", "judge_frames"):
+        assert "DoorKeyEnv" not in Path(judge.__file__).with_name(f"{name}.py").read_text()
+
+
+@pytest.mark.parametrize("transitions", [1, 3, 4, 31, 32, 33, 100, 128])
+@pytest.mark.parametrize("frames", [4, 32, 64])
+def test_frame_rule_shows_the_last_outcome_in_order(transitions: int, frames: int) -> None:
+    shown = frame_rule(transitions, frames)
+    assert len(shown) == frames
+    assert shown[-1] == transitions - 1
+    steps = np.diff(shown)
+    if transitions <= frames:
+        assert list(shown[:transitions]) == list(range(transitions))
+        assert not steps[transitions - 1 :].any()
+    else:
+        expected = [math.ceil((j + 1) * transitions / frames) - 1 for j in range(frames)]
+        assert shown.tolist() == expected
+
+
+def test_frames_of_a_clip_are_the_states_that_its_transitions_lead_to() -> None:
+    table = FrameTable([counting_episode(3, True, ()), counting_episode(20, True, ())])
+    rows = table.rows(Clip(episode=1, first=4, transitions=8, frames=4))
+    assert [int(table.state(int(r))[0, 0, 0]) for r in rows] == [6, 8, 10, 12]
+
+
+def test_door_opened_before_the_first_frame_happened_but_is_not_visible() -> None:
+    """Of 8 transitions shown as 4 frames the first frame is the outcome of transition 1."""
+    for moment, shown in ((0, False), (1, False), (2, True), (7, True)):
+        episode = counting_episode(8, False, (moment,))
+        clip = Clip(0, 0, 8, 4)
+        assert happened(episode, clip)[1]
+        assert visible(episode, clip)[1] == shown
+        marks = visible_by_frame(episode, clip)[:, 1]
+        assert marks.tolist() == [shown and moment // 2 == j for j in range(4)]
+
+
+def test_goal_is_marked_in_every_frame_that_shows_it_padding_included() -> None:
+    episode = counting_episode(2, True, ())
+    marks = visible_by_frame(episode, Clip(0, 0, 2, 4))[:, 0]
+    assert marks.tolist() == [False, True, True, True]
+
+
+def test_sampler_gives_the_answer_asked_for_and_stays_inside_the_episode(
+    episodes: list[Episode],
+) -> None:
+    sampler = ClipSampler(episodes, np.random.default_rng(1))
+    for k in range(300):
+        question, answer = k % 3, bool(k // 3 % 2)
+        clip = sampler.draw(question, answer, *draw_spec(sampler.random, 32))
+        episode = episodes[clip.episode]
+        assert visible(episode, clip)[question] == answer
+        assert clip.first >= 0
+        assert 1 <= clip.transitions <= len(episode) - clip.first
+
+
+def test_clips_of_a_cut_cover_every_transition_once(episodes: list[Episode]) -> None:
+    covered = [0] * len(episodes)
+    for clip in cut(episodes, 32, 32):
+        covered[clip.episode] += clip.transitions
+    assert covered == [len(episode) for episode in episodes]
+
+
+def test_events_agree_with_the_states(episodes: list[Episode]) -> None:
+    """The goal is reached exactly where the agent's cell turns into a goal."""
+    for episode in episodes:
+        states = episode.states[episode.rows]
+        on_goal = ((states[..., 0] == 8) & (states[..., 3] > 0)).any((1, 2))
+        assert episode.events[:, 0].tolist() == on_goal[1:].tolist()
+
+
+def test_label_view_sees_the_agent_where_the_picture_has_it(episodes: list[Episode]) -> None:
+    state = torch.from_numpy(episodes[0].states[:1])
+    _, agent, _ = LABEL_VIEW(state)[0]
+    assert agent.sum() == 1
+    row, column = (int(v) for v in agent.nonzero()[0])
+    tile = VIEW(state)[0][:, row * 8 : row * 8 + 8, column * 8 : column * 8 + 8]
+    assert (tile[0] > 200).any()  # the agent is red
+
+
+def test_static_states_hold_one_agent_on_a_cell_that_can_be_stood_on() -> None:
+    states = list(static_states(5, 1))
+    assert len({s.tobytes() for s in states}) == len(states)
+    for state in states:
+        kind = state[..., 0][state[..., 3] > 0]
+        assert len(kind) == 1
+        assert kind[0] in (1, 4, 8)
+
+
+def test_wilson_interval_of_no_error_in_a_hundred() -> None:
+    """Closed form: for k = n the lower end is n / (n + z²), the upper end 1."""
+    share, low, high = wilson(100, 100)
+    assert (share, high) == pytest.approx((1.0, 1.0))
+    assert low == pytest.approx(100 / (100 + 1.96**2))
+
+
+def test_area_under_curve_counts_ties_half() -> None:
+    label = np.array([True, True, False, False])
+    assert area_under_curve(np.array([0.9, 0.5, 0.5, 0.1]), label) == pytest.approx(3.5 / 4)
+
+
+def test_figures_count_against_what_happened() -> None:
+    score = np.array([0.9, 0.9, 0.1, 0.1])
+    label = np.array([True, False, True, False])
+    shown = np.array([True, False, False, False])
+    result = figures(score, label, shown)
+    assert (result.true_positives, result.false_positives) == (1, 1)
+    assert result.recall[0] == 0.5
+    assert result.recall_visible[0] == 1.0
+
+
+def test_training_normalises_frames_as_the_processor_does() -> None:
+    frames = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    processor = build_processor()
+    given = processor.video_processor(videos=[frames], do_sample_frames=False, return_tensors="pt")
+    torch.testing.assert_close(normalise(frames), given["pixel_values_videos"][0])
+
+
+def test_a_run_in_miniature_writes_a_judge_that_the_scorer_loads(tmp_path: Path) -> None:
+    out = tmp_path / "judge"
+    judge.main(out, episodes=40, frame_steps=2, event_steps=2, answer_steps=2, examine=False)
+    episodes = doorkey_episodes(5, 2, 0)
+    table = FrameTable(episodes)
+    clips = cut(episodes, 32, 4)[:3]
+    frames = torch.stack([table.render(table.rows(clip)) for clip in clips])
+    score = HuggingFaceScorer(out)(TensorDict({"clip": frames}, [3]))["score"]
+    assert score.shape == (3,)
+    assert json.loads((out / "training.json").read_text())["steps"]["frames"] == 2
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_an_interrupted_save_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
+    class Interrupting:
+        def save_pretrained(self, folder: Path) -> None:
+            raise KeyboardInterrupt
+
+    processor = build_processor()
+    model = build_model(processor, vision_width=32, vision_layers=1, width=32, layers=1)
+    out = tmp_path / "judge"
+    out.mkdir()
+    (out / "model.safetensors").write_text("old")
+    with pytest.raises(KeyboardInterrupt):
+        judge.save(model, Interrupting(), {}, out)
+    assert [p.name for p in tmp_path.iterdir()] == ["judge"]
+    assert (out / "model.safetensors").read_text() == "old"
