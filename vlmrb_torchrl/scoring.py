@@ -118,6 +118,8 @@ class AsyncScorer:
             )
         if not 0 <= backoff_s[0] <= backoff_s[1]:
             raise ValueError(f"backoff_s is {backoff_s}; choose (shortest, longest) seconds.")
+        if not 0 <= niceness <= 19:
+            raise ValueError(f"niceness is {niceness}; choose 0 (as the learner) to 19 (least).")
         if needs_frames and transform is None:
             raise ValueError(f"{scorer!r} reads frames; pass ClipRenderTransform(renderer).")
         self._buffer, self._transform, self._scorer = buffer, transform, scorer
@@ -127,9 +129,10 @@ class AsyncScorer:
         self._cutting = threading.Lock()
         self._ledger = Ledger(seed)
         self.mode = choose_mode(mode, scorer)
+        self._worker = self._backend(timeout_s, start_timeout_s, niceness, worker_threads)
         self._dispatcher = Dispatcher(
             buffer,
-            self._backend(timeout_s, start_timeout_s, niceness, worker_threads),
+            self._worker,
             self._ledger,
             queue_clips=queue_clips,
             batch_clips=batch_clips,
@@ -283,6 +286,11 @@ class AsyncScorer:
         # A worker process has its own copy, which starts from the seed.
         modules = self._scorer.named_modules()
         return {name: module for name, module in modules if isinstance(module, SeededScorer)}
+
+    @property
+    def worker_pid(self) -> int | None:
+        """Process id of the worker; None in other modes, and while there is none."""
+        return self._worker.pid if isinstance(self._worker, ProcessBackend) else None
 
     def close(self) -> None:
         """End the worker, leaving what is pending unscored. May be called again."""

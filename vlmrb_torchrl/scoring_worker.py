@@ -13,7 +13,7 @@ import pickle
 import threading
 import time
 from multiprocessing.connection import Connection
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -21,10 +21,13 @@ from numpy.typing import NDArray
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
-from torchrl.envs import Transform
 
 from vlmrb_torchrl.keys import CLIP, SCORE
 from vlmrb_torchrl.scorers.base import InvalidScoreError, check_scores
+
+if TYPE_CHECKING:
+    # Not at run time: a worker without frames to draw starts a second sooner without torchrl.
+    from torchrl.envs import Transform
 
 FaultKind = Literal["raised", "invalid", "timeout", "died"]
 

@@ -1,0 +1,793 @@
+"""Scoring beside the learner: right slots, nothing lost from the books, no fault gets through."""
+
+import gc
+import logging
+import os
+import pickle
+import select
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torchrl.collectors import Collector
+from torchrl.data import LazyTensorStorage, RandomSampler
+
+from tests.scoring_doubles import Brightness, Faulty, Foreign, Gate, Gated, NumberRenderer, Yes
+from tests.streams import stream
+from vlmrb_torchrl.buffer import VLMReplayBuffer
+from vlmrb_torchrl.clips import ClipRenderTransform
+from vlmrb_torchrl.envs import DoorKeyEnv
+from vlmrb_torchrl.samplers import VLMPrioritizedSampler
+from vlmrb_torchrl.scorers import ConstantScorer, NoisyScorer, PrivilegedScorer
+from vlmrb_torchrl.scoring import AsyncScorer, choose_mode
+
+ROOT = Path(__file__).parent.parent
+# Starting a process takes seconds: what is one code path is tested with a thread alone.
+SLOW_PROCESS = pytest.param("process", marks=pytest.mark.slow)
+PATIENT = 60.0  # seconds; only a failing test waits as long
+
+
+def make_buffer(capacity=64):
+    return VLMReplayBuffer(
+        storage=LazyTensorStorage(capacity),
+        sampler=VLMPrioritizedSampler(capacity, threshold=None),
+        batch_size=4,
+    )
+
+
+def make(buffer, scorer, mode, **settings):
+    settings = {"clip_transitions": 4, "frames_per_clip": 2, "batch_clips": 1, **settings}
+    settings = {"max_wait_s": 0.0, "backoff_s": (0.0, 0.0), "niceness": 0, **settings}
+    return AsyncScorer(buffer, ClipRenderTransform(NumberRenderer()), scorer, mode=mode, **settings)
+
+
+def insert(buffer, scoring, transitions):
+    scoring.submit(transitions, buffer.extend(transitions))
+
+
+def scores(buffer):
+    """Score of each slot, -1 where there is none."""
+    return buffer.sampler.state_dict()["_score"].tolist()
+
+
+def books(scoring):
+    """The statistics, after checking that every clip and transition is accounted for."""
+    figures = scoring.statistics()
+    for unit in ("clips", "transitions"):
+        fates = [figures[f"{unit}_{fate}"] for fate in ("scored", "late", "dropped", "failed")]
+        assert figures[f"{unit}_submitted"] == sum(fates) + figures[f"{unit}_pending"]
+        assert min(fates) >= 0
+        assert figures[f"{unit}_pending"] >= 0
+    return figures
+
+
+def vanishes(pid, timeout_s=PATIENT):
+    """Whether process ``pid`` ends (or has ended) within the time."""
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([handle], [], [], timeout_s)[0])
+    finally:
+        os.close(handle)
+
+
+@pytest.fixture
+def gate(tmp_path):
+    gate = Gate(tmp_path)
+    yield gate
+    gate.release(1000)  # threads that a test left behind
+
+
+# ---------------------------------------------------------------- the right slots
+
+
+@pytest.mark.parametrize("mode", ["sync", "thread", "process"])
+def test_every_transition_gets_the_score_of_its_clip(mode):
+    """Clips of 4: the last outcome of clip c is state 4c + 4, its grey level the score."""
+    buffer = make_buffer()
+    with make(buffer, Brightness(), mode, batch_clips=3) as scoring:
+        insert(buffer, scoring, stream([10, 10]))
+        assert scoring.drain(PATIENT)
+        figures = books(scoring)
+    last = [4] * 4 + [8] * 4 + [10] * 2 + [14] * 4 + [18] * 4 + [20] * 2
+    assert scores(buffer)[:20] == pytest.approx([state / 255 for state in last])
+    assert scores(buffer)[20:] == [-1] * 44
+    assert figures["clips_scored"] == 6
+    assert figures["transitions_scored"] == 20
+    assert figures["clips_positive"] == 0
+
+
+def test_overlapping_clips_leave_the_greatest_score():
+    """Clips of 4 every 2: transition k lies in two clips, the later one is brighter."""
+    buffer = make_buffer()
+    with make(buffer, Brightness(), "sync", stride=2) as scoring:
+        insert(buffer, scoring, stream([8]))
+    expected = [4, 4, 6, 6, 8, 8, 8, 8]
+    assert scores(buffer)[:8] == pytest.approx([state / 255 for state in expected])
+
+
+@pytest.mark.parametrize("mode", ["thread", SLOW_PROCESS])
+def test_score_of_overwritten_slot_is_dropped(mode, gate):
+    """Ring of 8: the clip of slots 0 to 3 is being judged while 6 transitions come in."""
+    buffer = make_buffer(8)
+    with make(buffer, Gated(gate), mode) as scoring:
+        insert(buffer, scoring, stream([4]))
+        gate.await_arrival()
+        buffer.extend(stream([6], start=100))  # slots 4 to 7, 0 and 1; never submitted
+        gate.release()
+        assert scoring.drain(PATIENT)
+        figures = books(scoring)
+    assert scores(buffer) == [-1, -1, 1, 1, -1, -1, -1, -1]
+    assert figures["clips_scored"] == 1
+    assert figures["transitions_scored"] == figures["transitions_late"] == 2
+
+
+def test_a_clip_overwritten_as_a_whole_is_late(gate):
+    buffer = make_buffer(8)
+    with make(buffer, Gated(gate), "thread") as scoring:
+        insert(buffer, scoring, stream([4]))
+        gate.await_arrival()
+        buffer.extend(stream([12], start=100))
+        gate.release()
+        assert scoring.drain(PATIENT)
+        figures = books(scoring)
+    assert scores(buffer) == [-1] * 8
+    assert figures["clips_late"] == 1
+    assert figures["transitions_late"] == 4
+
+
+def test_a_batch_longer_than_the_ring_scores_only_what_is_left_of_it():
+    """Transitions 0 to 11 in a ring of 8: slots 0 to 3 hold 8 to 11, and 4 to 7 are themselves."""
+    for locked in (False, True):  # a locked batch gets no stamps from the buffer
+        buffer = make_buffer(8)
+        transitions = stream([12])
+        with make(buffer, Brightness(), "sync") as scoring:
+            insert(buffer, scoring, transitions.lock_() if locked else transitions)
+            figures = books(scoring)
+        assert scores(buffer) == pytest.approx([12 / 255] * 4 + [8 / 255] * 4)
+        assert figures["clips_late"] == 1
+
+
+def test_rows_of_environments_go_with_their_flattened_slots():
+    buffer = make_buffer()
+    rows = torch.stack([stream([4]), stream([4], start=50)])
+    with make(buffer, Brightness(), "sync") as scoring:
+        scoring.submit(rows, buffer.extend(rows.reshape(-1)))
+    assert scores(buffer)[:8] == pytest.approx([4 / 255] * 4 + [54 / 255] * 4)
+
+
+@pytest.mark.parametrize("mode", ["sync", "thread", "process"])
+def test_doorkey_end_to_end_no_score_on_a_wrong_transition(mode):
+    """A ring that is overwritten four times: a slot's score is whether its clip holds the event.
+
+    Truth is taken from the stream itself: the clips of each trajectory, 8 transitions each.
+    """
+    N, T, batches, capacity, clip = 4, 8, 40, 300, 8
+    env = DoorKeyEnv(5, N, max_steps=21, seed=1)
+    collector = Collector(env, frames_per_batch=N * T, total_frames=N * T * batches)
+    buffer = make_buffer(capacity)
+    scorer = PrivilegedScorer(env.event_names, events=("key",))
+    trajectories, holder = {}, {}
+    with make(buffer, scorer, mode, clip_transitions=clip, queue_clips=10_000) as scoring:
+        assert scoring.wait_until_ready(PATIENT)
+        for data in collector:
+            batch = data.reshape(-1)
+            index = buffer.extend(batch)
+            scoring.submit(batch, index)
+            event = batch["next", "events"][:, env.event_names.index("key")].tolist()
+            ids = batch["collector", "traj_ids"].tolist()
+            for slot, trajectory, happened in zip(index.tolist(), ids, event, strict=True):
+                trajectories.setdefault(trajectory, []).append(happened)
+                holder[slot] = (trajectory, len(trajectories[trajectory]) - 1)
+        assert scoring.drain(PATIENT, flush=True)
+        figures = books(scoring)
+    collector.shutdown()
+    expected = []
+    for slot in range(capacity):
+        trajectory, position = holder[slot]
+        start = position // clip * clip
+        expected.append(float(any(trajectories[trajectory][start : start + clip])))
+    assert scores(buffer) == expected
+    assert 0 < sum(expected) < capacity
+    assert figures["transitions_submitted"] == N * T * batches
+    assert figures["clips_dropped"] == figures["clips_failed"] == 0
+
+
+# ---------------------------------------------------------------- the queue
+
+
+@pytest.mark.parametrize("mode", ["thread", SLOW_PROCESS])
+def test_a_full_queue_drops_the_oldest_and_submit_waits_for_nothing(mode, gate):
+    """Queue of one: clip 0 is being judged, 1 to 3 come; 3 is left of them."""
+    buffer = make_buffer()
+    with make(buffer, Gated(gate), mode, queue_clips=1) as scoring:
+        insert(buffer, scoring, stream([4]))
+        gate.await_arrival()
+        insert(buffer, scoring, stream([4, 4, 4], start=4))
+        assert books(scoring)["clips_pending"] == 2
+        assert not scoring.drain(0.0)
+        gate.release(2)
+        assert scoring.drain(PATIENT)
+        figures = books(scoring)
+    assert scores(buffer)[:16] == [1] * 4 + [-1] * 8 + [1] * 4
+    assert figures["clips_dropped"] == 2
+    assert figures["transitions_dropped"] == 8
+    assert figures["clips_scored"] == 2
+
+
+def test_a_batch_takes_what_waits_up_to_its_size(gate):
+    """8 clips wait behind the first: batches of 3, 3 and 2 after that of 1."""
+    buffer, sizes = make_buffer(), []
+
+    class Counting(Gated):
+        def score(self, tensordict):
+            sizes.append(tensordict.shape[0])
+            return super().score(tensordict)
+
+    with make(buffer, Counting(gate), "thread", batch_clips=3) as scoring:
+        insert(buffer, scoring, stream([4]))
+        gate.await_arrival()
+        insert(buffer, scoring, stream([4] * 8, start=4))
+        gate.release(4)
+        assert scoring.drain(PATIENT)
+    assert sizes == [1, 3, 3, 2]
+
+
+def test_an_incomplete_batch_waits_for_its_time_but_not_in_a_drain():
+    buffer = make_buffer()
+    with make(buffer, Yes(), "thread", batch_clips=5, max_wait_s=3600.0) as scoring:
+        insert(buffer, scoring, stream([4]))
+        assert books(scoring)["clips_pending"] == 1
+        assert scoring.drain(PATIENT)
+        assert books(scoring)["clips_scored"] == 1
+        insert(buffer, scoring, stream([4] * 4, start=4))
+        assert books(scoring)["clips_pending"] == 4
+        insert(buffer, scoring, stream([4], start=20))  # the fifth: a full batch
+        assert scoring.drain(PATIENT)
+
+
+def test_a_lone_clip_is_scored_once_its_time_has_come():
+    done = threading.Event()
+
+    class Signals(Yes):
+        def score(self, tensordict):
+            done.set()
+            return super().score(tensordict)
+
+    buffer = make_buffer()
+    with make(buffer, Signals(), "thread", batch_clips=5, max_wait_s=0.02) as scoring:
+        insert(buffer, scoring, stream([4]))
+        assert done.wait(PATIENT)
+
+
+def test_drain_with_flush_scores_the_open_clips():
+    buffer = make_buffer()
+    with make(buffer, Yes(), "thread") as scoring:
+        insert(buffer, scoring, stream([6], open_end=True))
+        assert scoring.drain(PATIENT)
+        assert scores(buffer)[:6] == [1] * 4 + [-1] * 2
+        assert books(scoring)["transitions_open"] == 2
+        assert scoring.drain(PATIENT, flush=True)
+        assert scores(buffer)[:6] == [1] * 6
+        assert books(scoring)["transitions_open"] == 0
+
+
+def test_latency_counts_what_was_inserted_between_a_clips_end_and_its_score(gate):
+    """The clip ends with transition 4; 3 + 5 more come before its score."""
+    buffer = make_buffer()
+    with make(buffer, Gated(gate), "thread") as scoring:
+        insert(buffer, scoring, stream([4, 3], open_end=True))
+        gate.await_arrival()
+        insert(buffer, scoring, stream([4], open_end=True, start=50, ids=[9])[:1])
+        insert(buffer, scoring, stream([2, 2], open_end=True, start=60, ids=[10, 11]))
+        gate.release(2)
+        assert scoring.drain(PATIENT)
+        figures = books(scoring)
+    # the second clip, of the ended trajectory 10, was complete at transition 10 of 12
+    assert figures["clips_scored"] == 2
+    assert figures["latency_env_steps"] == pytest.approx(((12 - 4) + (12 - 10)) / 2)
+    assert figures["latency_s"] > 0
+    assert figures["clips_per_s"] > 0
+
+
+# ---------------------------------------------------------------- faults
+
+
+FAULTS = {
+    "raises": "raised",
+    "answers NaN": "invalid",
+    "answers 2": "invalid",
+    "answers one too many": "invalid",
+    "hangs": "timeout",
+    "exits": "died",
+}
+
+
+def faults(figures):
+    return {k.removeprefix("faults_"): v for k, v in figures.items() if "faults" in k and v}
+
+
+@pytest.mark.parametrize("mode", ["sync", "thread"])
+@pytest.mark.parametrize("how", FAULTS)
+def test_a_fault_is_counted_logged_once_retried_and_survived(how, mode, tmp_path, caplog):
+    """Three bad calls: the first batch fails twice and is given up, the second is saved by its
+    retry, the third meets a sound scorer."""
+    if how == "exits" or (how, mode) == ("hangs", "sync"):
+        pytest.skip("nothing could survive that")
+    caplog.set_level(logging.WARNING)
+    buffer = make_buffer()
+    timeout_s = 0.1 if how == "hangs" else PATIENT
+    with make(buffer, Faulty([how] * 3, tmp_path), mode, timeout_s=timeout_s) as scoring:
+        insert(buffer, scoring, stream([4, 4, 4]))
+        assert scoring.drain(PATIENT)
+        figures = books(scoring)
+    assert scores(buffer)[:12] == [-1] * 4 + [1] * 8
+    assert figures["clips_failed"] == 1
+    assert figures["clips_scored"] == 2
+    assert figures["retries"] == 2
+    assert faults(figures) == {FAULTS[how]: 3}
+    (record,) = caplog.records
+    assert "Learning goes on" in record.message
+    assert "\n" not in record.message
+
+
+def test_a_process_survives_every_fault_or_is_replaced(tmp_path, caplog):
+    """Every batch is saved by its retry but the last, whose process exits twice."""
+    caplog.set_level(logging.WARNING)
+    script = [step for how in list(FAULTS)[:-1] for step in (how, "works")] + ["exits"] * 2
+    buffer = make_buffer()
+    with make(buffer, Faulty(script, tmp_path), "process", timeout_s=0.5) as scoring:
+        insert(buffer, scoring, stream([4] * 6))
+        assert scoring.drain(PATIENT)
+        figures = books(scoring)
+    assert scores(buffer)[:24] == [1] * 20 + [-1] * 4
+    assert figures["retries"] == 6
+    assert faults(figures) == {"raised": 1, "invalid": 3, "timeout": 1, "died": 2}
+    assert "process ended with code 3" in caplog.text
+    assert len(caplog.records) == 4
+
+
+@pytest.mark.parametrize("mode", ["sync", "thread", SLOW_PROCESS])
+def test_a_scorer_that_does_not_load_is_a_fault_like_another(mode, tmp_path, caplog):
+    buffer = make_buffer()
+    scorer = Faulty(["raises"] * 2, tmp_path, in_load=True)
+    with make(buffer, scorer, mode) as scoring:
+        insert(buffer, scoring, stream([4, 4]))
+        assert scoring.drain(PATIENT)
+        figures = books(scoring)
+    assert figures["faults_raised"] == 2
+    assert figures["clips_scored"] + figures["clips_failed"] == 2
+    assert figures["clips_scored"] >= 1
+    assert "loading the scorer failed: RuntimeError: no luck" in caplog.text
+
+
+@pytest.mark.parametrize("mode", ["thread", SLOW_PROCESS])
+def test_a_scorer_that_hangs_while_loading_is_a_timeout(mode, tmp_path):
+    buffer = make_buffer()
+    scorer = Faulty(["hangs"], tmp_path, in_load=True)
+    # A process needs seconds to come up, its scorer would load for ever.
+    start_timeout_s = 0.1 if mode == "thread" else 20.0
+    with make(buffer, scorer, mode, start_timeout_s=start_timeout_s) as scoring:
+        insert(buffer, scoring, stream([4]))
+        assert scoring.drain(PATIENT)
+        figures = books(scoring)
+    assert figures["faults_timeout"] >= 1
+    assert figures["clips_scored"] == 1
+
+
+def test_threads_that_never_come_back_are_not_multiplied_for_ever(tmp_path):
+    buffer = make_buffer()
+    before = threading.active_count()
+    with make(buffer, Faulty(["hangs"] * 1000, tmp_path), "thread", timeout_s=0.02) as scoring:
+        insert(buffer, scoring, stream([4] * 10))
+        assert scoring.drain(PATIENT)
+        assert books(scoring)["clips_failed"] == 10
+        assert threading.active_count() - before <= 5  # four stuck ones and the dispatcher
+
+
+def test_the_pause_doubles_from_fault_to_fault_up_to_its_longest(tmp_path, monkeypatch):
+    pauses = []
+    buffer = make_buffer()
+    scoring = make(buffer, Faulty(["raises"] * 5, tmp_path), "thread", backoff_s=(0.25, 1.0))
+    wait_for = scoring._dispatcher._changed.wait_for
+
+    def skip(predicate, timeout=None):
+        if timeout is not None and timeout < PATIENT:
+            pauses.append(timeout)
+            return predicate()
+        return wait_for(predicate, timeout)
+
+    monkeypatch.setattr(scoring._dispatcher._changed, "wait_for", skip)
+    with scoring:
+        insert(buffer, scoring, stream([4] * 4))
+        assert scoring.drain(PATIENT)
+    assert pauses == [0.25, 0.5, 1.0, 1.0, 1.0]
+
+
+def test_a_pause_ends_when_the_scorer_is_closed(tmp_path):
+    buffer = make_buffer()
+    scoring = make(buffer, Faulty(["raises"] * 9, tmp_path), "thread", backoff_s=(3600.0, 3600.0))
+    insert(buffer, scoring, stream([4, 4]))
+    assert not scoring.drain(0.05)
+    scoring.close()
+    assert not scoring._dispatcher._thread.is_alive()
+    assert books(scoring)["clips_dropped"] == 2
+
+
+@pytest.mark.parametrize("mode", ["sync", "thread"])
+def test_a_buffer_that_refuses_a_write_is_a_fault_too(mode, monkeypatch, caplog):
+    caplog.set_level(logging.WARNING)
+    buffer = make_buffer()
+    with make(buffer, Yes(), mode) as scoring:
+        with monkeypatch.context() as patch:
+            patch.setattr(buffer, "write_scores", lambda *_: 1 / 0)
+            insert(buffer, scoring, stream([4, 4]))
+            assert scoring.drain(PATIENT)
+        insert(buffer, scoring, stream([4], start=8))
+        assert scoring.drain(PATIENT)
+        figures = books(scoring)
+    assert figures["faults_write"] == 2
+    assert figures["clips_failed"] == 2
+    assert figures["clips_scored"] == 1
+    assert [record.name for record in caplog.records] == ["vlmrb_torchrl.scoring"]
+
+
+@pytest.mark.parametrize("mode", ["sync", "thread"])
+def test_a_scorer_that_checks_nothing_is_checked(mode):
+    buffer = make_buffer()
+    with make(buffer, Foreign(0.25), mode) as scoring:
+        insert(buffer, scoring, stream([4]))
+        assert scoring.drain(PATIENT)
+    assert scores(buffer)[:4] == [0.25] * 4
+    with make(buffer, Foreign(7.0), mode) as scoring:
+        insert(buffer, scoring, stream([4]))
+        assert scoring.drain(PATIENT)
+        assert books(scoring)["faults_invalid"] == 2
+
+
+def test_signals_and_forks_leave_the_worker_alone_and_a_killed_one_is_replaced():
+    """Ctrl-C of a terminal reaches the worker, too. A forked child (of a ParallelEnv, say) that
+    collects its copy of the scorer must not end what is its parent's."""
+    buffer = make_buffer()
+    with make(buffer, Yes(), "process") as scoring:
+        assert scoring.wait_until_ready(PATIENT)
+        pid = scoring.worker_pid
+        os.kill(pid, signal.SIGINT)
+        child = os.fork()
+        if child == 0:
+            scoring.close()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        insert(buffer, scoring, stream([4]))
+        assert scoring.drain(PATIENT)
+        assert scoring.worker_pid == pid
+        assert faults(books(scoring)) == {}
+        os.kill(pid, signal.SIGKILL)
+        insert(buffer, scoring, stream([4], start=4))
+        assert scoring.drain(PATIENT)
+        assert faults(books(scoring)) == {"died": 1}
+    assert scores(buffer)[:8] == [1] * 8
+
+
+# ---------------------------------------------------------------- the end
+
+
+@pytest.mark.parametrize("mode", ["sync", "thread"])
+def test_close_may_come_twice_and_submit_after_it_says_so(mode):
+    buffer = make_buffer()
+    scoring = make(buffer, Yes(), mode)
+    scoring.close()
+    scoring.close()
+    with pytest.raises(RuntimeError, match="closed; make a new one"):
+        insert(buffer, scoring, stream([4]))
+    assert scoring.drain(PATIENT)
+
+
+@pytest.mark.parametrize("mode", ["thread", "process"])
+def test_closing_in_the_middle_of_a_batch_leaves_no_worker_and_balanced_books(mode, gate):
+    buffer = make_buffer()
+    scoring = make(buffer, Gated(gate), mode)
+    insert(buffer, scoring, stream([4, 4]))
+    gate.await_arrival()
+    pid = scoring.worker_pid
+    with pytest.raises(ZeroDivisionError), scoring:
+        raise ZeroDivisionError
+    assert not scoring._dispatcher._thread.is_alive()
+    assert (pid is None) == (mode == "thread")
+    assert pid is None or vanishes(pid)
+    assert scoring.worker_pid is None
+    figures = books(scoring)
+    assert figures["clips_dropped"] == 2
+    assert figures["clips_pending"] == 0
+    assert scores(buffer) == [-1] * 64
+
+
+@pytest.mark.slow
+def test_a_forgotten_scorer_ends_its_worker(gate):
+    buffer = make_buffer()
+    scoring = make(buffer, Gated(gate), "process")
+    insert(buffer, scoring, stream([4]))
+    gate.await_arrival()
+    pid, thread = scoring.worker_pid, scoring._dispatcher._thread
+    del scoring
+    gc.collect()
+    assert vanishes(pid)
+    thread.join(PATIENT)
+    assert not thread.is_alive()
+
+
+def test_a_worker_that_is_still_starting_is_ended_too():
+    scoring = make(make_buffer(), Yes(), "process")
+    scoring.close()
+    assert not scoring._dispatcher._thread.is_alive()
+    assert scoring.worker_pid is None
+
+
+def run_script(tmp_path, body, *, name="script.py"):
+    """Start a script that imports what most need; its output is a pipe."""
+    head = """
+        import os, sys, time
+        sys.path.insert(0, {root!r})
+        import torch
+        from tests.scoring_doubles import Gate, Gated, NumberRenderer, Yes
+        from tests.streams import stream
+        from tests.test_scoring import insert, make, make_buffer, scores
+        from vlmrb_torchrl.scorers import ClipScorer
+    """
+    script = tmp_path / name
+    text = textwrap.dedent(head).format(root=str(ROOT)) + textwrap.dedent(body)
+    script.write_text(text)
+    return subprocess.Popen(
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "RL_LOGGING_LEVEL": "ERROR"},  # torchrl logs to the standard output
+    )
+
+
+BUSY = """
+    from pathlib import Path
+    gate = Gate(Path({folder!r}))
+    buffer = make_buffer()
+    scoring = make(buffer, Gated(gate), "process")
+    insert(buffer, scoring, stream([4]))
+    gate.await_arrival()
+    print(scoring.worker_pid, flush=True)
+    while True:
+        time.sleep(3600)
+"""
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["SIGKILL", *(pytest.param(how, marks=pytest.mark.slow) for how in ("SIGINT", "SIGTERM"))],
+)
+def test_no_worker_outlives_its_parent_however_that_ends(how, tmp_path):
+    """The worker sits in its scorer, which never comes back."""
+    parent = run_script(tmp_path, BUSY.format(folder=str(tmp_path)))
+    with parent:
+        pid = int(parent.stdout.readline())
+        parent.send_signal(getattr(signal, how))
+        assert vanishes(pid)
+        parent.wait(PATIENT)
+        error = parent.stderr.read()
+    if how == "SIGINT":
+        assert error.rstrip().endswith("KeyboardInterrupt")
+        assert error.count("Traceback") == 1
+
+
+@pytest.mark.slow
+def test_a_script_without_a_main_guard_works_and_is_not_run_again(tmp_path):
+    body = """
+        print("run", flush=True)
+        buffer = make_buffer()
+        with make(buffer, Yes(), "process") as scoring:
+            insert(buffer, scoring, stream([4]))
+            assert scoring.drain(60)
+        print(scores(buffer)[:4])
+    """
+    with run_script(tmp_path, body) as script:
+        out, error = script.communicate(timeout=PATIENT)
+    assert out.splitlines() == ["run", "[1.0, 1.0, 1.0, 1.0]"], error
+
+
+@pytest.mark.slow
+def test_a_scorer_defined_in_the_script_works_behind_a_main_guard(tmp_path):
+    body = """
+        class Mine(ClipScorer):
+            def score(self, tensordict):
+                return torch.full((tensordict.shape[0],), 0.5)
+
+        if __name__ == "__main__":
+            buffer = make_buffer()
+            with make(buffer, Mine(), "process") as scoring:
+                insert(buffer, scoring, stream([4]))
+                assert scoring.drain(60)
+            print(scores(buffer)[:4])
+    """
+    with run_script(tmp_path, body) as script:
+        out, error = script.communicate(timeout=PATIENT)
+    assert out.splitlines() == ["[0.5, 0.5, 0.5, 0.5]"], error
+
+
+@pytest.mark.slow
+def test_a_scorer_defined_in_a_script_without_guard_fails_with_the_remedy(tmp_path):
+    body = """
+        class Mine(ClipScorer):
+            def score(self, tensordict):
+                return torch.full((tensordict.shape[0],), 0.5)
+
+        with make(make_buffer(), Mine(), "process") as scoring:
+            scoring.wait_until_ready(60)
+            print(scoring.statistics()["faults_died"])
+    """
+    with run_script(tmp_path, body) as script:
+        out, error = script.communicate(timeout=PATIENT)
+    assert out.splitlines() == ["1.0"]
+    assert 'put the script\'s code under `if __name__ == "__main__":`' in error
+
+
+# ---------------------------------------------------------------- saving
+
+
+def test_a_synchronous_run_is_repeated_bit_for_bit_and_resumed_as_if_uninterrupted():
+    batches = [stream([4, 3, 5], start=12 * i, ids=[3 * i, 3 * i + 1, 3 * i + 2]) for i in range(4)]
+    batches[1]["next", "done"][-1] = False  # a clip is open when the run is interrupted
+    batches[2]["collector", "traj_ids"][:4] = 5
+    batches[2]["render_state"][0] = 24
+
+    def scorer():
+        return NoisyScorer(ConstantScorer(1.0), 0.5, 0.5, seed=3)
+
+    def run(buffer, scoring, some):
+        for batch in some:
+            insert(buffer, scoring, batch.clone())
+
+    def new():
+        buffer = make_buffer()
+        return buffer, make(buffer, scorer(), "sync", clip_transitions=3)
+
+    whole, scoring = new()
+    run(whole, scoring, batches)
+    again, scoring_again = new()
+    run(again, scoring_again, batches)
+    assert scores(again) == scores(whole)
+
+    first, before = new()
+    run(first, before, batches[:2])
+    saved = pickle.dumps((first.state_dict(), before.state_dict()))
+    second, after = new()
+    buffer_state, scoring_state = pickle.loads(saved)
+    run(second, after, [stream([1])])  # allocates the storage; overwritten by what is loaded
+    second.load_state_dict(buffer_state)
+    after.load_state_dict(scoring_state)
+    run(second, after, batches[2:])
+    assert scores(second) == scores(whole)
+    assert {0.0, 1.0} <= set(scores(whole))
+    for name in ("clips_submitted", "transitions_scored", "clips_positive"):
+        assert books(after)[name] == books(scoring)[name]
+
+
+def test_what_is_pending_is_saved_and_scored_after_loading(gate):
+    buffer = make_buffer()
+    with make(buffer, Gated(gate), "thread", batch_clips=2) as scoring:
+        insert(buffer, scoring, stream([4]))
+        gate.await_arrival()
+        insert(buffer, scoring, stream([4, 4, 2], start=4, open_end=True))
+        state = pickle.loads(pickle.dumps(scoring.state_dict()))
+        gate.release(9)
+    with make(buffer, Yes(), "thread") as restored:
+        restored.load_state_dict(state)
+        assert restored.drain(PATIENT, flush=True)
+        figures = books(restored)
+    assert scores(buffer)[:14] == [1] * 14
+    assert figures["clips_submitted"] == 4
+    assert figures["clips_scored"] == 4
+
+
+# ---------------------------------------------------------------- looking
+
+
+def test_showcase_draws_the_best_and_a_random_clip_since_the_last_call():
+    buffer = make_buffer()
+    with make(buffer, Brightness(), "sync") as scoring:
+        assert scoring.showcase() == {}
+        insert(buffer, scoring, stream([4] * 8))
+        shown = scoring.showcase()
+        assert set(shown) == {"best", "random"}
+        frames, score = shown["best"]
+        assert score == pytest.approx(32 / 255)
+        assert frames.dtype == torch.uint8
+        assert frames.shape == (2, 3, 2, 2)
+        assert frames[:, 0, 0, 0].tolist() == [30, 32]  # outcomes 2 and 4 of 29 to 32
+        frames, score = shown["random"]
+        assert frames[-1].max().item() / 255 == pytest.approx(score)
+        assert scoring.showcase() == {}
+
+
+def test_any_scored_clip_may_be_the_random_one():
+    """12 clips, 40 seeds: the chance that the random one is always the last is 12^-40."""
+    lasts = set()
+    for seed in range(40):
+        buffer = make_buffer()
+        with make(buffer, Brightness(), "sync", seed=seed) as scoring:
+            insert(buffer, scoring, stream([4] * 12))
+            lasts.add(round(scoring.showcase()["random"][1] * 255))
+    assert len(lasts) > 5
+    assert lasts <= set(range(4, 49, 4))
+
+
+# ---------------------------------------------------------------- the boundary
+
+
+def test_auto_takes_a_process_for_cpu_models_and_a_thread_for_the_others():
+    class OnGPU(Yes):
+        device = torch.device("cuda", 0)
+
+    assert choose_mode("auto", Yes()) == "process"
+    assert choose_mode("auto", OnGPU()) == "thread"
+    assert choose_mode("auto", ConstantScorer()) == "thread"
+    assert choose_mode("auto", NoisyScorer(Yes())) == "process"
+    assert choose_mode("sync", Yes()) == "sync"
+    with pytest.raises(ValueError, match="mode is 'fast'; choose one of"):
+        choose_mode("fast", Yes())
+
+
+def test_impossible_settings_are_refused_in_one_line():
+    buffer = make_buffer(8)
+    for settings, message in (
+        ({"clip_transitions": 9}, "clip_transitions is 9, but the buffer holds 8"),
+        ({"clip_transitions": 0}, "clip_transitions is 0"),
+        ({"frames_per_clip": 0}, "frames_per_clip is 0"),
+        ({"stride": 0}, "stride is 0"),
+        ({"queue_clips": 0}, "queue_clips is 0"),
+        ({"batch_clips": 0}, "batch_clips is 0"),
+        ({"worker_threads": 0}, "worker_threads is 0"),
+        ({"timeout_s": 0.0}, "timeout_s is 0.0"),
+        ({"backoff_s": (2.0, 1.0)}, "backoff_s is"),
+        ({"niceness": 20}, "niceness is 20"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            make(buffer, Yes(), "sync", **settings)
+        assert "\n" not in str(error.value)
+
+
+def test_what_cannot_take_scores_is_refused():
+    uniform = VLMReplayBuffer(storage=LazyTensorStorage(8), sampler=RandomSampler())
+    with pytest.raises(TypeError, match="RandomSampler takes no scores"):
+        make(uniform, Yes(), "sync")
+    with pytest.raises(TypeError, match="scores go to a VLMReplayBuffer"):
+        make(object(), Yes(), "sync")
+    with pytest.raises(ValueError, match="reads frames; pass ClipRenderTransform"):
+        AsyncScorer(make_buffer(), None, Brightness(), mode="sync")
+    rows = VLMReplayBuffer(
+        storage=LazyTensorStorage(8, ndim=2), sampler=VLMPrioritizedSampler(8), batch_size=2
+    )
+    with pytest.raises(ValueError, match="leave ndim at 1"):
+        make(rows, Yes(), "sync")
+
+
+def test_a_scorer_that_cannot_be_sent_is_refused_when_it_is_built():
+    class Local(Yes):
+        pass
+
+    with pytest.raises(ValueError, match='top level of a module, or pass mode="thread"'):
+        make(make_buffer(), Local(), "process")
+
+
+def test_wrong_data_is_the_callers_error_and_leaves_the_books_alone():
+    buffer = make_buffer()
+    with make(buffer, Yes(), "sync") as scoring:
+        transitions = stream([4])
+        index = buffer.extend(transitions)
+        with pytest.raises(ValueError, match=r"insert data\.reshape"):
+            scoring.submit(transitions, index[:2])
+        assert books(scoring)["clips_submitted"] == 0
