@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -54,19 +56,21 @@ class Outcome:
         return np.where(reached.any(axis=1), steps, np.inf)
 
 
-def interval(values: Array) -> tuple[float, float, float]:
-    """Mean and 95 % percentile-bootstrap interval of the mean.
+def interval(values: Array, statistic: Callable[..., Any] = np.mean) -> tuple[float, float, float]:
+    """A statistic over seeds and its 95 % percentile-bootstrap interval.
 
     Args:
         values: One number per seed, ``[S]``; a single seed has no interval (NaN).
+        statistic: Takes ``axis``, as ``np.mean`` and ``np.median`` do.
     """
+    centre = float(statistic(values, axis=0))
     if len(values) < 2 or np.ptp(values) == 0:
         bound = float("nan") if len(values) < 2 else float(values[0])
-        return float(values.mean()), bound, bound
+        return centre, bound, bound
     result = stats.bootstrap(
-        (values,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=0
+        (values,), statistic, n_resamples=RESAMPLES, method="percentile", rng=0
     ).confidence_interval
-    return float(values.mean()), float(result.low), float(result.high)
+    return centre, float(result.low), float(result.high)
 
 
 def read_outcome(folders: list[Path]) -> Outcome:
@@ -88,27 +92,60 @@ def cell(values: Array, digits: int = 2) -> str:
 
 
 def steps_cell(outcome: Outcome) -> str:
-    """Write the median of the steps to the level, and how many seeds reached it."""
+    """Write the median of the steps to the level, its interval, and how many seeds reached it.
+
+    A seed that never reached the level counts as one that needed more than the budget.
+    """
+    budget = outcome.env_steps[-1]
     steps = outcome.steps_to_level
-    median = np.median(steps)
-    shown = f"> {outcome.env_steps[-1] / 1e3:.0f}k" if np.isinf(median) else f"{median / 1e3:.0f}k"
-    return f"{shown} ({np.isfinite(steps).sum()}/{len(steps)})"
+    beyond = 2 * budget  # any number past the budget gives the same medians, read as "more"
+
+    def shown(number: float) -> str:
+        if np.isnan(number):
+            return "nan"
+        return f"> {budget / 1e3:.0f}k" if number > budget else f"{number / 1e3:.0f}k"
+
+    median, low, high = interval(np.where(np.isinf(steps), beyond, steps), np.median)
+    reached = np.isfinite(steps).sum()
+    return f"{shown(median)} ({reached}/{len(steps)}) [{shown(low)}, {shown(high)}]"
 
 
-def table_rows(outcomes: dict[str, Outcome]) -> list[list[str]]:
-    """Build the table: a row per method, differences paired by seed."""
-    header = ["method", "seeds", "final success", "area under curve"]
-    header += [f"steps to {SUCCESS_LEVEL:.0%} (median, reached)", "env steps/s"]
-    baselines = [name for name in BASELINES if name in outcomes]
-    rows = [header + [f"area minus {name}" for name in baselines]]
+Rows = list[list[str]]
+
+
+def outcome_rows(outcomes: dict[str, Outcome]) -> Rows:
+    """Build the table of outcomes, header first: a row per method."""
+    rows = [["method", "final success", "area under curve", "steps to 80 %", "env steps/s"]]
     for method, outcome in outcomes.items():
-        row = [method, str(len(outcome.final)), cell(outcome.final), cell(outcome.area)]
-        row += [steps_cell(outcome), cell(outcome.speed, 0)]
-        for name in baselines:
-            same = name == method
-            row.append("" if same else cell(outcome.area - outcomes[name].area))
-        rows.append(row)
+        figures = [cell(outcome.final), cell(outcome.area), steps_cell(outcome)]
+        rows.append([method, *figures, cell(outcome.speed, 0)])
     return rows
+
+
+def difference_rows(outcomes: dict[str, Outcome]) -> Rows:
+    """Build the table of differences in area, paired by seed, header first."""
+    baselines = [name for name in BASELINES if name in outcomes]
+    rows = [["area under curve of", *(f"minus {name}" for name in baselines)]]
+    for method, outcome in outcomes.items():
+        differences = [
+            "" if name == method else cell(outcome.area - outcomes[name].area) for name in baselines
+        ]
+        rows.append([method, *differences])
+    return rows if baselines and len(outcomes) > 1 else []
+
+
+def show(rows: Rows, title: str, console: Console) -> str:
+    """Print a table, an interval below its mean; return it as Markdown."""
+    if not rows:
+        return ""
+    header, *body = rows
+    table = Table(*header, title=title, title_justify="left")
+    lines = [title, "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for row in body:
+        table.add_row(*(text.replace(" [", "\n\\[") for text in row))
+        lines.append("| " + " | ".join(row) + " |")
+    console.print(table)
+    return "\n".join(lines) + "\n"
 
 
 def draw_curves(outcomes: dict[str, Outcome], path: Path) -> None:
@@ -138,13 +175,13 @@ def report(folders: dict[str, list[Path]], out: Path, console: Console) -> None:
         console: Where to print.
     """
     outcomes = {method: read_outcome(paths) for method, paths in folders.items()}
-    header, *rows = table_rows(outcomes)
-    table = Table(*header, title="95 % bootstrap intervals over seeds")
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    for row in rows:
-        table.add_row(*row)
-        lines.append("| " + " | ".join(row) + " |")
-    console.print(table)
-    (out / "table.md").write_text("\n".join(lines) + "\n")
+    seeds = max(len(paths) for paths in folders.values())
+    title = f"Mean and 95 % bootstrap interval over {seeds} seeds"
+    tables = [
+        show(outcome_rows(outcomes), title, console),
+        show(difference_rows(outcomes), "Differences, paired by seed", console),
+    ]
+    (out / "table.md").write_text("\n".join(tables))
     draw_curves(outcomes, out / "curves.png")
-    console.print(f"curves: {out / 'curves.png'}   logs: tensorboard --logdir {out}")
+    message = f"curves: {out / 'curves.png'}; logs: tensorboard --logdir {out}"
+    console.print(message, soft_wrap=True)

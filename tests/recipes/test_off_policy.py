@@ -1,6 +1,5 @@
 """The loop: every method trains, figures are written, ranks agree, synchronous reruns are equal."""
 
-import json
 import os
 import subprocess
 import sys
@@ -11,7 +10,6 @@ import torch
 from tensordict import TensorDict
 
 from recipes import cli
-from recipes.compare import plan
 from recipes.dqn import DQN
 from recipes.metrics import read_rows
 from recipes.tasks import DoorKey
@@ -121,14 +119,3 @@ def test_fabric_run_trains_on_cpu_ranks(devices, tmp_path):
     # Steps are counted over all ranks: 4 envs x 8 steps x ranks at a time.
     assert rows[-1]["env_steps"] == 1024
     assert any("loss/td" in row for row in rows)
-
-
-def test_comparison_runs_every_method_on_every_seed_and_knows_what_is_finished(tmp_path):
-    runs = plan(CONFIGS / "doorkey_6x6", "dqn", ["uer", "per"], [5, 6], tmp_path, [])
-    assert [run.name for run in runs] == ["uer_s5", "per_s5", "uer_s6", "per_s6"]
-    assert not runs[0].finished()
-    runs[0].folder.mkdir()
-    (runs[0].folder / "finished.json").write_text(json.dumps(runs[0].command))
-    assert runs[0].finished()
-    changed = plan(CONFIGS / "doorkey_6x6", "dqn", ["uer"], [5], tmp_path, ["--env.size=8"])
-    assert not changed[0].finished()

@@ -26,7 +26,10 @@ def test_steps_to_level_is_the_first_evaluation_at_it_and_infinite_if_never():
 
 
 def test_median_of_unreached_runs_is_shown_as_beyond_the_budget():
-    assert steps_cell(outcome([0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0])) == "> 0k (1/3)"
+    curves = Outcome(1000 * STEPS, np.array([[0, 0, 0, 0], [0, 0, 0, 1]]), np.ones(2))
+    # Bootstrap medians are 400k (both draws of the second), beyond (both of the first), or their
+    # mean, beyond too; each bound has at least a quarter of the draws.
+    assert steps_cell(curves) == "> 400k (1/2) [400k, > 400k]"
 
 
 def test_interval_holds_the_mean_and_a_single_seed_has_none():

@@ -1,0 +1,32 @@
+"""Each benchmark runs, small, and prints its table; the figures themselves are not tested."""
+
+import pytest
+
+from recipes.benchmarks import environment, rendering, sampler, training
+from recipes.benchmarks.timing import Spread
+
+
+def test_ratio_is_taken_round_by_round():
+    # 10/5, 20/5, 30/60: the median of (2, 4, 0.5) is 2, while the ratio of the medians is 4.
+    ratio = Spread([10, 20, 30]) / Spread([5, 5, 60])
+    assert list(ratio.samples) == [2, 4, 0.5]
+    assert str(ratio) == "2.00 (0.50 to 4.00)"
+
+
+@pytest.mark.parametrize(
+    ("run", "expected"),
+    [
+        (lambda _: rendering.main(sizes=(5,), clips=1, rounds=1, seconds=0.01), "env.render()"),
+        (lambda _: environment.main(size=5, num_envs=(2,), rounds=1, seconds=0.01), "Collector"),
+        (lambda _: sampler.main(slots=(100,), batch_sizes=(8,), rounds=1, seconds=0.01), "100"),
+        pytest.param(
+            lambda out: training.training(pairs=1, env_steps=3000, out=out),
+            "vlm_rb ÷ per",
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["rendering", "environment", "sampler", "training"],
+)
+def test_benchmark_prints_its_table(run, expected, tmp_path, capsys):
+    run(tmp_path)
+    assert expected in capsys.readouterr().out

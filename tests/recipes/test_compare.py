@@ -1,0 +1,78 @@
+"""A comparison trains what is not finished, reports failures in one line, stops its runs."""
+
+import json
+import sys
+
+import pytest
+from rich.progress import Progress
+
+from recipes import compare
+from recipes.checks import ConfigError
+from recipes.metrics import last_row
+
+SHORT = [
+    "--env.size=5",
+    "--env.max_steps=40",
+    "--training.num_envs=4",
+    "--training.total_env_steps=500",
+    "--training.warmup_env_steps=200",
+    "--training.eval_every_env_steps=250",
+    "--training.eval_episodes=2",
+    "--training.log_every_env_steps=250",
+]
+
+
+def test_plan_goes_seed_by_seed_and_a_finished_run_is_known_by_its_command(tmp_path):
+    task = compare.CONFIGS / "doorkey_6x6"
+    runs = compare.plan(task, "dqn", ["uer", "per"], [5, 6], tmp_path, [])
+    assert [run.name for run in runs] == ["uer_s5", "per_s5", "uer_s6", "per_s6"]
+    assert not runs[0].finished()
+    runs[0].folder.mkdir()
+    (runs[0].folder / "finished.json").write_text(json.dumps(runs[0].command))
+    assert runs[0].finished()
+    changed = compare.plan(task, "dqn", ["uer"], [5], tmp_path, ["--env.size=8"])
+    assert not changed[0].finished()
+
+
+def test_comparison_trains_in_parallel_reports_and_goes_on_where_it_was(tmp_path, capsys):
+    arguments = {"methods": ["uer", "privileged"], "seeds": 1, "extra": SHORT, "out": tmp_path}
+    compare.compare(**arguments)
+    assert "privileged" in capsys.readouterr().out
+    assert (tmp_path / "curves.png").exists()
+    assert "| uer | 0." in (tmp_path / "table.md").read_text()
+    metrics = tmp_path / "uer_s0" / "metrics.jsonl"
+    assert last_row(metrics.parent)["env_steps"] == 512
+    written = metrics.stat().st_mtime_ns
+    compare.compare(**arguments)
+    assert metrics.stat().st_mtime_ns == written
+
+
+def test_failed_run_stops_the_others_and_is_reported_in_one_line(tmp_path):
+    """One process fails at once, the other would wait for its standard input for ever."""
+    waits = [sys.executable, "-c", "import sys, threading; threading.Event().wait()"]
+    fails = [sys.executable, "-c", "raise SystemExit('out of luck')"]
+    runs = [
+        compare.Run("a", 0, waits, tmp_path / "a"),
+        compare.Run("b", 0, fails, tmp_path / "b"),
+    ]
+    with pytest.raises(ConfigError, match=r"b failed: out of luck \(whole output: .*\)") as refusal:
+        compare.execute(runs, 2, Progress())
+    assert "\n" not in str(refusal.value)
+    assert runs[0].process.poll() is not None
+    assert not runs[1].finished()
+
+
+@pytest.mark.parametrize(
+    ("argument", "named"),
+    [
+        ("--methods=[uer, none]", "none"),
+        ("--seeds=0", "seeds is 0"),
+        ("--jobs=0", "jobs is 0"),
+        ("--configs=nowhere", "nowhere"),
+    ],
+)
+def test_bad_argument_is_refused_in_one_line(argument, named, tmp_path):
+    with pytest.raises(SystemExit) as refusal:
+        compare.main([argument, f"--out={tmp_path}"])
+    assert named in str(refusal.value)
+    assert "\n" not in str(refusal.value)
