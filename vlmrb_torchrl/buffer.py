@@ -9,12 +9,12 @@ B: items of one call, N: slots of the storage.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.utils import expand_as_right
 from torch import Tensor
 from torchrl.data import TensorDictReplayBuffer
 from torchrl.data.replay_buffers.samplers import PrioritizedSampler
@@ -80,33 +80,41 @@ class VLMReplayBuffer(TensorDictReplayBuffer):
         """
         with self._replay_lock:
             index: Tensor = super().extend(_unstamped(tensordicts), **kwargs)
-            self._stamp(tensordicts, index)
+            # Under the lock that the write was made under: no other thread has written since.
+            if self._may_stamp(tensordicts):
+                batch, dim = list(tensordicts.shape), self.dim_extend
+                batch[0], batch[dim] = batch[dim], batch[0]  # the buffer extends along dim 0
+                if stamp := self._stamp(index, batch):
+                    _set_stamp(tensordicts, *(part.transpose(0, dim) for part in stamp))
         return index
 
     def add(self, data: TensorDictBase) -> Any:
         """Writes one transition, and its slot and stamp into ``data``; see :meth:`extend`."""
         with self._replay_lock:
             index = super().add(_unstamped(data))
-            self._stamp(data, index)
+            if self._may_stamp(data) and index is not None:
+                if stamp := self._stamp(torch.as_tensor(index).reshape(1), [1, *data.shape]):
+                    _set_stamp(data, *(part.squeeze(0) for part in stamp))
         return index
 
-    def _stamp(self, data: Any, index: Any) -> None:
-        # Under the replay lock of the write itself: no other thread has written since.
-        tracked = self._writer.tracks_generations and index is not None
-        if not tracked or not isinstance(data, TensorDictBase) or data.is_locked:
-            return
-        index = torch.as_tensor(index)
-        if self._storage.ndim > 1:
-            index = _shaped_like(data, index, self.dim_extend)
-        generation = self._writer.generations_of(index)
-        slots = self._storage._max_size_along_dim0(batched_data=data) if index.ndim else 1
-        if index.ndim and index.shape[0] > slots:
-            # A batch longer than the ring overwrote its own start, and stamps it as its end.
-            generation[:-slots] = -1
-        if self._storage.ndim == 1:
-            index, generation = expand_as_right(index, data), expand_as_right(generation, data)
-        data.set(INDEX, index.to(data.device) if data.device else index)
-        data.set(GENERATION, generation.to(data.device) if data.device else generation)
+    def _may_stamp(self, data: Any) -> bool:
+        stampable = isinstance(data, TensorDictBase) and not data.is_locked
+        return stampable and bool(self._writer.tracks_generations)
+
+    def _stamp(self, index: Tensor, batch: list[int]) -> tuple[Tensor, Tensor] | None:
+        """Slots and generations of a batch just written, laid out as ``batch``, its shape."""
+        dims = self._storage.ndim
+        slots = batch[:dims]
+        if index.shape[0] != math.prod(slots):
+            return None  # a transform changed the batch: its rows are not the caller's
+        generation: Tensor = self._writer.generations_of(index).reshape(slots)
+        rows: int = self._storage._max_size_along_dim0()
+        if slots[0] > rows:
+            generation[:-rows] = -1  # a batch longer than the ring overwrote its own start
+        if dims > 1:
+            return index.reshape(*slots, dims), generation
+        # A storage of one dimension keeps a whole trajectory in a slot: each step names the slot.
+        return _expand(index, batch), _expand(generation, batch)
 
     # ---------------------------------------------------------------- late writes
 
@@ -231,9 +239,11 @@ def _unstamped(data: Any) -> Any:
     return data
 
 
-def _shaped_like(data: TensorDictBase, index: Tensor, dim_extend: int) -> Tensor:
-    """Indices ``[B, D]`` of a storage of D dimensions, laid out as the batch that was passed."""
-    dims = index.shape[-1]
-    shape = list(data.shape[:dims])
-    shape[0], shape[dim_extend] = shape[dim_extend], shape[0]  # the buffer extends along dim 0
-    return index.reshape(*shape, dims).transpose(0, dim_extend)
+def _expand(values: Tensor, batch: list[int]) -> Tensor:
+    """Values ``[B]`` repeated over the dimensions of ``batch`` after the first."""
+    return values.reshape(-1, *[1] * (len(batch) - 1)).expand(batch)
+
+
+def _set_stamp(data: TensorDictBase, index: Tensor, generation: Tensor) -> None:
+    device = data.device or index.device
+    data.set(INDEX, index.to(device)).set(GENERATION, generation.to(device))
