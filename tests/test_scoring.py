@@ -1,6 +1,7 @@
 """Scoring beside the learner: right slots, nothing lost from the books, no fault gets through."""
 
 import gc
+import itertools
 import logging
 import os
 import pickle
@@ -198,6 +199,64 @@ def test_doorkey_end_to_end_no_score_on_a_wrong_transition(mode):
     assert 0 < sum(expected) < capacity
     assert figures["transitions_submitted"] == N * T * batches
     assert figures["clips_dropped"] == figures["clips_failed"] == 0
+
+
+def test_threads_that_insert_and_score_side_by_side_never_mix_up_a_slot():
+    """Three learners in a ring that is overwritten 30 times, while every tenth batch fails.
+
+    Transition k of the stream lies in the clip whose last outcome is 4 (k // 4) + 4: whatever a
+    slot holds at the end, its score must be that outcome's grey level or missing.
+    """
+    buffer = make_buffer(256)
+    calls = itertools.count()
+
+    class SometimesFails(Brightness):
+        def score(self, tensordict):
+            if next(calls) % 10 == 0:
+                raise RuntimeError
+            return super().score(tensordict)
+
+    def learn(number):
+        for batch in range(80):
+            start = 4 * 10_000 * number + 32 * batch
+            insert(buffer, scoring, stream([8, 4, 20], start=start, ids=[3 * number] * 3))
+
+    with make(buffer, SometimesFails(), "thread", queue_clips=20, batch_clips=4) as scoring:
+        learners = [threading.Thread(target=learn, args=(number,)) for number in range(3)]
+        for learner in learners:
+            learner.start()
+        for learner in learners:
+            learner.join()
+        assert scoring.drain(PATIENT)
+        figures = books(scoring)
+    assert figures["transitions_submitted"] == 3 * 80 * 32
+    states = buffer[:]["next", "render_state"][:, 0]
+    expected = (((states - 1) // 4 * 4 + 4) % 256 / 255).tolist()
+    found = scores(buffer)
+    assert sum(score >= 0 for score in found) > 0
+    wrong = [(f, e) for f, e in zip(found, expected, strict=True) if f >= 0 and abs(f - e) > 1e-6]
+    assert wrong == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_cuda_a_thread_scores_in_a_stream_of_its_own():
+    streams = []
+
+    class OnGPU(Brightness):
+        device = torch.device("cuda", 0)
+
+        def score(self, tensordict):
+            assert tensordict["clip"].device == self.device
+            streams.append(torch.cuda.current_stream(self.device))
+            return super().score(tensordict)
+
+    buffer = make_buffer()
+    with make(buffer, OnGPU(), "auto") as scoring:
+        assert scoring.mode == "thread"
+        insert(buffer, scoring, stream([4, 4]))
+        assert scoring.drain(PATIENT)
+    assert scores(buffer)[:8] == pytest.approx([4 / 255] * 4 + [8 / 255] * 4)
+    assert torch.cuda.default_stream() not in streams
 
 
 # ---------------------------------------------------------------- the queue
@@ -752,6 +811,7 @@ def test_impossible_settings_are_refused_in_one_line():
         ({"batch_clips": 0}, "batch_clips is 0"),
         ({"worker_threads": 0}, "worker_threads is 0"),
         ({"timeout_s": 0.0}, "timeout_s is 0.0"),
+        ({"max_wait_s": -1.0}, "max_wait_s is -1.0"),
         ({"backoff_s": (2.0, 1.0)}, "backoff_s is"),
         ({"niceness": 20}, "niceness is 20"),
     ):

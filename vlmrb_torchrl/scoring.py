@@ -18,16 +18,10 @@ from vlmrb_torchrl.clips import Clip, stack_clips
 from vlmrb_torchrl.cutting import ClipCutter
 from vlmrb_torchrl.keys import CLIP, GENERATION, INDEX
 from vlmrb_torchrl.scorers.base import SeededScorer
-from vlmrb_torchrl.scoring_backends import (
-    Backend,
-    InlineBackend,
-    Mode,
-    ThreadBackend,
-    choose_mode,
-)
+from vlmrb_torchrl.scoring_backends import Mode, choose_mode
 from vlmrb_torchrl.scoring_dispatcher import Dispatcher
 from vlmrb_torchrl.scoring_ledger import Ledger
-from vlmrb_torchrl.scoring_process import ProcessBackend
+from vlmrb_torchrl.scoring_process import ProcessBackend, make_backend
 
 
 class AsyncScorer:
@@ -104,22 +98,6 @@ class AsyncScorer:
     ) -> None:
         needs_frames = CLIP in scorer.in_keys
         _check_buffer(buffer, clip_transitions)
-        for name, value in (
-            ("queue_clips", queue_clips),
-            ("batch_clips", batch_clips),
-            ("worker_threads", worker_threads),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1.")
-        if not (timeout_s > 0 and start_timeout_s > 0 and max_wait_s >= 0):
-            raise ValueError(
-                f"timeout_s is {timeout_s}, start_timeout_s {start_timeout_s}, max_wait_s "
-                f"{max_wait_s}; choose positive seconds."
-            )
-        if not 0 <= backoff_s[0] <= backoff_s[1]:
-            raise ValueError(f"backoff_s is {backoff_s}; choose (shortest, longest) seconds.")
-        if not 0 <= niceness <= 19:
-            raise ValueError(f"niceness is {niceness}; choose 0 (as the learner) to 19 (least).")
         if needs_frames and transform is None:
             raise ValueError(f"{scorer!r} reads frames; pass ClipRenderTransform(renderer).")
         self._buffer, self._transform, self._scorer = buffer, transform, scorer
@@ -129,7 +107,15 @@ class AsyncScorer:
         self._cutting = threading.Lock()
         self._ledger = Ledger(seed)
         self.mode = choose_mode(mode, scorer)
-        self._worker = self._backend(timeout_s, start_timeout_s, niceness, worker_threads)
+        self._worker = make_backend(
+            self.mode,
+            transform if needs_frames else None,
+            scorer,
+            timeout_s=timeout_s,
+            start_timeout_s=start_timeout_s,
+            niceness=niceness,
+            worker_threads=worker_threads,
+        )
         self._dispatcher = Dispatcher(
             buffer,
             self._worker,
@@ -142,25 +128,6 @@ class AsyncScorer:
         )
         # Runs when this object is collected and when the interpreter ends, Ctrl-C included.
         self._finalizer = weakref.finalize(self, self._dispatcher.close)
-
-    def _backend(
-        self, timeout_s: float, start_timeout_s: float, niceness: int, threads: int
-    ) -> Backend:
-        transform = self._transform if self._cutter.needs_frames else None
-        if self.mode == "sync":
-            return InlineBackend(transform, self._scorer)
-        if self.mode == "thread":
-            return ThreadBackend(
-                transform, self._scorer, timeout_s=timeout_s, start_timeout_s=start_timeout_s
-            )
-        return ProcessBackend(
-            transform,
-            self._scorer,
-            timeout_s=timeout_s,
-            start_timeout_s=start_timeout_s,
-            niceness=niceness,
-            threads=threads,
-        )
 
     def submit(self, data: TensorDictBase, index: Tensor) -> None:
         """Take in what was just inserted: ``index = buffer.extend(data)``.

@@ -41,6 +41,9 @@ class Dispatcher:
         max_wait_s: Seconds that a clip may wait for its batch to fill.
         backoff_s: Pause after the first fault and the longest pause, in seconds.
         threaded: False to score in the thread that calls `put`, without pauses.
+
+    Raises:
+        ValueError: If one of the numbers is impossible.
     """
 
     def __init__(
@@ -55,6 +58,13 @@ class Dispatcher:
         backoff_s: tuple[float, float],
         threaded: bool,
     ) -> None:
+        for name, value in (("queue_clips", queue_clips), ("batch_clips", batch_clips)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1.")
+        if not max_wait_s >= 0:
+            raise ValueError(f"max_wait_s is {max_wait_s}; choose 0 or more seconds.")
+        if not 0 <= backoff_s[0] <= backoff_s[1]:
+            raise ValueError(f"backoff_s is {backoff_s}; choose (shortest, longest) seconds.")
         self._buffer, self._backend, self._ledger = buffer, backend, ledger
         self._queue_clips, self._batch_clips = queue_clips, batch_clips
         self._max_wait_s, self._backoff_s = max_wait_s, backoff_s

@@ -17,7 +17,11 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import Transform
 
+from vlmrb_torchrl.scoring_backends import Backend, InlineBackend, ThreadBackend
 from vlmrb_torchrl.scoring_worker import BOOTSTRAP, IN_WORKER, ScorerError, to_numpy
+
+_EXIT_SECONDS = 3.0
+"""How long a worker may take to clean up after it was asked to end."""
 
 
 class ProcessBackend:
@@ -84,7 +88,7 @@ class ProcessBackend:
         try:
             self._launch()
         except (EOFError, OSError) as error:
-            raise ScorerError("died", self._kill(grace_s=1.0)) from error
+            raise ScorerError("died", self._end(by_itself=True)) from error
 
     def score(self, clips: TensorDictBase) -> NDArray[np.float32]:
         """Send ``clips`` to the process and wait for the answer."""
@@ -95,7 +99,7 @@ class ProcessBackend:
             connection.send((to_numpy(clips), clips.shape[0]))
             kind, answer = self._receive(connection, self._timeout_s)
         except (EOFError, OSError) as error:
-            raise ScorerError("died", self._kill(grace_s=1.0)) from error
+            raise ScorerError("died", self._end(by_itself=True)) from error
         if kind != "scores":
             raise ScorerError(kind, answer)
         scores: NDArray[np.float32] = answer
@@ -103,7 +107,7 @@ class ProcessBackend:
 
     def _receive(self, connection: Connection, timeout_s: float) -> tuple[Any, Any]:
         if not connection.poll(timeout_s):
-            self._kill()
+            self._end()
             raise ScorerError(
                 "timeout", f"no answer within {timeout_s:g} s; its process was killed"
             )
@@ -132,32 +136,40 @@ class ProcessBackend:
         ours.send((self._payload, self._threads))
         kind, answer = self._receive(ours, self._start_timeout_s)
         if kind != "ready":
-            self._kill()
+            self._end()
             raise ScorerError(kind, answer)
 
-    def _kill(self, grace_s: float = 0.0) -> str:
+    def _end(self, by_itself: bool = False) -> str:
         """End the process if there is one; say how it ended."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
         with self._lock:
             process, self._process = self._process, None
-        if process is None:
-            return "its process is gone"
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return f"its process ended with code {process.wait(grace_s)}"
-        process.kill()
-        process.wait()
-        return "its process was killed"
+        return "its process is gone" if process is None else _end(process, by_itself)
 
     def abort(self) -> None:
-        """Kill the process; a `score` that waits for it fails at once."""
+        """End the process; a `score` that waits for it fails at once."""
         with self._lock:
             self._aborted = True
-            process = self._process
-            if process is not None:
-                process.kill()
-                process.wait()
+            if self._process is not None:
+                _end(self._process)
+
+
+def _end(process: subprocess.Popen[bytes], by_itself: bool = False) -> str:
+    """End ``process``, by force if need be; say how it ended.
+
+    Args:
+        process: The process.
+        by_itself: Whether it closed its pipe and so is ending already, with a code of its own.
+    """
+    if not by_itself:
+        process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return f"its process ended with code {process.wait(_EXIT_SECONDS)}"
+    process.kill()
+    process.wait()
+    return "its process was killed"
 
 
 def _preparation(payload: bytes) -> dict[str, Any]:
@@ -173,3 +185,30 @@ def _preparation(payload: bytes) -> dict[str, Any]:
         elif getattr(main, "__file__", None) is not None:
             data["init_main_from_path"] = os.path.abspath(str(main.__file__))
     return data
+
+
+def make_backend(
+    mode: str,
+    transform: Transform | None,
+    scorer: TensorDictModuleBase,
+    *,
+    timeout_s: float,
+    start_timeout_s: float,
+    niceness: int,
+    worker_threads: int,
+) -> Backend:
+    """The backend of a mode that `choose_mode` returned; arguments as in `AsyncScorer`."""
+    if not (timeout_s > 0 and start_timeout_s > 0):
+        raise ValueError(
+            f"timeout_s is {timeout_s} and start_timeout_s {start_timeout_s}; both must be above 0."
+        )
+    if not 0 <= niceness <= 19:
+        raise ValueError(f"niceness is {niceness}; choose 0 (as the learner) to 19 (least).")
+    if worker_threads < 1:
+        raise ValueError(f"worker_threads is {worker_threads}; it must be at least 1.")
+    limits = {"timeout_s": timeout_s, "start_timeout_s": start_timeout_s}
+    if mode == "sync":
+        return InlineBackend(transform, scorer)
+    if mode == "thread":
+        return ThreadBackend(transform, scorer, **limits)
+    return ProcessBackend(transform, scorer, niceness=niceness, threads=worker_threads, **limits)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import signal
+import sys
 import threading
 import time
 from multiprocessing.connection import Connection
@@ -132,6 +134,8 @@ def _tensor(array: NDArray[Any]) -> Tensor:
 def serve(connection: Connection, parent: int) -> None:
     """Answer requests until the other end of ``connection`` closes."""
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    # Lets what the scorer imported clean up; a scorer that does not return is killed later.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     with contextlib.suppress(EOFError, OSError):
         payload, threads = connection.recv()
         torch.set_num_threads(threads)
