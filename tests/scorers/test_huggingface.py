@@ -13,7 +13,7 @@ from tensordict import TensorDict
 
 from recipes.judge_model import build_model, build_processor, build_tokenizer
 from vlmrb_torchrl.scorers import HuggingFaceScorer
-from vlmrb_torchrl.scorers.huggingface import answer_ids
+from vlmrb_torchrl.scorers.pretrained import answer_ids
 
 ASK = "Does this clip contain a clear instance of goal satisfaction?"
 OTHER = "Is a door opened in this clip? Answer Yes or No."

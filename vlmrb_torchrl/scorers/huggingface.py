@@ -11,7 +11,6 @@ transformers is imported when the weights load, at the first clip, not before.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,12 +24,9 @@ from torch import Tensor
 from vlmrb_torchrl.keys import CLIP
 from vlmrb_torchrl.prompts import GOAL
 from vlmrb_torchrl.scorers.base import ClipScorer
+from vlmrb_torchrl.scorers.pretrained import answer_ids, checked_model, read_pretrained
 
-YES_WORDS = ("Yes", " Yes", "yes", " yes", "YES", " YES")
-NO_WORDS = ("No", " No", "no", " no", "NO", " NO")
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _FRAMES_ENCODED_AT_ONCE = 128
-_INSTALL = "pip install 'vlmrb-torchrl[vlm]'"
 
 
 class HuggingFaceScorer(ClipScorer):
@@ -83,7 +79,7 @@ class HuggingFaceScorer(ClipScorer):
         cache_megabytes: float = 256.0,
     ) -> None:
         super().__init__(in_keys=(CLIP,))
-        self.model_name = _checked_model(model)
+        self.model_name = checked_model(model)
         self.prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
         if not self.prompts or not all(p.strip() for p in self.prompts):
             raise ValueError(f"prompts={prompts!r}: ask at least one question, none of them empty.")
@@ -265,34 +261,8 @@ class _Loaded:
     frames: OrderedDict[bytes, Tensor] = field(default_factory=OrderedDict)
 
 
-def _checked_model(model: str | Path) -> str:
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
-        if isinstance(model, str) and _HUB_NAME.fullmatch(model):
-            return model
-        raise FileNotFoundError(
-            f"model={str(model)!r} is no folder: give one saved by save_pretrained, or a hub name."
-        )
-    if not any(folder.glob("*.safetensors")):
-        raise FileNotFoundError(
-            f"model={str(model)!r} holds no .safetensors, the only weights read: "
-            "save it again with save_pretrained."
-        )
-    return str(folder)
-
-
 def _load(scorer: HuggingFaceScorer) -> _Loaded:
-    try:
-        from transformers import AutoModelForImageTextToText, AutoProcessor
-
-        name, dtype = scorer.model_name, getattr(torch, scorer.dtype)
-        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
-        model = AutoModelForImageTextToText.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
-    except ImportError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ImportError(f"{scorer.model_name} cannot load ({reason}): {_INSTALL}") from error
+    processor, model = read_pretrained(scorer.model_name, getattr(torch, scorer.dtype))
     tokenizer = processor.tokenizer
     tokenizer.padding_side = "left"  # the answer is read off the last position
     if tokenizer.pad_token_id is None:
@@ -304,31 +274,6 @@ def _load(scorer: HuggingFaceScorer) -> _Loaded:
     model = model.to(scorer.device).eval().requires_grad_(False)
     dedup = family == "perception_lm" and scorer.dedup is not False
     return _Loaded(model, processor, yes, no, dedup)
-
-
-def answer_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Tokens that mean Yes and tokens that mean No.
-
-    A spelling counts if it is one token; a lone space piece before it is dropped.
-
-    Raises:
-        ValueError: One of the sets is empty, or they share a token.
-    """
-    found = []
-    for words in (YES_WORDS, NO_WORDS):
-        ids = set()
-        for word in words:
-            pieces = tokenizer.encode(word, add_special_tokens=False)
-            pieces = [p for p in pieces if tokenizer.decode([p]).strip()]
-            ids |= set(pieces) if len(pieces) == 1 else set()
-        if not ids:
-            raise ValueError(
-                f"the tokenizer has no single token for {words[0]!r}: use another model."
-            )
-        found.append(ids)
-    if shared := found[0] & found[1]:
-        raise ValueError(f"tokens {sorted(shared)} mean Yes and No alike: use another model.")
-    return sorted(found[0]), sorted(found[1])
 
 
 def _digests(frames: Tensor) -> Iterator[bytes]:
