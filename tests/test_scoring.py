@@ -5,6 +5,7 @@ import itertools
 import logging
 import os
 import pickle
+import queue
 import select
 import signal
 import subprocess
@@ -202,16 +203,20 @@ def test_doorkey_end_to_end_no_score_on_a_wrong_transition(mode):
 
 
 def test_threads_that_insert_and_score_side_by_side_never_mix_up_a_slot():
-    """Three learners in a ring that is overwritten 30 times, while every tenth batch fails.
+    """Three learners in a ring of 64, written over 120 times; every tenth batch fails.
+
+    The first batch is held back for half of a learner's transitions, far more than the ring.
 
     Transition k of the stream lies in the clip whose last outcome is 4 (k // 4) + 4: whatever a
     slot holds at the end, its score must be that outcome's grey level or missing.
     """
-    buffer = make_buffer(256)
-    calls = itertools.count()
+    buffer = make_buffer(64)
+    calls = itertools.count(1)
+    half_time = threading.Event()
 
     class SometimesFails(Brightness):
         def score(self, tensordict):
+            assert half_time.wait(PATIENT)
             if next(calls) % 10 == 0:
                 raise RuntimeError
             return super().score(tensordict)
@@ -220,6 +225,8 @@ def test_threads_that_insert_and_score_side_by_side_never_mix_up_a_slot():
         for batch in range(80):
             start = 4 * 10_000 * number + 32 * batch
             insert(buffer, scoring, stream([8, 4, 20], start=start, ids=[3 * number] * 3))
+            if batch == 40:
+                half_time.set()
 
     with make(buffer, SometimesFails(), "thread", queue_clips=20, batch_clips=4) as scoring:
         learners = [threading.Thread(target=learn, args=(number,)) for number in range(3)]
@@ -230,6 +237,7 @@ def test_threads_that_insert_and_score_side_by_side_never_mix_up_a_slot():
         assert scoring.drain(PATIENT)
         figures = books(scoring)
     assert figures["transitions_submitted"] == 3 * 80 * 32
+    assert figures["transitions_late"] > 0
     states = buffer[:]["next", "render_state"][:, 0]
     expected = (((states - 1) // 4 * 4 + 4) % 256 / 255).tolist()
     found = scores(buffer)
@@ -300,16 +308,23 @@ def test_a_batch_takes_what_waits_up_to_its_size(gate):
 
 
 def test_an_incomplete_batch_waits_for_its_time_but_not_in_a_drain():
+    sizes = queue.SimpleQueue()
+
+    class Counting(Yes):
+        def score(self, tensordict):
+            sizes.put(tensordict.shape[0])
+            return super().score(tensordict)
+
     buffer = make_buffer()
-    with make(buffer, Yes(), "thread", batch_clips=5, max_wait_s=3600.0) as scoring:
+    with make(buffer, Counting(), "thread", batch_clips=5, max_wait_s=3600.0) as scoring:
         insert(buffer, scoring, stream([4]))
         assert books(scoring)["clips_pending"] == 1
         assert scoring.drain(PATIENT)
-        assert books(scoring)["clips_scored"] == 1
+        assert sizes.get(timeout=PATIENT) == 1
         insert(buffer, scoring, stream([4] * 4, start=4))
         assert books(scoring)["clips_pending"] == 4
-        insert(buffer, scoring, stream([4], start=20))  # the fifth: a full batch
-        assert scoring.drain(PATIENT)
+        insert(buffer, scoring, stream([4], start=20))  # the fifth fills the batch
+        assert sizes.get(timeout=PATIENT) == 5
 
 
 def test_a_lone_clip_is_scored_once_its_time_has_come():
