@@ -85,7 +85,8 @@ class Scoring:
         clip_transitions: Consecutive transitions that a clip covers and its score is written to.
         frames_per_clip: Frames of them that the judge sees, the last outcome among them.
         stride: Transitions between the starts of two clips; null: no overlap.
-        queue_clips: Clips that may wait; the oldest is dropped, and counted, beyond.
+        queue_clips: Clips that may wait, about 5 kB each on DoorKey; beyond, the oldest is
+            dropped and counted.
         batch_clips: Clips that the judge sees at once.
         mode: Where the judge runs: a process (CPU), a thread with its own CUDA stream, in the
             loop itself (``sync``: reruns are bit-exact), or what suits the judge (``auto``).
@@ -95,7 +96,7 @@ class Scoring:
     clip_transitions: int = 32
     frames_per_clip: int = 32
     stride: int | None = None
-    queue_clips: int = 256
+    queue_clips: int = 2048
     batch_clips: int = 16
     mode: Literal["auto", "process", "thread", "sync"] = "auto"
 
