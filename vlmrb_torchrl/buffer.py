@@ -93,8 +93,8 @@ class VLMReplayBuffer(TensorDictReplayBuffer):
         with self._replay_lock:
             index = super().add(_unstamped(data))
             if self._may_stamp(data) and index is not None:
-                if stamp := self._stamp(torch.as_tensor(index).reshape(1), [1, *data.shape]):
-                    _set_stamp(data, *(part.squeeze(0) for part in stamp))
+                stamp = self._stamp(torch.as_tensor(index).reshape(1), [1, *data.shape])
+                _set_stamp(data, *(part.squeeze(0) for part in stamp or ()))
         return index
 
     def _may_stamp(self, data: Any) -> bool:

@@ -250,17 +250,18 @@ def _descend(rows: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         rows: Children's sums ``[B, R]``, non-negative, each row with one above zero.
-        mass: ``[B]``, above zero.
+        mass: ``[B]``.
     """
-    # Children without mass are no candidates, also where a parallel scan rounds their prefix sum
-    # above their left neighbour's; a mass beyond the row's end falls on its last candidate.
     prefix = rows.cumsum(-1)
-    reached = torch.where(rows > 0, prefix, -torch.inf)
-    mass = torch.minimum(mass, reached.amax(-1))
-    child = (reached >= mass.unsqueeze(-1)).to(torch.uint8).argmax(-1)
-    at = child.unsqueeze(-1)
-    before = (prefix.gather(-1, at) - rows.gather(-1, at)).squeeze(-1)
-    return child, mass - before
+    if rows.device.type != "cpu":
+        # A parallel scan may round the prefix sum of a child without mass above its left
+        # neighbour's. Such a child is no candidate.
+        prefix = torch.where(rows > 0, prefix, -torch.inf).cummax(-1).values
+    # What rounding leaves beyond the row's ends is its first or its last child with mass.
+    mass = mass.clamp_min(torch.finfo(mass.dtype).tiny).minimum(prefix[:, -1]).unsqueeze(-1)
+    child = torch.searchsorted(prefix, mass)
+    mass = mass - (prefix.gather(-1, child) - rows.gather(-1, child))
+    return child.squeeze(-1), mass.squeeze(-1)
 
 
 def last_of_duplicates(index: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,140 @@
+"""Saving, restoring, reporting and checking a sampler."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+
+from tests.samplers.sampler_facts import EVERY, SEED, SLOTS, Slots, facts, on, snapshot, told
+from vlmrb_torchrl.samplers import VLMPrioritizedSampler
+from vlmrb_torchrl.samplers.trees import CompiledSumTree, RadixSumTree
+
+
+def used(**arguments: Any) -> VLMPrioritizedSampler:
+    sampler = VLMPrioritizedSampler(SLOTS + 5, lmbda=0.5, beta=0.4, **arguments)
+    return told(sampler, *facts(SEED))
+
+
+def unused(**arguments: Any) -> VLMPrioritizedSampler:
+    return VLMPrioritizedSampler(SLOTS + 5, **arguments)
+
+
+def by_state_dict(source: VLMPrioritizedSampler, target: VLMPrioritizedSampler, _: Any) -> None:
+    target.load_state_dict(source.state_dict())
+
+
+def by_files(source: VLMPrioritizedSampler, target: VLMPrioritizedSampler, folder: Any) -> None:
+    source.dumps(folder / "new" / "folder")
+    target.loads(folder / "new" / "folder")
+
+
+@pytest.mark.parametrize("make", [used, unused])
+@pytest.mark.parametrize("travel", [by_state_dict, by_files])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("trees", product([CompiledSumTree, RadixSumTree], repeat=2))
+def test_a_restored_sampler_is_bit_equal_and_draws_the_same(
+    make: Callable[..., VLMPrioritizedSampler],
+    travel: Callable[..., None],
+    dtype: torch.dtype,
+    trees: tuple[type, type],
+    tmp_path: Any,
+) -> None:
+    source = on(trees[0], make(td_boost=True, dtype=dtype))
+    target = on(trees[1], VLMPrioritizedSampler(SLOTS + 5, td_boost=True, dtype=dtype))
+    target.extend(torch.arange(3))  # a past that the state replaces
+    travel(source, target, tmp_path)
+    assert snapshot(target) == snapshot(source)
+    target.check_valid()
+    if make is used:
+        draws = []
+        for sampler in (source, target):
+            sampler._rng = torch.Generator().manual_seed(SEED)
+            draws.append(sampler.sample(Slots(SLOTS), 256))
+        assert torch.equal(draws[0][0], draws[1][0])
+        torch.testing.assert_close(draws[0][1]["q"], draws[1][1]["q"], rtol=1e-6, atol=0.0)
+    source.extend(torch.arange(SLOTS))  # the copy has a life of its own
+    assert target._written == (SLOTS if make is used else 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"_version": 0}, "version 0"),
+        ({"_version": None}, "version None"),
+        ({"_max_capacity": 7}, "max_capacity=7"),
+        ({"dtype": torch.float32}, "float32"),
+        ({"td_boost": True}, "td_boost=True"),
+        ({"threshold": None}, "threshold=None"),
+        ({"_eps": 0.5}, "eps=0.5"),
+        ({"unscored_priority": 1.0}, "unscored_priority=1.0"),
+    ],
+)
+def test_a_state_of_another_version_or_make_is_refused_in_one_line(
+    change: dict[str, Any], message: str
+) -> None:
+    target = used()
+    before = snapshot(target)
+    with pytest.raises(ValueError, match=message) as refusal:
+        target.load_state_dict({**unused().state_dict(), **change})
+    assert "\n" not in str(refusal.value)
+    assert snapshot(target) == before
+
+
+def test_a_sampler_can_be_copied_and_pickled_and_the_copy_is_its_own() -> None:
+    sampler = used(td_boost=True)
+    for twin in (copy.deepcopy(sampler), pickle.loads(pickle.dumps(sampler))):
+        assert snapshot(twin) == snapshot(sampler)
+        twin.extend(EVERY)
+        twin.check_valid()
+    assert sampler.scored.any()
+
+
+def test_statistics_in_closed_form() -> None:
+    """8 slots, 4 scored, 2 positive, λ = 0.5, ε = 0: q is 1/16 + 1/4 twice and 1/16 six times."""
+    sampler = VLMPrioritizedSampler(16, lmbda=0.5, eps=0.0)
+    assert sampler.statistics(0)["effective_sample_size"] == 0.0
+    sampler.extend(torch.arange(8))
+    assert sampler.statistics(8)["effective_sample_size"] == pytest.approx(1.0)
+    sampler.update_score(torch.arange(4), torch.tensor([1.0, 0.9, 0.1, 0.0]))
+    squares = 2 * (1 / 16 + 1 / 4) ** 2 + 6 * (1 / 16) ** 2
+    assert sampler.statistics(8) == pytest.approx(
+        {
+            "share_scored": 0.5,
+            "share_positive": 0.25,
+            "effective_sample_size": 1 / squares / 8,
+        }
+    )
+
+
+def test_check_valid_names_what_is_off() -> None:
+    breaks: dict[str, Callable[[VLMPrioritizedSampler], Any]] = {
+        "a score is neither": lambda s: s._score.__setitem__(0, 1.5),
+        "not finite": lambda s: s._td_error.__setitem__(0, torch.nan),
+        "a p is off": lambda s: s._p.__setitem__(1, 0.3),
+        "written slots is off": lambda s: setattr(s, "_written", 3),
+        "scored slots is off": lambda s: setattr(s, "_scored", 3),
+        "positive slots is off": lambda s: setattr(s, "_positive", 3),
+        "a leaf is off": lambda s: s._sum_tree.update(
+            torch.tensor([2]), torch.tensor([9.0], dtype=s.dtype)
+        ),
+        "running maximum": lambda s: setattr(s, "_max_priority", (0.0, 0)),
+        "never written": lambda s: s._score.__setitem__(SLOTS + 1, 0.5),
+    }
+    for message, damage in breaks.items():
+        sampler = used(td_boost=True)
+        damage(sampler)
+        with pytest.raises(AssertionError, match=message):
+            sampler.check_valid()
+
+
+def test_repr_names_the_method_and_its_tree() -> None:
+    assert repr(VLMPrioritizedSampler(8, lmbda=0.5)) == (
+        "VLMPrioritizedSampler(8, lmbda=0.5, alpha=0.6, beta=0.0, td_boost=False, threshold=0.5, "
+        "unscored_priority=0.0, tree=CompiledSumTree)"
+    )
