@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from vlmrb_torchrl.renderers.minigrid import Cell, MiniGridRenderer
+from vlmrb_torchrl.scorers.embedded import TILE_SIZE, WINDOW
 
 EVENT_NAMES = ("goal", "door", "key")
 """What the simulator reports of a transition: the agent came to stand on a goal; a door went
 from not open to open; a key was picked up."""
 GOAL = 0
-VIEW = MiniGridRenderer(tile_size=8, window=8)
+VIEW = MiniGridRenderer(tile_size=TILE_SIZE, window=WINDOW)
 """The judge's view, 64 x 64 pixels: one 8-pixel patch of its vision tower is one cell."""
 
 
@@ -222,7 +223,7 @@ def _label_sprites(cell: Cell, tile_size: int) -> np.ndarray:
     return np.broadcast_to(pixel, (tile_size, tile_size, 3))
 
 
-LABEL_VIEW = MiniGridRenderer(tile_size=1, window=8, sprites=_label_sprites)
+LABEL_VIEW = MiniGridRenderer(tile_size=1, window=WINDOW, sprites=_label_sprites)
 """Draws, in the judge's own window, what each cell is: the targets of the vision stage."""
 
 

@@ -75,6 +75,11 @@ def test_questions_are_checked() -> None:
         EmbeddedJudge(())
 
 
+def test_another_view_is_refused(judge: EmbeddedJudge) -> None:
+    with pytest.raises(ValueError, match=r"40 x 40 pixels.*tile_size=8, window=8"):
+        judge(TensorDict({"clip": torch.zeros(1, 4, 3, 40, 40, dtype=torch.uint8)}, [1]))
+
+
 def test_two_questions_score_their_maximum() -> None:
     episode = solved(6, 700)
     clip = clip_of(episode, 0, min(32, len(episode) - 1))

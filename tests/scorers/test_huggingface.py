@@ -19,15 +19,23 @@ ASK = "Does this clip contain a clear instance of goal satisfaction?"
 OTHER = "Is a door opened in this clip? Answer Yes or No."
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one token a frame", "four tokens a frame"])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tiny")
+def tiny(path: Path, tokens_per_side: int) -> Path:
     torch.manual_seed(0)
-    processor = build_processor(tokens_per_side=request.param)
+    processor = build_processor(tokens_per_side=tokens_per_side)
     model = build_model(processor, vision_width=32, vision_layers=1, width=32, layers=1)
     model.eval().save_pretrained(path)
     processor.save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny(tmp_path_factory.mktemp("one"), tokens_per_side=1)
+
+
+@pytest.fixture(scope="module")
+def four_tokens_a_frame(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny(tmp_path_factory.mktemp("four"), tokens_per_side=2)
 
 
 def some_clips(count: int = 5, frames: int = 6) -> TensorDict:
@@ -47,9 +55,11 @@ def close(a: torch.Tensor, b: torch.Tensor) -> None:
     torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
 
-def test_reused_frame_embeddings_change_no_score(folder: Path) -> None:
-    plain = HuggingFaceScorer(folder, ASK, dedup=False)
-    reused = HuggingFaceScorer(folder, ASK)
+@pytest.mark.parametrize("name", ["folder", "four_tokens_a_frame"])
+def test_reused_frame_embeddings_change_no_score(name: str, request: pytest.FixtureRequest) -> None:
+    path = request.getfixturevalue(name)
+    plain = HuggingFaceScorer(path, ASK, dedup=False)
+    reused = HuggingFaceScorer(path, ASK)
     clips = some_clips()
     close(scores(reused, clips), scores(plain, clips))
     close(scores(reused, clips), scores(plain, clips))  # now every frame comes from the cache

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Self
 
 import torch
+from tensordict import TensorDictBase
+from torch import Tensor
 
+from vlmrb_torchrl.keys import CLIP
 from vlmrb_torchrl.prompts import MINIGRID
 from vlmrb_torchrl.scorers.huggingface import HuggingFaceScorer
 
@@ -65,6 +68,20 @@ class EmbeddedJudge(HuggingFaceScorer):
             cache_megabytes=cache_megabytes,
         )
         self.questions = asked
+
+    def score(self, tensordict: TensorDictBase) -> Tensor:
+        """Judge the clips, as `HuggingFaceScorer.score`.
+
+        Raises:
+            ValueError: The frames are not 64 x 64 pixels, hence another view than it knows.
+        """
+        height, width = tensordict[CLIP].shape[-2:]
+        if (height, width) != (TILE_SIZE * WINDOW, TILE_SIZE * WINDOW):
+            raise ValueError(
+                f"clips of {height} x {width} pixels: the embedded judge knows "
+                f"MiniGridRenderer(tile_size={TILE_SIZE}, window={WINDOW})."
+            )
+        return super().score(tensordict)
 
     @classmethod
     def example(cls) -> Self:
