@@ -1,0 +1,144 @@
+"""Random operations from three threads: no score and no TD error ever sits on a wrong transition.
+
+Each transition carries an id, and its score and |δ| are functions of the id. One thread inserts
+over the end of a small ring, one scores insertions in random order, one samples and writes TD
+errors back in random order. Between rounds all three stand still and every slot is compared with
+the id that lies in it. Nothing sleeps: threads only ever wait for the buffer's locks.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from torchrl.data import LazyTensorStorage
+
+from vlmrb_torchrl.buffer import VLMReplayBuffer
+from vlmrb_torchrl.samplers import VLMPrioritizedSampler
+
+CAPACITY = 101
+SEED = 31
+KEPT = 12  # insertions and samples that are held back, to make their writes late
+
+
+def score_of(ids: Tensor) -> Tensor:
+    return (ids * 2654435761 % 2**32).double() / 2**32
+
+
+def td_error_of(ids: Tensor) -> Tensor:
+    return (ids * 40503 % 2**16).double() / 2**12
+
+
+class World:
+    """A buffer under random operations."""
+
+    def __init__(self, seed: int, shared: bool) -> None:
+        self.sampler = VLMPrioritizedSampler(CAPACITY, lmbda=0.5, td_boost=True, threshold=None)
+        self.buffer = VLMReplayBuffer(
+            storage=LazyTensorStorage(CAPACITY),
+            sampler=self.sampler,
+            batch_size=16,
+            shared=shared,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        self.chance = [random.Random(seed + thread) for thread in range(3)]
+        self.ids = 0
+        self.unscored: list[TensorDict] = []
+        self.unvisited: list[TensorDict] = []
+        self.live = self.late = self.wraps = 0
+        self.insert()
+
+    def insert(self) -> None:
+        """Extends, now and then by more than the whole ring."""
+        chance = self.chance[0]
+        length = chance.choice([1, 7, 16, 16, 16, 40, CAPACITY + 20])
+        ids = torch.arange(self.ids, self.ids + length)
+        self.ids += length
+        data = TensorDict({"id": ids}, [length])
+        index = self.buffer.extend(data)
+        self.wraps += int(index[0] > index[-1])
+        self.unscored.append(data)
+        if len(self.unscored) > KEPT:
+            self.unscored.pop(0)
+
+    def score(self) -> None:
+        """Scores some rows of some insertion, old or new, for the first time or again."""
+        chance = self.chance[1]
+        data = chance.choice(tuple(self.unscored))
+        rows = data[torch.tensor([chance.random() < 0.7 for _ in range(len(data))])]
+        live = self.buffer.write_scores(
+            rows["index"], rows["index_generation"], score_of(rows["id"])
+        )
+        self.live += int(live.sum())
+        self.late += int((~live).sum())
+
+    def learn(self) -> None:
+        """Samples, and writes back the TD errors of some earlier sample."""
+        chance = self.chance[2]
+        batch = self.buffer.sample()
+        self.unvisited.append(batch.set("td_error", td_error_of(batch["id"]).unsqueeze(-1)))
+        if len(self.unvisited) >= KEPT:
+            self.buffer.update_tensordict_priority(self.unvisited.pop(chance.randrange(KEPT)))
+
+    def run(self, rounds: int, operations_each: int) -> None:
+        """Rounds of so many operations by each of the three threads, a check after each."""
+
+        def repeat(operation: Callable[[], None]) -> None:
+            for _ in range(operations_each):
+                operation()
+
+        with ThreadPoolExecutor(3) as threads:
+            for _ in range(rounds):
+                running = [threads.submit(repeat, o) for o in (self.insert, self.score, self.learn)]
+                for thread in running:
+                    thread.result()
+                self.check()
+
+    def check(self) -> None:
+        """Compares every slot with the transition in it."""
+        ids = self.buffer.storage.get(torch.arange(len(self.buffer)))["id"]
+        scored = self.sampler.scored[: len(ids)]
+        visited = self.sampler.visited[: len(ids)]
+        assert torch.equal(self.sampler._score[: len(ids)][scored], score_of(ids[scored]))
+        assert torch.equal(self.sampler._td_error[: len(ids)][visited], td_error_of(ids[visited]))
+        self.sampler.check_valid()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(
+    ("rounds", "operations_each"),
+    [(20, 50), pytest.param(500, 667, marks=pytest.mark.slow)],
+    ids=["thousands", "million"],
+)
+def test_no_write_lands_on_a_wrong_transition(
+    rounds: int, operations_each: int, shared: bool
+) -> None:
+    torch.set_num_threads(1)
+    world = World(SEED, shared)
+    print("seed", SEED)
+    world.run(rounds, operations_each)
+    print(
+        f"{3 * rounds * operations_each} operations, {world.ids} transitions, {world.wraps} wraps"
+    )
+    print(f"scores: {world.live} live, {world.late} late")
+    assert world.wraps > rounds
+    assert min(world.live, world.late) > 100  # else the run would prove nothing
+
+
+def test_the_check_would_notice_a_write_without_a_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unguarded(
+        self: VLMReplayBuffer, write: Any, index: Tensor, generation: Tensor, value: Tensor
+    ) -> Tensor:
+        with self._replay_lock:
+            write(index, value.reshape(-1))
+        return torch.ones_like(index, dtype=torch.bool)
+
+    monkeypatch.setattr(VLMReplayBuffer, "_write_live", unguarded)
+    with pytest.raises(AssertionError):
+        World(SEED, shared=False).run(20, 50)

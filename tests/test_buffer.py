@@ -1,0 +1,337 @@
+"""Late writes reach the transition that they were meant for, or nothing."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from torchrl.data import LazyTensorStorage, ListStorage, TensorDictMaxValueWriter
+from torchrl.data.replay_buffers.samplers import PrioritizedSampler, RandomSampler
+from torchrl.data.replay_buffers.writers import TensorDictRoundRobinWriter
+from torchrl.envs.transforms import Transform
+
+from vlmrb_torchrl.buffer import VLMReplayBuffer
+from vlmrb_torchrl.samplers import VLMPrioritizedSampler
+
+
+def transitions(first: int, length: int) -> TensorDict:
+    return TensorDict({"id": torch.arange(first, first + length)}, [length])
+
+
+def make(capacity: int = 8, sampler: Any = None, **arguments: Any) -> VLMReplayBuffer:
+    sampler = sampler or VLMPrioritizedSampler(capacity, threshold=None, td_boost=True)
+    storage = LazyTensorStorage(capacity)
+    return VLMReplayBuffer(storage=storage, sampler=sampler, batch_size=4, **arguments)
+
+
+both_shared = pytest.mark.parametrize("shared", [False, True])
+
+
+# ---------------------------------------------------------------- stamps
+
+
+def test_extend_leaves_slot_and_stamp_of_each_transition() -> None:
+    buffer = make()
+    first, second, third = transitions(0, 6), transitions(6, 6), transitions(12, 6)
+    for data in (first, second, third):
+        assert torch.equal(buffer.extend(data), data["index"])
+    assert second["index"].tolist() == [6, 7, 0, 1, 2, 3]
+    assert second["index_generation"].tolist() == [0, 0, 1, 1, 1, 1]
+    assert third["index_generation"].tolist() == [1, 1, 1, 1, 2, 2]
+
+
+def test_add_leaves_slot_and_stamp() -> None:
+    buffer = make(capacity=2)
+    for write in range(5):
+        data = transitions(write, 1)[0]
+        assert buffer.add(data) == data["index"] == write % 2
+        assert data["index_generation"] == write // 2
+
+
+def test_a_stamp_is_of_its_own_write_whoever_writes_next() -> None:
+    """What ``generations_of`` cannot promise: here another thread writes right after ``extend``."""
+    buffer = make(capacity=4)
+    mine = transitions(0, 4)
+    index = buffer.extend(mine)
+    with ThreadPoolExecutor(1) as other:
+        other.submit(buffer.extend, transitions(4, 4)).result()
+    assert not torch.equal(buffer.generations_of(index), mine["index_generation"])
+    assert not buffer.write_scores(index, mine["index_generation"], torch.ones(4)).any()
+    assert not buffer.sampler.scored.any()
+
+
+@both_shared
+def test_stamps_of_threads_that_extend_at_once_each_name_their_own_transitions(
+    shared: bool,
+) -> None:
+    buffer, threads, writes = make(capacity=64, shared=shared), 4, 60
+    start = Barrier(threads)
+
+    def insert(thread: int) -> list[TensorDict]:
+        start.wait()
+        batches = [transitions(1000 * thread + 5 * write, 5) for write in range(writes)]
+        for data in batches:
+            buffer.extend(data)
+        return batches
+
+    with ThreadPoolExecutor(threads) as pool:
+        batches = [b for done in pool.map(insert, range(threads)) for b in done]
+    everything = torch.cat(batches)
+    stamps = torch.stack([everything["index"], everything["index_generation"]], -1)
+    assert stamps.unique(dim=0).shape[0] == threads * writes * 5  # no two writes share a stamp
+    live = buffer.generations_of(everything["index"]) == everything["index_generation"]
+    assert int(live.sum()) == 64
+    stored = buffer.storage.get(everything["index"][live])
+    assert torch.equal(stored["id"], everything["id"][live])
+
+
+def test_a_batch_longer_than_the_ring_stamps_only_what_is_left_of_it() -> None:
+    buffer = make(capacity=4)
+    data = transitions(0, 6)
+    buffer.extend(data)
+    live = buffer.write_scores(data["index"], data["index_generation"], data["id"] / 8)
+    assert live.tolist() == [False, False, True, True, True, True]
+    stored = buffer.storage.get(torch.arange(4))["id"]
+    assert torch.equal(buffer.sampler._score, stored.double() / 8)
+
+
+def test_stamps_are_no_part_of_what_is_stored_also_when_a_batch_comes_twice() -> None:
+    buffer = make()
+    data = transitions(0, 3)
+    for generation, start in ((0, 0), (0, 3), (0, 6), (1, 1)):
+        buffer.extend(data)
+        assert data["index"][0] == start
+        assert data["index_generation"][-1] == max(generation, int(start == 6))
+    assert set(buffer.storage.get(0).keys()) == {"id", "index"}
+
+
+def test_a_locked_batch_is_stored_and_left_as_it_is() -> None:
+    buffer = make()
+    data = transitions(0, 3).lock_()
+    buffer.extend(data)
+    assert set(data.keys()) == {"id"}
+    assert len(buffer) == 3
+
+
+@pytest.mark.parametrize("dim_extend", [0, 1])
+def test_in_two_dimensions_each_cell_has_its_coordinates_and_stamp(dim_extend: int) -> None:
+    sampler = VLMPrioritizedSampler(40, threshold=None)
+    buffer = VLMReplayBuffer(
+        storage=LazyTensorStorage(40, ndim=2), sampler=sampler, dim_extend=dim_extend, batch_size=4
+    )
+    for write in range(3):
+        data = TensorDict({"id": torch.arange(20).reshape(4, 5) + 100 * write}, [4, 5])
+        buffer.extend(data)
+        assert data["index_generation"].eq(write // 2).all()
+        coordinates = data["index"].reshape(-1, 2)
+        stored = buffer.storage.get(coordinates.unbind(-1))["id"]
+        assert torch.equal(stored, data["id"].flatten())
+    score = data["id"].flatten() / 1000
+    stamps = data["index_generation"].flatten()
+    assert buffer.write_scores(tuple(coordinates.unbind(-1)), stamps, score).all()
+    flat = (coordinates * torch.tensor([buffer.storage.shape[1], 1])).sum(-1)
+    assert torch.equal(sampler._score[flat], score.double())
+    sampler.check_valid()
+    batch = buffer.sample()
+    buffer.update_tensordict_priority(batch.set("td_error", torch.ones(4)))
+    assert 0 < int(sampler.visited.sum()) <= 4
+
+
+def test_trajectories_in_slots_are_stamped_at_each_step() -> None:
+    buffer = make(capacity=3)
+    data = TensorDict({"id": torch.zeros(4, 7)}, [4, 7])
+    buffer.extend(data)
+    assert data["index"].tolist() == [[slot] * 7 for slot in (0, 1, 2, 0)]
+    assert data["index_generation"][:, 0].tolist() == [-1, 0, 0, 1]
+    batch = buffer.sample()  # [4, 7]: one TD error a step, reduced to one a slot
+    buffer.update_tensordict_priority(batch.set("td_error", torch.rand(4, 7)))
+    buffer.sampler.check_valid()
+
+
+# ---------------------------------------------------------------- late writes
+
+
+@both_shared
+def test_score_of_overwritten_slot_is_dropped(shared: bool) -> None:
+    buffer = make(shared=shared)
+    old, new = transitions(0, 8), transitions(8, 3)
+    buffer.extend(old)
+    buffer.extend(new)
+    live = buffer.write_scores(old["index"], old["index_generation"], torch.full((8, 1), 0.5))
+    assert live.tolist() == [False] * 3 + [True] * 5
+    assert torch.equal(buffer.sampler.scored, live)
+    buffer.sampler.check_valid()
+
+
+@both_shared
+def test_td_error_of_overwritten_slot_is_dropped(shared: bool) -> None:
+    buffer = make(shared=shared)
+    buffer.extend(transitions(0, 8))
+    batch = buffer.sample()
+    overwritten = transitions(8, 4)
+    buffer.extend(overwritten)
+    buffer.update_tensordict_priority(batch.set("td_error", torch.ones(4, 1)))
+    expected = torch.zeros(8, dtype=torch.bool)
+    expected[batch["index"][batch["index"] >= 4]] = True
+    assert torch.equal(buffer.sampler.visited, expected)
+
+
+def test_a_slot_never_written_is_never_live() -> None:
+    buffer = make()
+    buffer.extend(transitions(0, 2))
+    index = torch.tensor([5, -1, 100])
+    live = buffer.write_scores(index, buffer.generations_of(index), torch.ones(3))
+    assert not live.any()
+    assert not buffer.sampler.scored.any()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, -0.5, 2.0])
+def test_a_bad_score_is_refused_whole(bad: float) -> None:
+    buffer = make()
+    data = transitions(0, 4)
+    buffer.extend(data)
+    with pytest.raises(ValueError, match="nothing was written"):
+        buffer.write_scores(
+            data["index"], data["index_generation"], torch.tensor([0.5, bad, 0.5, 0.5])
+        )
+    assert not buffer.sampler.scored.any()
+    buffer.extend(transitions(4, 1))  # the locks were given back
+
+
+@pytest.mark.parametrize(
+    ("stamps", "scores"), [(torch.zeros(3), torch.ones(4)), (torch.zeros(4), torch.ones(3))]
+)
+def test_unequal_lengths_are_refused_in_one_line(stamps: Tensor, scores: Tensor) -> None:
+    buffer = make()
+    buffer.extend(transitions(0, 4))
+    with pytest.raises(ValueError, match="one of each") as refusal:
+        buffer.write_scores(torch.arange(4), stamps.long(), scores)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_checkpoint_keeps_stamps_so_late_writes_outlive_it(tmp_path: Any) -> None:
+    buffer, restored = make(), make()
+    old = transitions(0, 8)
+    buffer.extend(old)
+    buffer.extend(transitions(8, 2))
+    restored.load_state_dict(buffer.state_dict())
+    by_files = make()
+    by_files.extend(transitions(0, 1))  # LazyTensorStorage learns its fields
+    buffer.dumps(tmp_path)
+    by_files.loads(tmp_path)
+    for twin in (restored, by_files):
+        live = twin.write_scores(old["index"], old["index_generation"], torch.ones(8))
+        assert live.tolist() == [False, False] + [True] * 6
+        twin.sampler.check_valid()
+
+
+# ---------------------------------------------------------------- priorities of a batch
+
+
+def test_priorities_reach_torchrls_sampler_and_spare_what_was_overwritten() -> None:
+    sampler = PrioritizedSampler(8, alpha=1.0, beta=0.0, eps=0.0)
+    buffer = make(sampler=sampler)
+    buffer.extend(transitions(0, 8))
+    batch = buffer.sample().set("td_error", torch.full((4, 1), 7.0))
+    buffer.extend(transitions(8, 4))
+    buffer.update_tensordict_priority(batch)
+    expected = torch.ones(8)
+    expected[batch["index"][batch["index"] >= 4]] = 7.0
+    assert torch.equal(sampler._sum_tree[torch.arange(8)], expected)
+
+
+def test_a_sampler_without_priorities_hears_nothing() -> None:
+    buffer = make(sampler=RandomSampler())
+    data = transitions(0, 8)
+    buffer.extend(data)
+    batch = buffer.sample()
+    assert "q" not in batch
+    buffer.update_tensordict_priority(batch.set("td_error", torch.ones(4)))
+    pair = data["index"], data["index_generation"]
+    with pytest.raises(TypeError, match="RandomSampler keeps no scores"):
+        buffer.write_scores(*pair, torch.ones(8))
+    with pytest.raises(TypeError, match="RandomSampler keeps no priorities"):
+        buffer.write_td_errors(*pair, torch.ones(8))
+
+
+def test_a_batch_without_td_errors_is_refused_only_where_draws_need_them() -> None:
+    for td_boost in (True, False):
+        buffer = make(sampler=VLMPrioritizedSampler(8, td_boost=td_boost))
+        buffer.extend(transitions(0, 8))
+        batch = buffer.sample()
+        if td_boost:
+            with pytest.raises(KeyError, match="td_error"):
+                buffer.update_tensordict_priority(batch)
+        else:
+            buffer.update_tensordict_priority(batch)
+        assert not buffer.sampler.visited.any()
+
+
+def test_td_errors_that_come_with_the_data_are_taken_at_insertion() -> None:
+    buffer = make(sampler=VLMPrioritizedSampler(8, td_boost=True))
+    buffer.extend(transitions(0, 3).set("td_error", torch.tensor([0.5, 0.0, 2.0])))
+    one = transitions(3, 1).set("td_error", torch.ones(1))[0]
+    buffer.add(one)
+    assert buffer.sampler._td_error[:4].tolist() == [0.5, 0.0, 2.0, 1.0]
+    assert buffer.sampler.visited.sum() == 4
+
+
+def test_adding_without_a_td_error_leaves_the_slot_unvisited() -> None:
+    buffer = make()
+    buffer.add(transitions(0, 1)[0])
+    assert not buffer.sampler.visited.any()
+
+
+def test_priority_key_names_the_td_error() -> None:
+    buffer = make(priority_key="delta")
+    buffer.extend(transitions(0, 8))
+    buffer.update_tensordict_priority(buffer.sample().set("delta", torch.ones(4)))
+    assert buffer.sampler.visited.any()
+
+
+# ---------------------------------------------------------------- other parts of a buffer
+
+
+class Doubling(Transform):
+    """Stores each transition twice: the stored rows are not the caller's."""
+
+    def _inv_call(self, tensordict: TensorDict) -> TensorDict:
+        return torch.cat([tensordict, tensordict])
+
+
+def test_a_transform_that_changes_the_batch_leaves_it_without_stamps() -> None:
+    buffer = make(transform=Doubling())
+    data = transitions(0, 3)
+    assert len(buffer.extend(data)) == 6
+    assert set(data.keys()) == {"id"}
+
+
+def test_a_writer_without_generations_cannot_take_late_writes() -> None:
+    for writer in (TensorDictRoundRobinWriter(), TensorDictMaxValueWriter(rank_key="id")):
+        buffer = make(writer=writer)
+        data = transitions(0, 3)
+        index = buffer.extend(data)
+        assert "index_generation" not in data
+        assert "index_generation" not in buffer.sample()
+        with pytest.raises(TypeError, match="track_generations=True"):
+            buffer.write_scores(index, torch.zeros(3, dtype=torch.long), torch.ones(3))
+
+
+@pytest.mark.parametrize("arguments", [{"prefetch": 2}, {"storage": ListStorage(8)}])
+def test_prefetching_and_list_storages_work(arguments: dict[str, Any]) -> None:
+    defaults: dict[str, Any] = {"storage": LazyTensorStorage(8), "batch_size": 4}
+    sampler = VLMPrioritizedSampler(8, lmbda=0.5, td_boost=True)
+    buffer = VLMReplayBuffer(sampler=sampler, **{**defaults, **arguments})
+    data = transitions(0, 8)
+    buffer.extend(data)
+    buffer.write_scores(data["index"], data["index_generation"], torch.rand(8))
+    for _ in range(20):
+        batch = buffer.sample()
+        assert torch.equal(batch["id"], batch["index"])
+        buffer.update_tensordict_priority(batch.set("td_error", torch.rand(4)))
+    sampler.check_valid()
