@@ -46,7 +46,7 @@ class VLMPrioritizedSampler(SlotWrites):
         td_boost: Multiply p by |δ| (the paper: in continuous control).
         threshold: Score from which p = 1, else 0; None takes the score itself as p.
         unscored_priority: p̄ in [0, 1], p of a slot that has no score yet.
-        dtype: Of priorities and sums; float32 halves the memory (24 bytes a slot in float64).
+        dtype: Of priorities and sums. In float64 a slot takes 24 bytes, and 16 to 32 in the tree.
         device: Of arrays and tree; None follows a CUDA storage and is the CPU else.
         reduction: How a buffer reduces a priority per step of a stored trajectory to one per slot:
             ``"max"``, ``"min"``, ``"median"`` or ``"mean"``.

@@ -118,16 +118,19 @@ class SlotWrites(SlotState):
         """Resets distinct slots, int64 ``[B]``."""
         if slot.numel() == 0:
             return
-        p, had_score = self._p[slot], self._score[slot] >= 0.0
-        self._written += int((p == EMPTY).sum())
-        self._scored -= int(had_score.sum())
-        self._positive -= int(((p > 0.0) & had_score).sum())
+        if self._written < self._max_capacity:
+            self._written += int((self._p[slot] == EMPTY).sum())
+        if self._scored:
+            had_score = self._score.index_select(0, slot) >= 0.0
+            self._scored -= int(had_score.sum())
+            self._positive -= int((self._p.index_select(0, slot).gt(0.0) & had_score).sum())
         # What stands in for |δ| must be above 0, since its minus sign says that it is none.
         stand_in = max(float(self.default_priority), torch.finfo(self.dtype).tiny)
-        self._score[slot] = UNSCORED
-        self._p[slot] = self.unscored_priority
-        self._td_error[slot] = -stand_in
-        self._refresh(slot)
+        self._score.index_fill_(0, slot, UNSCORED)
+        self._p.index_fill_(0, slot, self.unscored_priority)
+        self._td_error.index_fill_(0, slot, -stand_in)
+        mass = self.unscored_priority * (stand_in if self.td_boost else 1.0) + self._eps
+        self._sum_tree.update(slot, torch.full_like(slot, mass**self._alpha, dtype=self.dtype))
         if self._max_priority_within_buffer:
             self._restore_maximum(slot)
 
