@@ -23,7 +23,7 @@ from vlmrb_torchrl.samplers.trees import RadixSumTree
 
 ALPHA, BETA, EPS = 0.6, 0.4, 1e-8  # of all contestants: TorchRL's ε, PER's α and β
 POSITIVE_SHARE = 0.1  # of the slots, where a judge counts
-TORCHRL = "TorchRL PrioritizedSampler"
+TORCHRL = "TorchRL"
 
 
 def storage_of(slots: int) -> LazyTensorStorage:
@@ -89,18 +89,18 @@ def race(
     )
     samplers = {
         TORCHRL: PrioritizedSampler(slots, ALPHA, BETA, EPS, dtype),
-        "ours as PER: λ 1, TD boost": per,
-        "ours: λ 0.5, β 0": judged(slots, dtype, lmbda=0.5),
-        "ours: λ 0.5, β 0.4, TD boost": judged(slots, dtype, lmbda=0.5, beta=BETA, td_boost=True),
+        "ours, as PER": per,
+        "ours, λ 0.5, β 0": judged(slots, dtype, lmbda=0.5),
+        "ours, λ 0.5, TD boost": judged(slots, dtype, lmbda=0.5, beta=BETA, td_boost=True),
     }
     fallback = judged(slots, dtype, lmbda=0.5, beta=BETA, td_boost=True)
     leaves = fallback._sum_tree.leaves()
     fallback._sum_tree = RadixSumTree(slots, dtype)
     fallback._sum_tree.update(torch.arange(slots), leaves)
-    samplers["the same on the torch radix tree"] = fallback
+    samplers["same, torch radix tree"] = fallback
     contestants = {n: cycle(sampler, slots, batch_size) for n, sampler in samplers.items()}
     if find_spec("cpprb"):
-        contestants["cpprb (single precision)"] = cpprb_cycle(slots, batch_size)
+        contestants["cpprb, float32"] = cpprb_cycle(slots, batch_size)
     return rates(contestants, rounds, seconds)
 
 

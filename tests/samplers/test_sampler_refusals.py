@@ -68,6 +68,9 @@ BAD_INDICES = [[0, SLOTS], [0, -2], [SLOTS + 5, 1], [0, 2**40]]
         *product(["update_priority", "update_score"], [[0, 1]], BAD_VALUES),
         *product(["update_priority", "update_score"], BAD_INDICES, [[0.5, 0.5]]),
         ("update_score", [0, 1], [0.5, 1.0001]),
+        ("update_priority", [0, 1], [0.5, 1e308]),  # sums over a few slots would be infinite
+        ("update_priority", [0.0, 1.0], [0.5, 0.5]),
+        ("update_score", [True, False], [0.5, 0.5]),
         ("update_score", [0, 1], 2.0),
         ("update_priority", [0, 1, 2], [0.5, 0.5]),
         ("update_score", [0, 1], [[0.5, 0.5], [0.5, 0.5]]),
@@ -85,7 +88,7 @@ def test_a_bad_call_is_refused_in_one_line_and_leaves_no_trace(
     before = snapshot(sampler)
     arguments = [torch.tensor(index)]
     if value is not None:
-        arguments.append(torch.tensor(value))
+        arguments.append(torch.tensor(value, dtype=torch.float64))
     with pytest.raises((ValueError, IndexError, RuntimeError)) as refusal:
         getattr(sampler, method)(*arguments)
     assert "\n" not in str(refusal.value)

@@ -36,12 +36,16 @@ def flat_index(
         ``[B]``, or None where they are all.
 
     Raises:
-        IndexError: An index is below -1 or not below ``capacity``.
+        IndexError: An index is below -1, not below ``capacity`` or no whole number.
         RuntimeError: The index has two dimensions and no storage is given.
     """
     if isinstance(index, tuple):
         index = torch.stack([torch.as_tensor(axis) for axis in index], -1)
-    flat = torch.as_tensor(index, dtype=torch.long, device=device)
+    flat = torch.as_tensor(index, device=device)
+    if flat.dtype != torch.long:
+        if flat.numel() and (flat.is_floating_point() or flat.dtype == torch.bool):
+            raise IndexError(f"slots are whole numbers, got an index of dtype {flat.dtype}.")
+        flat = flat.long()
     if flat.ndim > 1:
         flat = _ravel(flat, storage)
     elif flat.ndim == 0:

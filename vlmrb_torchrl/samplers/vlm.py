@@ -100,7 +100,8 @@ class VLMPrioritizedSampler(SlotWrites):
         self.reduction = reduction
         self.dtype = dtype
         self._max_priority_within_buffer = max_priority_within_buffer
-        self._device = torch.device(device) if device is not None else None
+        # With its ordinal, as tensors report it: "cuda" is not equal to "cuda:0".
+        self._device = torch.empty(0, device=device).device if device is not None else None
         self._alpha = 1.0  # the properties below check what is passed
         self._init()
         self.lmbda = lmbda
@@ -173,7 +174,8 @@ class VLMPrioritizedSampler(SlotWrites):
         if slots == 0:
             raise RuntimeError("Cannot sample from an empty storage.")
         if self._written < slots:
-            self._claim(every := torch.arange(slots, device=self._p.device), self._p[every])
+            every = torch.arange(slots, device=self._p.device)
+            self._claim(every, self._p[:slots])
         index, density = self._draw(slots, batch_size)
         weight = density.pow(-self._beta) if self._beta else torch.ones_like(density)
         info = {"priority_weight": weight.float(), "q": density.div_(slots)}

@@ -5,7 +5,6 @@ B: items of one call.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -32,14 +31,17 @@ class SlotWrites(SlotState):
             storage: Needed for indices of several dimensions.
 
         Raises:
-            ValueError: A value is NaN, infinite or negative; nothing was written.
+            ValueError: A value is NaN, infinite, negative, or so large that N of them would have an
+                infinite sum; nothing was written.
             IndexError: An index is out of range; nothing was written.
         """
         self._maybe_init_from_storage(storage)
         index, p, stored = self._slots(index, storage)
         if index.numel() == 0:
             return
-        values, high = checked_values(priority, index, stored, "priority", math.inf)
+        # Even with all N slots at this priority the tree's total is finite.
+        most = (torch.finfo(self.dtype).max / self._max_capacity) ** (1.0 / max(self._alpha, 1.0))
+        values, high = checked_values(priority, index, stored, "priority", most)
         values = values.to(self.dtype)
         p = self._claim(index, p)
         greatest = self._max_priority[0]
