@@ -60,6 +60,8 @@ def build_scoring(buffer: VLMReplayBuffer, task: Task, settings: Scoring) -> Asy
         queue_clips=settings.queue_clips,
         batch_clips=settings.batch_clips,
         mode=settings.mode,
+        # On a machine with fewer cores than work, scores that come late are worth little.
+        niceness=0,
     )
 
 
@@ -125,6 +127,8 @@ def train(
         scoring = None
         if replay.uses_scores:
             scoring = cleanup.enter_context(build_scoring(buffer, task, scoring_settings))
+            # A judge takes seconds to load; a fast environment is half-way by then.
+            scoring.wait_until_ready()
 
         for data in collector:
             env_steps += new_env_steps
