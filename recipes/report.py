@@ -134,6 +134,18 @@ def difference_rows(outcomes: dict[str, Outcome]) -> Rows:
     return rows if baselines and len(outcomes) > 1 else []
 
 
+def unscored(folders: list[Path]) -> str:
+    """Say which runs lost clips, and how many; empty if none did."""
+    lost = []
+    for folder in folders:
+        figures = [row for row in read_rows(folder) if "scoring/clips_submitted" in row]
+        if figures and (
+            n := figures[-1]["scoring/clips_dropped"] + figures[-1]["scoring/clips_failed"]
+        ):
+            lost.append(f"{folder.name} {n:.0f} of {figures[-1]['scoring/clips_submitted']:.0f}")
+    return f"clips that got no score: {', '.join(lost)}" if lost else ""
+
+
 def show(rows: Rows, title: str, console: Console) -> str:
     """Print a table, an interval below its mean; return it as Markdown."""
     if not rows:
@@ -183,5 +195,7 @@ def report(folders: dict[str, list[Path]], out: Path, console: Console) -> None:
     ]
     (out / "table.md").write_text("\n".join(tables))
     draw_curves(outcomes, out / "curves.png")
+    if lost := unscored([path for paths in folders.values() for path in paths]):
+        console.print(lost, soft_wrap=True)
     message = f"curves: {out / 'curves.png'}; logs: tensorboard --logdir {out}"
     console.print(message, soft_wrap=True)

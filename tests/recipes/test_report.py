@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from recipes.report import Outcome, interval, read_outcome, report, steps_cell
+from recipes.report import Outcome, interval, read_outcome, report, steps_cell, unscored
 
 STEPS = np.array([100.0, 200.0, 300.0, 400.0])
 
@@ -73,3 +73,12 @@ def test_report_writes_table_and_curves_and_pairs_differences_by_seed(tmp_path):
     assert "0.20 [0.00, 0.40]" in table  # mean of 0, 0.2, 0.4
     assert (tmp_path / "curves.png").stat().st_size > 0
     assert "tensorboard --logdir" in console.file.getvalue()
+
+
+def test_runs_that_lost_clips_are_named(tmp_path):
+    for name, dropped in (("a", 0), ("b", 3)):
+        (tmp_path / name).mkdir()
+        row = {"scoring/clips_submitted": 9, "scoring/clips_dropped": dropped}
+        row |= {"env_steps": 1, "scoring/clips_failed": 1 if dropped else 0}
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    assert unscored([tmp_path / "a", tmp_path / "b"]) == "clips that got no score: b 4 of 9"
