@@ -21,12 +21,23 @@ from recipes.tasks import DoorKey, Task
 from recipes.telemetry import Telemetry
 
 DEFAULT_SCORER = "vlmrb_torchrl.scorers.EmbeddedJudge"
+GUIDE = (
+    "A run is set up by YAML files, laid over each other in order, and by arguments, which come "
+    "last: 'python -m recipes.{recipe} --config recipes/configs/doorkey_6x6/{recipe}.yaml "
+    "--config recipes/configs/methods/per.yaml --training.seed 1'. Environment, replay method "
+    "and judge are chosen by class: '--replay Uniform', '--env DoorKey --env.size 8', "
+    "'--scoring.scorer my_module.MyScorer'; '--replay.help VLMGuided' shows the settings of one."
+)
 LAUNCHED_BY_FABRIC_CLI = "LT_CLI_USED"
 
 
 def build_parser(algorithm: type[L.LightningModule]) -> ArgumentParser:
     """Build the parser of a recipe from the signatures of its parts."""
-    parser = ArgumentParser(description=algorithm.__doc__, exit_on_error=False)
+    summary = (algorithm.__doc__ or algorithm.__name__).splitlines()[0]
+    parser = ArgumentParser(
+        description=f"{summary} {GUIDE.format(recipe=algorithm.__name__.lower())}",
+        exit_on_error=False,
+    )
     parser.add_argument("--config", action="config", help="YAML file; may be given repeatedly.")
     parser.add_subclass_arguments(Task, "env", default=lazy_instance(DoorKey), required=False)
     parser.add_subclass_arguments(
