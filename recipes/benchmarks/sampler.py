@@ -91,13 +91,13 @@ def race(
         TORCHRL: PrioritizedSampler(slots, ALPHA, BETA, EPS, dtype),
         "ours, as PER": per,
         "ours, λ 0.5, β 0": judged(slots, dtype, lmbda=0.5),
-        "ours, λ 0.5, TD boost": judged(slots, dtype, lmbda=0.5, beta=BETA, td_boost=True),
+        "ours, λ 0.5, boost": judged(slots, dtype, lmbda=0.5, beta=BETA, td_boost=True),
     }
     fallback = judged(slots, dtype, lmbda=0.5, beta=BETA, td_boost=True)
     leaves = fallback._sum_tree.leaves()
     fallback._sum_tree = RadixSumTree(slots, dtype)
     fallback._sum_tree.update(torch.arange(slots), leaves)
-    samplers["same, torch radix tree"] = fallback
+    samplers["same, radix tree"] = fallback
     contestants = {n: cycle(sampler, slots, batch_size) for n, sampler in samplers.items()}
     if find_spec("cpprb"):
         contestants["cpprb, float32"] = cpprb_cycle(slots, batch_size)
@@ -132,16 +132,16 @@ def main(
         title=f"sample + update_priority, {dtype}: median (lowest to highest) of {rounds}. "
         "Ratio: time of a cycle over TorchRL's."
     )
-    table.add_column("sampler")
+    table.add_column("sampler", no_wrap=True)
     for column in ("slots", "batch", "μs/cycle", "x TorchRL"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for n in slots:
         for batch_size in batch_sizes:
             measured = race(n, batch_size, getattr(torch, dtype), rounds, seconds)
             for name, speed in measured.items():
                 micros = Spread([1e6 / sample for sample in speed.samples])
-                ratio = measured[TORCHRL] / speed
-                table.add_row(name, f"{n:,}", str(batch_size), str(micros), str(ratio))
+                ratio = "1" if name == TORCHRL else str(measured[TORCHRL] / speed)
+                table.add_row(name, f"{n // 1000:,}k", str(batch_size), str(micros), ratio)
             table.add_section()
     console.print(table)
 

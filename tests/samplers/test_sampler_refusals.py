@@ -92,6 +92,7 @@ def test_a_bad_call_is_refused_in_one_line_and_leaves_no_trace(
     with pytest.raises((ValueError, IndexError, RuntimeError)) as refusal:
         getattr(sampler, method)(*arguments)
     assert "\n" not in str(refusal.value)
+    assert refusal.type is not IndexError or "slot" in str(refusal.value)  # ours, not torch's
     assert snapshot(sampler) == before
     sampler.check_valid()
 

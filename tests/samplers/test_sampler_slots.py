@@ -105,6 +105,27 @@ def test_a_storage_that_came_filled_is_unscored() -> None:
         sampler.check_valid()
 
 
+@pytest.mark.parametrize("tell", ["update_score", "update_priority"])
+def test_a_slot_that_nobody_announced_counts_as_written_once_it_is_told_of(tell: str) -> None:
+    sampler = VLMPrioritizedSampler(6, lmbda=1.0, td_boost=True, unscored_priority=0.5)
+    getattr(sampler, tell)(torch.tensor([4, 4, 2]), torch.tensor([0.5, 0.25, 0.75]))
+    assert sampler._written == 2
+    sampler.check_valid()
+
+
+@pytest.mark.parametrize("tell", ["update_score", "update_priority"])
+def test_an_announcement_after_the_writers_is_skipped_only_if_nothing_came_between(
+    tell: str,
+) -> None:
+    sampler = VLMPrioritizedSampler(6)
+    index = torch.arange(6)
+    sampler.mark_update(index)
+    getattr(sampler, tell)(index, 0.5)
+    sampler.extend(index)
+    assert not (sampler.scored | sampler.visited).any()
+    sampler.check_valid()
+
+
 def test_emptying_a_buffer_forgets_everything() -> None:
     sampler = VLMPrioritizedSampler(6, lmbda=1.0)
     buffer = ReplayBuffer(storage=LazyTensorStorage(6), sampler=sampler, batch_size=2)

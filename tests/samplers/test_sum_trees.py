@@ -81,7 +81,10 @@ def test_find_never_lands_on_a_zero_leaf(
     # Also the ends, what lies beyond them, and each prefix sum, where rounding decides.
     total, prefix = tree.total(), tree.leaves().cumsum(0)
     mass = torch.tensor([*(s * total for s in shares), 0.0, total, 2.0 * total], dtype=dtype)
-    index = tree.find(torch.cat([mass, prefix, prefix.nextafter(prefix + 1)]))
+    mass = torch.cat([mass, prefix, prefix.nextafter(prefix + 1)])
+    assert (torch.as_tensor(tree[tree.find(mass)]) > 0).all()
+    draw = (1.0 - mass.double() / total).clamp(0.0, 1.0 - 2**-53)
+    index, _ = tree.mix(draw, len(leaves), 1.0)
     assert (torch.as_tensor(tree[index]) > 0).all()
 
 
