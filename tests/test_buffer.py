@@ -122,7 +122,11 @@ def test_a_locked_batch_is_stored_and_left_as_it_is() -> None:
 def test_in_two_dimensions_each_cell_has_its_coordinates_and_stamp(dim_extend: int) -> None:
     sampler = VLMPrioritizedSampler(40, threshold=None)
     buffer = VLMReplayBuffer(
-        storage=LazyTensorStorage(40, ndim=2), sampler=sampler, dim_extend=dim_extend, batch_size=4
+        storage=LazyTensorStorage(40, ndim=2),
+        sampler=sampler,
+        dim_extend=dim_extend,
+        batch_size=4,
+        generator=torch.Generator().manual_seed(0),
     )
     for write in range(3):
         data = TensorDict({"id": torch.arange(20).reshape(4, 5) + 100 * write}, [4, 5])
@@ -138,8 +142,15 @@ def test_in_two_dimensions_each_cell_has_its_coordinates_and_stamp(dim_extend: i
     assert torch.equal(sampler._score[flat], score.double())
     sampler.check_valid()
     batch = buffer.sample()
-    buffer.update_tensordict_priority(batch.set("td_error", torch.ones(4)))
-    assert 0 < int(sampler.visited.sum()) <= 4
+    buffer.extend(
+        TensorDict({"id": torch.zeros(4, 5, dtype=torch.long)}, [4, 5])
+    )  # overwrites half of the rows
+    buffer.update_tensordict_priority(batch.set("td_error", torch.ones(4, 1)))
+    live = buffer.generations_of(batch["index"]) == batch["index_generation"]
+    coordinates = batch["index"][live]
+    flat = (coordinates * torch.tensor([buffer.storage.shape[1], 1])).sum(-1)
+    assert sampler.visited.nonzero().flatten().tolist() == sorted(set(flat.tolist()))
+    assert 0 < int(live.sum()) < 4, "another seed, please: this one proves nothing"
 
 
 def test_trajectories_in_slots_are_stamped_at_each_step() -> None:
@@ -148,8 +159,13 @@ def test_trajectories_in_slots_are_stamped_at_each_step() -> None:
     buffer.extend(data)
     assert data["index"].tolist() == [[slot] * 7 for slot in (0, 1, 2, 0)]
     assert data["index_generation"][:, 0].tolist() == [-1, 0, 0, 1]
-    batch = buffer.sample()  # [4, 7]: one TD error a step, reduced to one a slot
-    buffer.update_tensordict_priority(batch.set("td_error", torch.rand(4, 7)))
+    batch = buffer.sample()  # [4, 7]: one TD error a step, reduced to the greatest
+    batch.set("td_error", torch.arange(7.0).expand(4, 7))
+    buffer.extend(data[:1])  # overwrites slot 1
+    buffer.update_tensordict_priority(batch)
+    kept = set(batch["index"][:, 0].tolist()) - {1}
+    assert buffer.sampler.visited.tolist() == [slot in kept for slot in range(3)]
+    assert all(buffer.sampler._td_error[slot] == 6.0 for slot in kept)
     buffer.sampler.check_valid()
 
 

@@ -19,7 +19,6 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.data import TensorDictReplayBuffer
 from torchrl.data.replay_buffers.samplers import PrioritizedSampler
-from torchrl.data.replay_buffers.utils import _reduce
 from torchrl.data.replay_buffers.writers import TensorDictRoundRobinWriter
 
 from vlmrb_torchrl.keys import GENERATION, INDEX, TD_ERROR
@@ -178,7 +177,8 @@ class VLMReplayBuffer(TensorDictReplayBuffer):
 
         Args:
             data: ``[B]`` with ``"index"``, ``"index_generation"`` and |δ| at ``priority_key``,
-                ``[B]`` or ``[B, 1]``. Without a stamp nothing is left out, as in TorchRL.
+                ``[B]`` or ``[B, 1]``. Without a stamp, or with windows drawn by a sample unit,
+                nothing is left out, as in TorchRL.
 
         Raises:
             KeyError: The sampler draws by |δ| and the batch has none.
@@ -196,13 +196,17 @@ class VLMReplayBuffer(TensorDictReplayBuffer):
                     "loss write it, or pass priority_key."
                 )
             return
-        plain = self._storage.ndim == 1 and data.ndim == 1 and self._sample_unit is None
-        if generation is None or td_error is None or not plain:
+        guarded = generation is not None and self.writer.tracks_generations and data.ndim > 0
+        if td_error is None or not guarded or self._sample_unit is not None:
             super().update_tensordict_priority(data)
             return
+        index = data.get(INDEX)
         if td_error.numel() != data.shape[0]:
-            td_error = _reduce(td_error.reshape(data.shape[0], -1), sampler.reduction, dim=1)
-        self.write_td_errors(data.get(INDEX), generation, td_error)
+            td_error = self._get_priority_vector(data)  # one of a stored trajectory
+            generation = generation.reshape(td_error.shape[0], -1)[:, 0]
+            if self._storage.ndim == 1:
+                index = index.reshape(td_error.shape[0], -1)[:, 0]
+        self.write_td_errors(index, generation, td_error)
 
     def _write_live(self, write: Any, index: Any, generation: Any, value: Any) -> Tensor:
         if not self.writer.tracks_generations:

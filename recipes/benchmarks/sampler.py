@@ -141,7 +141,8 @@ def main(
             for name, speed in measured.items():
                 micros = Spread([1e6 / sample for sample in speed.samples])
                 ratio = "1" if name == TORCHRL else str(measured[TORCHRL] / speed)
-                table.add_row(name, f"{n // 1000:,}k", str(batch_size), str(micros), ratio)
+                shown = f"{n // 1000:,}k" if n % 1000 == 0 else str(n)
+                table.add_row(name, shown, str(batch_size), str(micros), ratio)
             table.add_section()
     console.print(table)
 

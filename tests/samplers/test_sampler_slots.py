@@ -54,6 +54,15 @@ def test_a_td_error_of_zero_is_a_visit(zero: float) -> None:
     sampler.check_valid()
 
 
+def test_single_precision_keeps_what_it_rounded() -> None:
+    """0.1 rounds up in float32; the running maximum is the rounded one."""
+    sampler = VLMPrioritizedSampler(2, td_boost=True, dtype=torch.float32)
+    sampler.update_priority(torch.tensor([0]), torch.tensor([0.1], dtype=torch.float64))
+    sampler.check_valid()
+    with pytest.raises(ValueError, match="inf"):  # beyond float32
+        sampler.update_priority(torch.tensor([0]), torch.tensor([1e300], dtype=torch.float64))
+
+
 def test_td_errors_without_boost_change_no_draw_but_are_kept() -> None:
     score, td_error = facts(SEED)
     sampler = told(VLMPrioritizedSampler(SLOTS, lmbda=0.5), score, td_error)

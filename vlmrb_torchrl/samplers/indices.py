@@ -93,7 +93,7 @@ def bounds(values: Tensor) -> tuple[float, float]:
 
 
 def checked_values(
-    values: Any, index: Tensor, stored: Tensor | None, name: str, most: float
+    values: Any, index: Tensor, stored: Tensor | None, name: str, most: float, dtype: torch.dtype
 ) -> tuple[Tensor, float]:
     """One finite value in [0, ``most``] per slot.
 
@@ -102,16 +102,17 @@ def checked_values(
         index: int64 ``[K]``, at least one: the first result of :func:`flat_index`.
         stored: Its second result.
         name: What the values are, for the message.
-        most: Greatest value accepted, inclusive; infinity accepts every finite one.
+        most: Greatest value accepted, inclusive, and finite.
+        dtype: What the values are kept as, and rounded to before they are checked.
 
     Returns:
-        The values ``[K]`` on the index' device, and the greatest of them.
+        The values ``[K]``, ``dtype`` on the index' device, and the greatest of them.
 
     Raises:
         RuntimeError: There are neither B values nor one.
         ValueError: A value is NaN, infinite, negative or above ``most``.
     """
-    values = torch.as_tensor(values, device=index.device)
+    values = torch.as_tensor(values, dtype=dtype, device=index.device)
     if values.requires_grad:
         values = values.detach()
     items = index.numel() if stored is None else stored.numel()
@@ -126,7 +127,7 @@ def checked_values(
             f"got {name} of shape {tuple(values.shape)} for {items} indices."
         )
     low, high = bounds(values)
-    if not (low >= 0.0 and high <= most and high < math.inf):
+    if not (low >= 0.0 and high <= most):
         shown = "NaN" if math.isnan(low) else low if low < 0.0 else high
         raise ValueError(
             f"{name} {shown} is outside [0, {most:g}], NaN and infinity are too: nothing was "

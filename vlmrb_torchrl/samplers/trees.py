@@ -146,7 +146,7 @@ class CompiledSumTree(SumTree):
         index = torch.from_numpy(found)
         if np.count_nonzero(leaf) == leaf.size:
             return index
-        return self._step_off_zero_leaves(mass, index)
+        return self._step_off_zero_leaves(mass)
 
     def mix(self, draw: Tensor, slots: int, lmbda: float) -> tuple[Tensor, Tensor]:
         """Draws from the mixture; see :meth:`SumTree.mix`, whose lines these are, in numpy.
@@ -170,7 +170,7 @@ class CompiledSumTree(SumTree):
         density += 1.0 - lmbda
         return torch.from_numpy(index), torch.from_numpy(density)
 
-    def _step_off_zero_leaves(self, mass: Tensor, index: Tensor) -> Tensor:
+    def _step_off_zero_leaves(self, mass: Tensor) -> Tensor:
         # Rounding can push the descent past the last leaf that holds mass; the error is a few ulp
         # of the mass, so taking twice as many ulp each round ends after a round or two.
         tiny, ulp = torch.finfo(self.dtype).tiny, torch.finfo(self.dtype).eps

@@ -41,8 +41,7 @@ class SlotWrites(SlotState):
             return
         # Even with all N slots at this priority the tree's total is finite.
         most = (torch.finfo(self.dtype).max / self._max_capacity) ** (1.0 / max(self._alpha, 1.0))
-        values, high = checked_values(priority, index, stored, "priority", most)
-        values = values.to(self.dtype)
+        values, high = checked_values(priority, index, stored, "priority", most, self.dtype)
         p = self._claim(index, p)
         greatest = self._max_priority[0]
         if greatest is None or high > greatest:
@@ -72,12 +71,12 @@ class SlotWrites(SlotState):
         index, p, stored = self._slots(index, storage)
         if index.numel() == 0:
             return
-        values, _ = checked_values(score, index, stored, "score", 1.0)
+        values, _ = checked_values(score, index, stored, "score", 1.0, self.dtype)
         self._claim(index, p)
         slot, item = index.unique(return_inverse=True)
         before = self._score[slot]
         had_score = before >= 0.0
-        after = before.scatter_reduce(0, item, values.to(self.dtype), "amax")  # none is below 0
+        after = before.scatter_reduce(0, item, values, "amax")  # none is below 0
         p_before, p_after = self._p[slot], self._judge(after)
         self._score[slot] = after
         self._p[slot] = p_after
