@@ -141,7 +141,7 @@ def launch(
     if os.environ.get(LAUNCHED_BY_FABRIC_CLI):
         fabric = Fabric()
     else:
-        fabric = Fabric(accelerator="auto", devices=1)
+        fabric = Fabric(accelerator=training.accelerator, devices=1)
         fabric.launch()
     # Lightning asks torch to look for NVML whenever it asks for a GPU, which Adam does in each
     # step: 0.1 ms where there is none. The processes are forked by now; the plain check is free.

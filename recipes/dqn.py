@@ -7,7 +7,6 @@ fabric run --devices=2 recipes/dqn.py --config recipes/configs/doorkey_6x6/dqn.y
 from __future__ import annotations
 
 import lightning as L
-import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import Tensor
@@ -134,5 +133,4 @@ class DQN(L.LightningModule):
 if __name__ == "__main__":
     from recipes.cli import run
 
-    torch.set_float32_matmul_precision("high")
     run(DQN)

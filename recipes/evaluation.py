@@ -33,6 +33,7 @@ def evaluate(
         environment steps).
     """
     episodes = training.eval_episodes
+    device = next(policy.parameters()).device
     env = task.make(episodes, seed=number, held_out=True)
     noise = torch.Generator().manual_seed(number)
     success_event = task.event_names.index(task.success_event)
@@ -42,11 +43,10 @@ def evaluate(
     state = env.reset()
     with set_exploration_type(ExplorationType.DETERMINISTIC):
         while alive.any():
-            state = policy(state)
+            action = policy(state.to(device)).get("action").cpu()
             random = torch.rand(episodes, generator=noise) < training.eval_epsilon
             anything = torch.randint(env.action_spec.space.n, (episodes,), generator=noise)
-            state["action"] = torch.where(random, anything, state["action"])
-            state = env.step(state)
+            state = env.step(state.set("action", torch.where(random, anything, action)))
             outcome = state["next"]
             success |= alive & outcome[keys.EVENTS][:, success_event]
             total += outcome["reward"].squeeze(-1) * alive

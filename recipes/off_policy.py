@@ -116,6 +116,9 @@ def train(
         module.behaviour,
         frames_per_batch=training.env_steps_per_collection,
         total_frames=-1,
+        env_device="cpu",
+        policy_device=fabric.device,
+        storing_device="cpu",
         trust_policy=True,
         auto_register_policy_transforms=False,
     )

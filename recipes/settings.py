@@ -29,6 +29,8 @@ class Training:
         strip_every_env_steps: Distance of two pictures of scored clips; 0 for none.
         log_dir: Folder for TensorBoard logs and metrics.
         name: Name of the run's folder below ``log_dir``; null: algorithm, method and seed.
+        accelerator: Where the networks are trained; the CPU is faster for small ones. The option
+            of ``fabric run`` counts instead. The judge has a ``device`` of its own.
         torch_threads: Threads of a tensor operation; 1 is fastest for small networks.
         progress: Show a progress bar.
     """
@@ -46,6 +48,7 @@ class Training:
     strip_every_env_steps: int = 60_000
     log_dir: str = "runs"
     name: str | None = None
+    accelerator: Literal["cpu", "cuda", "auto"] = "cpu"
     torch_threads: int = 1
     progress: bool = True
 
