@@ -19,6 +19,8 @@ from recipes.replay import Replay, VLMGuided
 from recipes.settings import Scoring, Training
 from recipes.tasks import DoorKey, Task
 from recipes.telemetry import Telemetry
+from vlmrb_torchrl import keys
+from vlmrb_torchrl.scorers import ClipScorer
 
 DEFAULT_SCORER = "vlmrb_torchrl.scorers.EmbeddedJudge"
 GUIDE = (
@@ -61,12 +63,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(lines)
 
 
-def check(config: Namespace, settings: Namespace) -> None:
+def check(settings: Namespace) -> None:
     """Refuse combinations that cannot work.
 
     Args:
-        config: The parsed values.
-        settings: The same, instantiated.
+        settings: The configuration, instantiated.
     """
     capacity = settings.replay.capacity
     if settings.replay.uses_scores:
@@ -77,6 +78,7 @@ def check(config: Namespace, settings: Namespace) -> None:
             clip,
             f"use at most replay.capacity ({capacity}), or enlarge the buffer",
         )
+        check_view(settings.env, settings.scoring.scorer)
     batch = settings.training.env_steps_per_collection
     require(
         batch <= capacity,
@@ -84,12 +86,38 @@ def check(config: Namespace, settings: Namespace) -> None:
         batch,
         f"use at most replay.capacity ({capacity})",
     )
+    every, total = settings.training.eval_every_env_steps, settings.training.total_env_steps
+    require(
+        every <= total,
+        "training.eval_every_env_steps",
+        every,
+        f"use at most training.total_env_steps ({total}), or 0 for no evaluation",
+    )
+    if settings.training.accelerator == "cuda":
+        require(
+            torch.cuda.is_available(), "training.accelerator", "cuda", "no GPU is here: use cpu"
+        )
     warmup = settings.training.warmup_env_steps
     require(
         warmup < settings.training.total_env_steps,
         "training.warmup_env_steps",
         warmup,
         f"use less than training.total_env_steps ({settings.training.total_env_steps})",
+    )
+
+
+def check_view(task: Task, scorer: ClipScorer) -> None:
+    """Refuse a camera whose frames the judge does not know."""
+    if scorer.frame_size is None:
+        return
+    env = task.make(1, seed=0)
+    height, width = task.renderer()(env.reset()[keys.RENDER_STATE]).shape[-2:]
+    env.close()
+    require(
+        (height, width) == scorer.frame_size,
+        "the view of env, in pixels,",
+        (height, width),
+        f"{type(scorer).__name__} knows {scorer.frame_size} only: set env.tile_size and env.window",
     )
 
 
@@ -109,11 +137,11 @@ def run(algorithm: type[L.LightningModule], argv: list[str] | None = None) -> No
     parser = build_parser(algorithm)
     try:
         config = parser.parse_args(argv)
-        settings = parser.instantiate_classes(config)
-        check(config, settings)
+        settings = parser.instantiate(config)
+        check(settings)
         # Built once to refuse its arguments before any process or file exists.
         module = build_algorithm(algorithm, settings)
-    except (ArgumentError, ConfigError, ValueError, TypeError) as error:
+    except (ArgumentError, ValueError, TypeError, OSError, RuntimeError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {one_line(error)}")
     launch(module, parser, config, settings, algorithm)
 
@@ -146,7 +174,7 @@ def launch(
     # Lightning asks torch to look for NVML whenever it asks for a GPU, which Adam does in each
     # step: 0.1 ms where there is none. The processes are forked by now; the plain check is free.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
-    fabric.seed_everything(training.seed + fabric.global_rank, verbose=False)
+    fabric.seed_everything(training.seed * fabric.world_size + fabric.global_rank, verbose=False)
     folder = Path(training.log_dir) / (training.name or run_name(algorithm, settings))
     if fabric.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)
@@ -156,6 +184,8 @@ def launch(
             train(
                 fabric, module, settings.env, settings.replay, settings.scoring, training, telemetry
             )
+    except ConfigError as error:
+        sys.exit(str(error))
     except KeyboardInterrupt:
         sys.exit(f"stopped; figures so far: {folder}")
     if fabric.is_global_zero and training.progress:

@@ -17,6 +17,7 @@ import sys
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import jsonargparse
@@ -55,10 +56,18 @@ class Run:
         """Name of the run's folder."""
         return self.folder.name
 
+    def identity(self) -> list[str]:
+        """What the run depends on: the command and the text of the YAML files that it names."""
+        arguments = pairwise(self.command)
+        return [
+            *self.command,
+            *(Path(p).read_text() for flag, p in arguments if flag == "--config"),
+        ]
+
     def finished(self) -> bool:
-        """Whether this very command has been run to its end."""
+        """Whether this very run has been run to its end; a change of the code is not noticed."""
         marker = self.folder / "finished.json"
-        return marker.exists() and json.loads(marker.read_text()) == self.command
+        return marker.exists() and json.loads(marker.read_text()) == self.identity()
 
     def start(self) -> None:
         """Start the process; what it prints goes to ``output.txt``."""
@@ -81,7 +90,7 @@ class Run:
             output = self.folder / "output.txt"
             lines = output.read_text().strip().splitlines() or ["(nothing printed)"]
             raise ConfigError(f"{self.name} failed: {lines[-1]} (whole output: {output})")
-        (self.folder / "finished.json").write_text(json.dumps(self.command))
+        (self.folder / "finished.json").write_text(json.dumps(self.identity()))
         return True
 
     def stop(self) -> None:
@@ -180,6 +189,10 @@ def compare(
     numbers = list(range(first_seed, first_seed + seeds))
     runs = plan(configs, algorithm, methods, numbers, out, extra)
     console = Console()
+    if finished := sum(run.finished() for run in runs):
+        console.print(
+            f"{finished} of {len(runs)} runs lie finished in {out}; remove it to repeat them"
+        )
     columns = (
         TextColumn("[bold]{task.description}"),
         BarColumn(),

@@ -1,6 +1,6 @@
 """Train the embedded judge from nothing, examine it, and write its card.
 
-    python -m recipes.judge --output runs/judge           # about ten minutes on one core
+    python -m recipes.judge --output runs/judge           # about ten minutes of one core
     python -m recipes.judge --output runs/judge --train false   # examine and write the card again
 
 The judge that the package ships was written by
@@ -41,7 +41,7 @@ def main(
     answer_steps: int = 900,
     train: bool = True,
     examine: bool = True,
-    examined_episodes: int = 150,
+    examined_episodes: int = 120,
 ) -> None:
     """Train a judge and write its card. Ctrl-C leaves the output folder as it was.
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torchrl.collectors import Collector
 
+from recipes.checks import ConfigError
 from recipes.evaluation import evaluate
 from recipes.replay import Replay
 from recipes.settings import Scoring, Training
@@ -63,6 +64,21 @@ def build_scoring(buffer: VLMReplayBuffer, task: Task, settings: Scoring) -> Asy
         # On a machine with fewer cores than work, scores that come late are worth little.
         niceness=0,
     )
+
+
+def wait_for_judge(scoring: AsyncScorer, settings: Scoring) -> None:
+    """Let the judge load, which takes seconds: a fast environment would be half-way by then.
+
+    Raises:
+        ConfigError: If it does not load. Later its faults stop nothing, but a run without a judge
+            from the start is uniform replay under another name.
+    """
+    scoring.wait_until_ready()
+    figures = scoring.statistics()
+    if any(figures[f"faults_{kind}"] for kind in ("raised", "timeout", "died")):
+        raise ConfigError(
+            f"scoring.scorer is {settings.scorer!r}: it does not load, the warning above says why"
+        )
 
 
 def update(
@@ -130,8 +146,8 @@ def train(
         scoring = None
         if replay.uses_scores:
             scoring = cleanup.enter_context(build_scoring(buffer, task, scoring_settings))
-            # A judge takes seconds to load; a fast environment is half-way by then.
-            scoring.wait_until_ready()
+            with telemetry.paused():
+                wait_for_judge(scoring, scoring_settings)
 
         for data in collector:
             env_steps += new_env_steps
@@ -151,7 +167,8 @@ def train(
                     scheduler.step()
 
             telemetry.log(env_steps, buffer, scoring)
-            if env_steps >= (evaluations + 1) * training.eval_every_env_steps:
+            every = training.eval_every_env_steps
+            if every and env_steps >= (evaluations + 1) * every:
                 with telemetry.paused():
                     if fabric.is_global_zero:
                         result = evaluate(module.policy, task, training, evaluations)
@@ -160,3 +177,4 @@ def train(
                 evaluations += 1
             if env_steps >= training.total_env_steps:
                 break
+    fabric.save(telemetry.folder / "policy.ckpt", {"algorithm": algorithm, "env_steps": env_steps})

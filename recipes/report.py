@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
+from recipes.checks import require
 from recipes.metrics import read_rows
 
 Array = NDArray[np.float64]
@@ -79,6 +80,9 @@ def read_outcome(folders: list[Path]) -> Outcome:
     for folder in folders:
         rows = read_rows(folder)
         evaluations = [row for row in rows if "eval/success" in row]
+        require(
+            bool(evaluations), f"the evaluations of {folder}", 0, "let it evaluate once at least"
+        )
         curves.append([row["eval/success"] for row in evaluations])
         env_steps = [row["env_steps"] for row in evaluations]
         speeds.append(rows[-1]["env_steps"] / rows[-1]["seconds"])

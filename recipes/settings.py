@@ -22,7 +22,7 @@ class Training:
         warmup_env_steps: Environment steps of random actions before the first update.
         updates_per_env_step: Gradient steps per environment step (0.125: one every 8 steps).
         seed: Seed of the networks, the environments and the draws.
-        eval_every_env_steps: Distance of two evaluations, in environment steps.
+        eval_every_env_steps: Distance of two evaluations, in environment steps; 0 for none.
         eval_episodes: Episodes of an evaluation, on seeds that training never sees.
         eval_epsilon: Share of random actions in an evaluation; it breaks endless loops.
         log_every_env_steps: Distance of two rows of training figures.
@@ -57,7 +57,6 @@ class Training:
             "total_env_steps",
             "num_envs",
             "steps_per_collection",
-            "eval_every_env_steps",
             "eval_episodes",
             "log_every_env_steps",
             "torch_threads",
@@ -65,7 +64,7 @@ class Training:
         for name in positive:
             value = getattr(self, name)
             require(value >= 1, f"training.{name}", value, "use at least 1")
-        for name in ("warmup_env_steps", "strip_every_env_steps", "seed"):
+        for name in ("warmup_env_steps", "eval_every_env_steps", "strip_every_env_steps", "seed"):
             value = getattr(self, name)
             require(value >= 0, f"training.{name}", value, "use 0 or more")
         ratio = self.updates_per_env_step

@@ -41,14 +41,14 @@ class Telemetry:
     def __init__(self, fabric: Fabric, task: Task, training: Training, folder: Path) -> None:
         self._writes = fabric.is_global_zero
         self._training = training
-        self._folder = folder
+        self.folder = folder
         self._success = task.event_names.index(task.success_event)
         self._sums: dict[str, list[Tensor | float]] = defaultdict(list)
         self._episode_return: Tensor | None = None
         self._episode_length: Tensor | None = None
         self._episodes = 0
         self._updates = 0
-        self._last_batch: TensorDictBase | None = None
+        self._drawn: list[Tensor] = []  # slots drawn since the last row
         self._next_log = training.log_every_env_steps
         self._next_strip = training.strip_every_env_steps
         self._latest: dict[str, float] = {}
@@ -56,10 +56,10 @@ class Telemetry:
 
     def __enter__(self) -> Telemetry:
         if self._writes:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._file = (self._folder / METRICS_FILE).open("w")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._file = (self.folder / METRICS_FILE).open("w")
             self._tensorboard = TensorBoardLogger(
-                self._folder.parent, name=self._folder.name, version=""
+                self.folder.parent, name=self.folder.name, version=""
             )
             if self._training.progress:
                 self._progress = Progress(
@@ -71,7 +71,7 @@ class Telemetry:
                 )
                 self._progress.start()
                 self._bar = self._progress.add_task(
-                    self._folder.name, total=self._training.total_env_steps, note=""
+                    self.folder.name, total=self._training.total_env_steps, note=""
                 )
         self._start = self._last_time = time.perf_counter()
         self._last_env_steps = 0
@@ -103,7 +103,7 @@ class Telemetry:
         self._sums["loss/td"].append(loss.detach())
         if gradient_norm is not None:
             self._sums["loss/gradient_norm"].append(gradient_norm)
-        self._last_batch = batch
+        self._drawn.append(batch[keys.INDEX])
         self._updates += 1
 
     def note(self, figures: dict[str, float]) -> None:
@@ -149,6 +149,7 @@ class Telemetry:
             row |= {f"scoring/{name}": value for name, value in scoring.statistics().items()}
         self._write(env_steps, row)
         self._sums.clear()
+        self._drawn.clear()
         self._updates = 0
         self._last_time, self._last_env_steps = now, env_steps
         if scoring is not None and 0 < self._next_strip <= env_steps:
@@ -168,10 +169,10 @@ class Telemetry:
             figures["replay/lambda"] = float(sampler.lmbda)
             for name, value in sampler.statistics(len(buffer)).items():
                 figures[f"replay/{name}"] = value
-            if self._last_batch is not None:
-                # Only what the judge prefers is drawn more often than uniformly.
-                preferred = self._last_batch[keys.Q] * len(buffer) > 1 + 1e-9
-                figures["replay/batch_share_positive"] = preferred.float().mean().item()
+            if self._drawn:
+                drawn = torch.cat(self._drawn)
+                share = sampler.positive[drawn].float().mean().item()
+                figures["replay/batch_share_positive"] = share
         return figures
 
     def _show_clips(self, env_steps: int, scoring: AsyncScorer) -> None:

@@ -37,7 +37,8 @@ class VLMReplayBuffer(TensorDictReplayBuffer):
 
     A locked tensordict is left as it is; pass a shallow ``copy()`` to get the pair. Samples carry
     both keys too. All methods may be called from several threads, also with ``shared=True``;
-    generations are per process.
+    generations are per process. Loading an earlier state voids the stamps taken since: close what
+    may still write with them first.
 
     Args:
         priority_key: Where |δ| lies in a batch passed to :meth:`update_tensordict_priority`.

@@ -34,13 +34,13 @@ class AsyncScorer:
     | mode | the scorer runs | for |
     |---|---|---|
     | ``"process"`` | in a process of its own, at low priority | scorers that compute on the CPU |
-    | ``"thread"`` | in a thread, on CUDA in its own low-priority stream | scorers on a GPU |
+    | ``"thread"`` | in a thread, on CUDA in its own stream | scorers on a GPU |
     | ``"sync"`` | inside `submit`, before it returns | tests and bit-exact reruns |
     | ``"auto"`` | thread if it is on CUDA or ``scorer.cheap``, else process | |
 
-    A scorer that raises, answers nonsense, hangs or dies is counted, logged once per kind,
-    restarted after a pause that doubles from fault to fault, and asked once more about the same
-    batch before that is given up.
+    A scorer that raises, answers nonsense, hangs or dies is counted, logged once per kind, and
+    asked once more about the same batch after a pause that doubles from fault to fault; then the
+    batch is given up. One that hangs or dies is started anew.
 
     Args:
         buffer: Where the transitions are and the scores go. Its sampler must take scores.
@@ -246,8 +246,8 @@ class AsyncScorer:
             for name, module in self._seeded().items():
                 module.set_extra_state(state["scorer"][name])
             pending = [Clip.from_state_dict(clip) for clip in state["pending"]]
-            self._dispatcher.put(pending, self._cutter.transitions)
             self._ledger.load_state_dict(state["ledger"])
+            self._dispatcher.put(pending, self._cutter.transitions)
 
     def _seeded(self) -> dict[str, SeededScorer]:
         # A worker process has its own copy, which starts from the seed.

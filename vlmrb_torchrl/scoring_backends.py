@@ -76,9 +76,9 @@ _Jobs: TypeAlias = "queue.SimpleQueue[_Job | None]"
 class ThreadBackend:
     """Runs the scorer in a thread, on CUDA in a stream of its own.
 
-    The stream has the least priority and the learner's stream never waits for it; inputs are
-    pinned. A thread that does not answer in time is abandoned and replaced by another one with
-    the same scorer.
+    The stream has priority 0, the default and the least, and the learner's stream never waits for
+    it; inputs are pinned. A thread that does not answer in time is abandoned and replaced by
+    another one with the same scorer.
 
     Args:
         transform: Draws the clips, on the scorer's device.

@@ -173,6 +173,9 @@ class Ledger:
             return dict(self._count)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on counting from ``state``."""
+        """Go on counting from ``state``; what was pending then counts once it is queued again."""
         with self._lock:
             self._count.update(state)
+            for unit in ("clips", "transitions"):
+                done = sum(self._count[f"{unit}_{fate}"] for fate in _FATES[1:])
+                self._count[f"{unit}_submitted"] = done

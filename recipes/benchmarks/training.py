@@ -53,7 +53,7 @@ def training(
     extra = [
         f"--training.total_env_steps={env_steps}",
         f"--training.log_every_env_steps={env_steps}",
-        f"--training.eval_every_env_steps={10 * env_steps}",
+        "--training.eval_every_env_steps=0",
     ]
     runs = plan(configs, "dqn", [method, peer], list(range(pairs)), out, extra)
     speeds: dict[str, list[float]] = {method: [], peer: []}

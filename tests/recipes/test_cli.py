@@ -39,6 +39,10 @@ REFUSED = {
     "--training.updates_per_env_step=-1": ("training.updates_per_env_step", "-1"),
     "--no_such_group.key=1": ("no_such_group",),
     "--config=no_such_file.yaml": ("no_such_file.yaml",),
+    "--env.tile_size=16": ("EmbeddedJudge knows (64, 64) only", "env.tile_size"),
+    "--training.eval_every_env_steps=300000": ("training.eval_every_env_steps", "240000"),
+    "--scoring.scorer={class_path: HuggingFaceScorer, init_args: {model: ./nope}}": ("./nope",),
+    "--scoring.scorer={class_path: EmbeddedJudge, init_args: {device: cudaa}}": ("cudaa",),
 }
 
 
@@ -58,14 +62,14 @@ def test_bad_value_is_refused_in_one_line_that_names_it(argument, tmp_path, monk
 def test_every_config_is_accepted(path):
     parser = cli.build_parser(DQN)
     config = parser.parse_args([f"--config={path}"])
-    settings = parser.instantiate_classes(config)
-    cli.check(config, settings)
+    settings = parser.instantiate(config)
+    cli.check(settings)
 
 
 def test_value_on_the_command_line_overrides_the_file():
     path = CONFIGS / "doorkey_6x6" / "dqn.yaml"
     parser = cli.build_parser(DQN)
-    settings = parser.instantiate_classes(
+    settings = parser.instantiate(
         parser.parse_args([f"--config={path}", "--replay.lmbda=0.25", "--env.max_steps=50"])
     )
     assert settings.replay.lmbda == 0.25

@@ -28,7 +28,7 @@ def test_plan_goes_seed_by_seed_and_a_finished_run_is_known_by_its_command(tmp_p
     assert [run.name for run in runs] == ["uer_s5", "per_s5", "uer_s6", "per_s6"]
     assert not runs[0].finished()
     runs[0].folder.mkdir()
-    (runs[0].folder / "finished.json").write_text(json.dumps(runs[0].command))
+    (runs[0].folder / "finished.json").write_text(json.dumps(runs[0].identity()))
     assert runs[0].finished()
     changed = compare.plan(task, "dqn", ["uer"], [5], tmp_path, ["--env.size=8"])
     assert not changed[0].finished()
@@ -44,6 +44,7 @@ def test_comparison_trains_in_parallel_reports_and_goes_on_where_it_was(tmp_path
     assert last_row(metrics.parent)["env_steps"] == 512
     written = metrics.stat().st_mtime_ns
     compare.compare(**arguments)
+    assert "2 of 2 runs lie finished" in capsys.readouterr().out
     assert metrics.stat().st_mtime_ns == written
 
 

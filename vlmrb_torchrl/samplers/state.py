@@ -64,6 +64,11 @@ class SlotState(PrioritizedSampler):
         return self._score >= 0.0
 
     @property
+    def positive(self) -> Tensor:
+        """Which slots have a score with p > 0, bool ``[N]``."""
+        return self.scored & (self._p > 0.0)
+
+    @property
     def visited(self) -> Tensor:
         """Which slots have a TD error since they were written, bool ``[N]``."""
         return self._td_error >= 0.0

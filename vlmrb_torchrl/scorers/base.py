@@ -34,10 +34,12 @@ class ClipScorer(TensorDictModuleBase):
         cheap: True if a batch takes well under a millisecond of Python. `AsyncScorer` then uses a
             thread instead of a process, which would cost more than the scoring.
         deterministic: False if the same clip may get another score the next time.
+        frame_size: (H, W) in pixels of the only frames that it knows; None: any.
     """
 
     cheap: bool = False
     deterministic: ClassVar[bool] = True
+    frame_size: ClassVar[tuple[int, int] | None] = None
 
     def __init__(self, in_keys: Sequence[str] = (CLIP,)) -> None:
         super().__init__()

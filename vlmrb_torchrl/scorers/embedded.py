@@ -45,6 +45,8 @@ class EmbeddedJudge(HuggingFaceScorer):
         ('goal', 'door')
     """
 
+    frame_size = (TILE_SIZE * WINDOW, TILE_SIZE * WINDOW)
+
     def __init__(
         self,
         questions: str | Sequence[str] = ("goal",),

@@ -85,8 +85,12 @@ class HuggingFaceScorer(ClipScorer):
             raise ValueError(f"prompts={prompts!r}: ask at least one question, none of them empty.")
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"dtype={dtype!r} is none of torch's: say float32 or bfloat16.")
-        for name, value in (("fps", fps), ("batch_clips", batch_clips)):
-            if value <= 0:
+        for name, value in (
+            ("fps", fps),
+            ("batch_clips", batch_clips),
+            ("cache_megabytes", cache_megabytes),
+        ):
+            if not value > 0:
                 raise ValueError(f"{name}={value}: it must be positive.")
         self.dtype = dtype
         self.fps = float(fps)
