@@ -67,6 +67,16 @@ def test_synchronous_rerun_is_equal_and_another_seed_is_not(tmp_path):
     assert kept[0] != kept[2]
 
 
+def test_judge_that_does_not_load_stops_the_run_in_one_line(tmp_path):
+    broken = tmp_path / "model"
+    broken.mkdir()
+    (broken / "model.safetensors").write_bytes(b"no weights")
+    judge = f"{{class_path: HuggingFaceScorer, init_args: {{model: {broken}}}}}"
+    with pytest.raises(SystemExit, match="does not load") as refusal:
+        train(tmp_path, "run", f"--scoring.scorer={judge}", "--scoring.mode=thread")
+    assert "\n" not in str(refusal.value)
+
+
 def test_training_step_writes_the_absolute_td_error():
     """With all weights of the last layers at 0, Q is 0 everywhere, so δ = -r."""
     env = DoorKey(size=5).make(2, seed=0)
