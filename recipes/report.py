@@ -178,7 +178,7 @@ def draw_curves(outcomes: dict[str, Outcome], path: Path) -> None:
         xlabel="environment steps", ylabel="success rate on held-out seeds", ylim=(-0.02, 1.02)
     )
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper left")
+    axes.legend(loc="lower right")
     figure.savefig(path, dpi=140)
 
 
