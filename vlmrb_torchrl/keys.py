@@ -14,7 +14,7 @@ simulator can report.
 | ``score`` | float32 ``[B]`` | probability of Yes, 0 to 1 | scorers | ``write_scores`` |
 | ``td_error`` | float32 ``[B]`` or ``[B, 1]`` | absolute, in units of return | recipe | ``update_priority`` |
 | ``priority_weight`` | float32 ``[B]`` | (N q)^-β | sampler | loss |
-| ``q`` | float64 ``[B]`` | probability of the draw | sampler | logging |
+| ``q`` | float64 ``[B]`` | probability of the draw | sampler | whoever looks into a batch |
 """  # noqa: E501
 
 from __future__ import annotations
