@@ -1,4 +1,4 @@
-"""The loop: every method trains, figures are written, ranks count together, synchronous reruns are equal."""
+"""The loop: every method trains, figures are written, ranks count together, reruns are equal."""
 
 import os
 import subprocess
