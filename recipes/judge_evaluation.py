@@ -143,11 +143,12 @@ class Examiner:
     """Asks one judge its three questions about clips.
 
     Args:
-        scorer: The judge; its prompts are set question by question.
+        scorer: The judge.
     """
 
     def __init__(self, scorer: HuggingFaceScorer) -> None:
         self.scorer = scorer
+        scorer.load()
 
     def ask(
         self,
@@ -158,13 +159,13 @@ class Examiner:
     ) -> np.ndarray:
         """Scores of the clips, float ``[len(clips)]``."""
         table = FrameTable(episodes)
-        self.scorer.prompts = (MINIGRID[question],)
+        scorer = self.scorer.asking(MINIGRID[question])
         scores = []
         for start in range(0, len(clips), 128):
             rows = np.stack([table.rows(clip) for clip in clips[start : start + 128]])
             distinct, back = np.unique(rows, return_inverse=True)
             frames = table.render(distinct, renderer)[torch.from_numpy(back.reshape(rows.shape))]
-            scores.append(self.scorer(TensorDict({"clip": frames}, [len(rows)]))["score"].numpy())
+            scores.append(scorer(TensorDict({"clip": frames}, [len(rows)]))["score"].numpy())
         return np.concatenate(scores)
 
     def examine(

@@ -15,9 +15,10 @@ from torchrl.envs import TransformedEnv
 from torchrl.envs.utils import check_env_specs
 
 from tests.streams import stream
-from vlmrb_torchrl.clips import ClipRenderTransform, shown_outcomes, stack_clips
+from vlmrb_torchrl.clips import ClipRenderTransform, stack_clips
 from vlmrb_torchrl.cutting import ClipCutter
 from vlmrb_torchrl.envs import DoorKeyEnv
+from vlmrb_torchrl.frames import shown_outcomes
 from vlmrb_torchrl.renderers import MiniGridRenderer
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -76,23 +75,6 @@ class ClipRenderTransform(Transform):
                 0, 255, shape=frames.shape, dtype=torch.uint8, device=state.device
             )
         return observation_spec
-
-
-@lru_cache(maxsize=1024)
-def shown_outcomes(transitions: int, frames: int) -> NDArray[np.int64]:
-    """Which outcomes of a clip are shown: int64 ``[frames]``, positions from 0.
-
-    Up to ``frames`` transitions: all of them, then the last one repeated. More: spread evenly,
-    the last always among them, since an episode's success may be visible only there.
-
-    Example:
-        >>> shown_outcomes(2, 4), shown_outcomes(8, 4)
-        (array([0, 1, 1, 1]), array([1, 3, 5, 7]))
-    """
-    step = np.arange(frames, dtype=np.int64)
-    if transitions <= frames:
-        return step.clip(max=transitions - 1)
-    return -(-(step + 1) * transitions // frames) - 1  # ceil((step + 1) n / F) - 1
 
 
 @dataclass(slots=True, eq=False)

@@ -10,7 +10,8 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from vlmrb_torchrl.clips import Clip, shown_outcomes
+from vlmrb_torchrl.clips import Clip
+from vlmrb_torchrl.frames import shown_outcomes
 from vlmrb_torchrl.insertions import Span, join, read_insertion
 
 _PATIENCE_TRANSITIONS = 1024

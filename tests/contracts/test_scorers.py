@@ -11,7 +11,7 @@ import torch
 from tensordict import TensorDict
 
 import vlmrb_torchrl.scorers as scorers_package
-from vlmrb_torchrl.scorers import ClipScorer
+from vlmrb_torchrl.scorers import ClipScorer, PromptedScorer
 
 SCORERS = [
     member
@@ -19,6 +19,7 @@ SCORERS = [
     if inspect.isclass(member := getattr(scorers_package, name))
     and issubclass(member, ClipScorer)
     and member.score is not ClipScorer.score
+    and getattr(member, "score_prompts", None) is not PromptedScorer.score_prompts
 ]
 B, F = 3, 8
 

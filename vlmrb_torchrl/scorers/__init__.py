@@ -1,6 +1,6 @@
 """Judges of clips: one TensorDictModule each, clips in, score in [0, 1] out."""
 
-from vlmrb_torchrl.scorers.base import ClipScorer, SeededScorer
+from vlmrb_torchrl.scorers.base import ClipScorer, PromptedScorer, SeededScorer
 from vlmrb_torchrl.scorers.constant import ConstantScorer
 from vlmrb_torchrl.scorers.embedded import EmbeddedJudge
 from vlmrb_torchrl.scorers.huggingface import HuggingFaceScorer
@@ -15,6 +15,7 @@ __all__ = [
     "HuggingFaceScorer",
     "NoisyScorer",
     "PrivilegedScorer",
+    "PromptedScorer",
     "RandomScorer",
     "SeededScorer",
 ]

@@ -6,6 +6,7 @@ in ``scorers/__init__.py``; the contract tests then find it.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import ClassVar, Self
 
@@ -57,8 +58,22 @@ class ClipScorer(TensorDictModuleBase):
 
     @property
     def config(self) -> tuple[tuple[str, object], ...]:
-        """Hashable (name, value) pairs that say how this scorer was made, for messages."""
+        """Hashable (name, value) pairs: everything that the scores of a clip depend on."""
         return ()
+
+    @property
+    def revision(self) -> str:
+        """Which weights stand behind ``config``; known once they are loaded, "" if there are none.
+
+        A commit of the hub, or a digest of the files.
+        """
+        return ""
+
+    @property
+    def fingerprint(self) -> str:
+        """What identifies a clip's scores from run to run: class, ``config`` and ``revision``."""
+        whole = (type(self).__qualname__, self.config, self.revision)
+        return hashlib.blake2b(repr(whole).encode(), digest_size=16).hexdigest()
 
     @property
     def device(self) -> torch.device:
@@ -104,6 +119,46 @@ class ClipScorer(TensorDictModuleBase):
     def __repr__(self) -> str:
         arguments = ", ".join(f"{name}={value!r}" for name, value in self.config)
         return f"{type(self).__name__}({arguments})"
+
+
+class PromptedScorer(ClipScorer):
+    """A judge that answers questions about a clip; a subclass implements `score_prompts`.
+
+    P: prompts. The score of a clip is the maximum over them, that is, "any of these".
+
+    Args:
+        prompts: The question, or several.
+
+    Raises:
+        ValueError: No prompt, or an empty one.
+    """
+
+    def __init__(self, prompts: str | Sequence[str]) -> None:
+        super().__init__(in_keys=(CLIP,))
+        self.prompts = checked_prompts(prompts)
+
+    def score_prompts(self, tensordict: TensorDictBase) -> Tensor:
+        """Judge a batch of clips by every prompt: ``[B, P]`` in [0, 1]."""
+        raise NotImplementedError(f"{type(self).__name__} must implement score_prompts(clips).")
+
+    def score(self, tensordict: TensorDictBase) -> Tensor:
+        """Maximum over prompts, ``[B]``."""
+        return self.score_prompts(tensordict).amax(-1)
+
+    def asking(self, prompts: str | Sequence[str]) -> Self:
+        """The same judge, asked something else; what is loaded already is shared."""
+        other = type(self).__new__(type(self))
+        other.__dict__.update(self.__dict__)  # copy.copy would pickle: without the weights
+        other.prompts = checked_prompts(prompts)
+        return other
+
+
+def checked_prompts(prompts: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the prompts as a tuple; raise ValueError if there is none or one is empty."""
+    asked = (prompts,) if isinstance(prompts, str) else tuple(prompts)
+    if not asked or not all(prompt.strip() for prompt in asked):
+        raise ValueError(f"prompts={prompts!r}: ask at least one question, none of them empty.")
+    return asked
 
 
 class SeededScorer(ClipScorer):

@@ -71,8 +71,8 @@ class EmbeddedJudge(HuggingFaceScorer):
         )
         self.questions = asked
 
-    def score(self, tensordict: TensorDictBase) -> Tensor:
-        """Judge the clips, as `HuggingFaceScorer.score`.
+    def score_prompts(self, tensordict: TensorDictBase) -> Tensor:
+        """Judge the clips, as `HuggingFaceScorer.score_prompts`.
 
         Raises:
             ValueError: The frames are not 64 x 64 pixels, hence another view than it knows.
@@ -83,7 +83,7 @@ class EmbeddedJudge(HuggingFaceScorer):
                 f"clips of {height} x {width} pixels: the embedded judge knows "
                 f"MiniGridRenderer(tile_size={TILE_SIZE}, window={WINDOW})."
             )
-        return super().score(tensordict)
+        return super().score_prompts(tensordict)
 
     @classmethod
     def example(cls) -> Self:

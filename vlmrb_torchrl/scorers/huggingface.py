@@ -10,9 +10,8 @@ transformers is imported when the weights load, at the first clip, not before.
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -21,15 +20,16 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from vlmrb_torchrl.frames import frame_digests
 from vlmrb_torchrl.keys import CLIP
 from vlmrb_torchrl.prompts import GOAL
-from vlmrb_torchrl.scorers.base import ClipScorer
+from vlmrb_torchrl.scorers.base import PromptedScorer
 from vlmrb_torchrl.scorers.pretrained import answer_ids, checked_model, read_pretrained
 
 _FRAMES_ENCODED_AT_ONCE = 128
 
 
-class HuggingFaceScorer(ClipScorer):
+class HuggingFaceScorer(PromptedScorer):
     """A frozen vision-language model that answers a Yes/No question about each clip.
 
     The score is P(Yes) / (P(Yes) + P(No)) of the answer's first token, each summed over the
@@ -78,11 +78,8 @@ class HuggingFaceScorer(ClipScorer):
         dedup: bool | None = None,
         cache_megabytes: float = 256.0,
     ) -> None:
-        super().__init__(in_keys=(CLIP,))
+        super().__init__(prompts)
         self.model_name = checked_model(model)
-        self.prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
-        if not self.prompts or not all(p.strip() for p in self.prompts):
-            raise ValueError(f"prompts={prompts!r}: ask at least one question, none of them empty.")
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"dtype={dtype!r} is none of torch's: say float32 or bfloat16.")
         for name, value in (
@@ -135,8 +132,8 @@ class HuggingFaceScorer(ClipScorer):
         if self._loaded is None:
             self._loaded = _load(self)
 
-    def score(self, tensordict: TensorDictBase) -> Tensor:
-        """P(Yes) / (P(Yes) + P(No)) of each clip, maximum over prompts, float32 ``[B]``."""
+    def score_prompts(self, tensordict: TensorDictBase) -> Tensor:
+        """P(Yes) / (P(Yes) + P(No)) of each clip under each prompt, float32 ``[B, P]``."""
         self.load()
         assert self._loaded is not None
         clips = tensordict[CLIP]
@@ -144,7 +141,7 @@ class HuggingFaceScorer(ClipScorer):
             scores = [
                 self._score_batch(self._loaded, part) for part in clips.split(self.batch_clips)
             ]
-        return torch.cat(scores).clone() if scores else torch.zeros(0)
+        return torch.cat(scores).clone() if scores else torch.zeros(0, len(self.prompts))
 
     def _score_batch(self, loaded: _Loaded, clips: Tensor) -> Tensor:
         embeddings = self._embeddings(loaded, clips) if loaded.dedup else None
@@ -158,7 +155,7 @@ class HuggingFaceScorer(ClipScorer):
                 inputs["mm_encoder_outputs"] = {"video": _as_output(embeddings)}
             logits = loaded.model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].float()
             answers.append(logits[:, loaded.yes].logsumexp(-1) - logits[:, loaded.no].logsumexp(-1))
-        return torch.stack(answers).amax(0).sigmoid().cpu()
+        return torch.stack(answers, 1).sigmoid().cpu()
 
     def _inputs(self, loaded: _Loaded, clips: Tensor, prompt: str) -> dict[str, Any]:
         """What the processor makes of ``[B, F, 3, H, W]`` clips and a question."""
@@ -217,7 +214,7 @@ class HuggingFaceScorer(ClipScorer):
     def _embeddings(self, loaded: _Loaded, clips: Tensor) -> Tensor:
         """Frame embeddings in the order of the frames, ``[B * F, tokens, width]``."""
         frames = clips.flatten(0, 1)
-        digests = list(_digests(frames))
+        digests = frame_digests(frames)
         place: dict[bytes, int] = {}
         rows = torch.tensor([place.setdefault(d, len(place)) for d in digests])
         first = {d: k for k, d in reversed(list(enumerate(digests)))}
@@ -278,12 +275,6 @@ def _load(scorer: HuggingFaceScorer) -> _Loaded:
     model = model.to(scorer.device).eval().requires_grad_(False)
     dedup = family == "perception_lm" and scorer.dedup is not False
     return _Loaded(model, processor, yes, no, dedup)
-
-
-def _digests(frames: Tensor) -> Iterator[bytes]:
-    """A 128-bit digest of each frame of uint8 ``[N, 3, H, W]``."""
-    for frame in frames.cpu().contiguous().numpy():
-        yield hashlib.blake2b(frame, digest_size=16).digest()
 
 
 def _as_output(embeddings: Tensor) -> Any:
