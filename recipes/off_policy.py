@@ -76,7 +76,7 @@ def wait_for_judge(scoring: AsyncScorer, settings: Scoring) -> None:
     """
     scoring.wait_until_ready()
     figures = scoring.statistics()
-    if any(figures[f"faults_{kind}"] for kind in ("raised", "timeout", "died")):
+    if any(figures[f"faults_{kind}"] for kind in ("raised", "unavailable", "timeout", "died")):
         raise ConfigError(
             f"scoring.scorer is {settings.scorer!r}: it does not load, the warning above says why"
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from tensordict.nn import TensorDictModuleBase
 
-from vlmrb_torchrl.scorers import ClipScorer
+from vlmrb_torchrl.scorers import ClipScorer, ScorerUnavailableError
 
 
 class Gate:
@@ -103,6 +103,8 @@ class Faulty(Yes):
                 return torch.ones(B)
             case "raises":
                 raise RuntimeError("no\nluck")
+            case "is unavailable":
+                raise ScorerUnavailableError("the server\nis down")
             case "exits":
                 os._exit(3)
             case "hangs":

@@ -412,6 +412,38 @@ def test_a_fault_is_counted_logged_once_retried_and_survived(how, mode, tmp_path
     assert "\n" not in record.message
 
 
+@pytest.mark.parametrize("mode", ["thread", SLOW_PROCESS])
+def test_while_a_scorer_is_unavailable_its_batch_waits_and_nothing_is_given_up(mode, tmp_path):
+    """Seven refusals in a row, more than the two tries that any other fault gets."""
+    buffer = make_buffer()
+    with make(buffer, Faulty(["is unavailable"] * 7, tmp_path), mode) as scoring:
+        insert(buffer, scoring, stream([4, 4, 4]))
+        assert scoring.drain(PATIENT)
+        figures = books(scoring)
+    assert scores(buffer)[:12] == [1] * 12
+    assert figures["clips_scored"] == 3
+    assert figures["retries"] == 7
+    assert faults(figures) == {"unavailable": 7}
+
+
+def test_closing_while_a_scorer_is_unavailable_balances_the_books(tmp_path):
+    buffer = make_buffer()
+    scoring = make(buffer, Faulty(["is unavailable"] * 10_000, tmp_path), "thread")
+    insert(buffer, scoring, stream([4, 4]))
+    assert not scoring.drain(0.05)
+    scoring.close()
+    assert books(scoring)["clips_dropped"] == 2
+
+
+def test_an_unavailable_scorer_in_the_learners_own_thread_is_asked_twice(tmp_path):
+    buffer = make_buffer()
+    with make(buffer, Faulty(["is unavailable"] * 3, tmp_path), "sync") as scoring:
+        insert(buffer, scoring, stream([4, 4]))
+        figures = books(scoring)
+    assert figures["clips_failed"] == figures["clips_scored"] == 1
+    assert faults(figures) == {"unavailable": 3}
+
+
 def test_a_process_survives_every_fault_or_is_replaced(tmp_path, caplog):
     """Every batch is saved by its retry but the last, whose process exits twice."""
     caplog.set_level(logging.WARNING)

@@ -40,7 +40,9 @@ class AsyncScorer:
 
     A scorer that raises, answers nonsense, hangs or dies is counted, logged once per kind, and
     asked once more about the same batch after a pause that doubles from fault to fault; then the
-    batch is given up. One that hangs or dies is started anew.
+    batch is given up. One that hangs or dies is started anew. One that raises
+    `ScorerUnavailableError` (its server is down) is asked about the same batch until it answers;
+    in ``"sync"`` mode, where learning would wait for it, once more.
 
     Args:
         buffer: Where the transitions are and the scores go. Its sampler must take scores.
@@ -199,9 +201,9 @@ class AsyncScorer:
 
         ``clips_submitted = clips_scored + clips_late + clips_dropped + clips_failed +
         clips_pending``, and the same in ``transitions_…`` covered; ``clips_positive`` (score
-        from 0.5 on); ``faults_{raised, invalid, timeout, died, write}``; ``retries``; and of the
-        last 30 seconds ``clips_per_s``, ``latency_s`` and ``latency_env_steps``: from the end of
-        a clip to its score in the buffer, the latter in transitions inserted meanwhile.
+        from 0.5 on); ``faults_{raised, invalid, unavailable, timeout, died, write}``; ``retries``;
+        and of the last 30 seconds ``clips_per_s``, ``latency_s`` and ``latency_env_steps``: from
+        the end of a clip to its score in the buffer, the latter in transitions inserted meanwhile.
         ``transitions_open`` are those whose clip is not complete.
         """
         with self._cutting:

@@ -174,18 +174,20 @@ class Dispatcher:
     def _attempt(self, batch: list[Ticket]) -> None:
         """Have a batch scored and write the scores; whatever goes wrong is counted."""
         clips = [ticket.clip for ticket in batch]
-        for tries_left in reversed(range(_TRIES)):
+        scores, tries = None, 0
+        while scores is None:
             try:
                 scores = self._score(clips)
-                break
             except ScorerError as error:
                 if self._closed:
                     self._ledger.dropped(clips)
                     return
-                self._fault(error.kind, str(error), retried=tries_left > 0)
-        else:
-            self._ledger.failed(clips)
-            return
+                # A server that is down says nothing of the batch: it waits.
+                tries += error.kind != "unavailable" or self._thread is None
+                self._fault(error.kind, str(error), retried=tries < _TRIES)
+                if tries >= _TRIES:
+                    self._ledger.failed(clips)
+                    return
         self._faults_in_a_row = 0
         try:
             live = self._write(clips, scores)

@@ -21,7 +21,7 @@ _WINDOW_SECONDS = 30.0
 """Rates and latencies are those of the answers of this many last seconds."""
 
 _FATES = ("submitted", "scored", "late", "dropped", "failed")
-_FAULTS = ("raised", "invalid", "timeout", "died", "write")
+_FAULTS = ("raised", "invalid", "unavailable", "timeout", "died", "write")
 
 
 @dataclass(slots=True, eq=False)

@@ -25,13 +25,17 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
 from vlmrb_torchrl.keys import CLIP, SCORE
-from vlmrb_torchrl.scorers.base import InvalidScoreError, check_scores
+from vlmrb_torchrl.scorers.base import (
+    InvalidScoreError,
+    ScorerUnavailableError,
+    check_scores,
+)
 
 if TYPE_CHECKING:
     # Not at run time: a worker without frames to draw starts a second sooner without torchrl.
     from torchrl.envs import Transform
 
-FaultKind = Literal["raised", "invalid", "timeout", "died"]
+FaultKind = Literal["raised", "invalid", "unavailable", "timeout", "died"]
 
 BOOTSTRAP = """
 import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -60,7 +64,8 @@ class ScorerError(Exception):
 
     Attributes:
         kind: ``"raised"`` (the scorer raised), ``"invalid"`` (it answered something else than
-            one number in [0, 1] per clip), ``"timeout"`` (no answer), ``"died"`` (its process).
+            one number in [0, 1] per clip), ``"unavailable"`` (it cannot answer now, whatever the
+            batch), ``"timeout"`` (no answer), ``"died"`` (its process).
     """
 
     def __init__(self, kind: FaultKind, message: str) -> None:
@@ -93,6 +98,8 @@ def judge(
             return score.detach().to("cpu", torch.float32).numpy()
     except InvalidScoreError as error:
         raise ScorerError("invalid", str(error)) from error
+    except ScorerUnavailableError as error:
+        raise ScorerError("unavailable", one_line(error)) from error
     except Exception as error:
         raise ScorerError("raised", one_line(error)) from error
 
@@ -101,6 +108,8 @@ def load(scorer: TensorDictModuleBase) -> None:
     """Let ``scorer`` load what is heavy, if it is one that does."""
     try:
         getattr(scorer, "load", lambda: None)()
+    except ScorerUnavailableError as error:
+        raise ScorerError("unavailable", one_line(error)) from error
     except Exception as error:
         raise ScorerError("raised", f"loading the scorer failed: {one_line(error)}") from error
 

@@ -1,6 +1,11 @@
 """Judges of clips: one TensorDictModule each, clips in, score in [0, 1] out."""
 
-from vlmrb_torchrl.scorers.base import ClipScorer, PromptedScorer, SeededScorer
+from vlmrb_torchrl.scorers.base import (
+    ClipScorer,
+    PromptedScorer,
+    ScorerUnavailableError,
+    SeededScorer,
+)
 from vlmrb_torchrl.scorers.constant import ConstantScorer
 from vlmrb_torchrl.scorers.embedded import EmbeddedJudge
 from vlmrb_torchrl.scorers.huggingface import HuggingFaceScorer
@@ -17,5 +22,6 @@ __all__ = [
     "PrivilegedScorer",
     "PromptedScorer",
     "RandomScorer",
+    "ScorerUnavailableError",
     "SeededScorer",
 ]

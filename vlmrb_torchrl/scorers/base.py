@@ -202,6 +202,14 @@ class InvalidScoreError(ValueError):
     """A scorer answered something else than one number in [0, 1] per clip."""
 
 
+class ScorerUnavailableError(RuntimeError):
+    """A scorer cannot answer now, whatever it is asked: its server is down or busy.
+
+    `AsyncScorer` keeps the batch and asks again, with longer and longer pauses. Any other error
+    is laid to the batch, which is given up after a second try.
+    """
+
+
 def check_scores(score: Tensor, clips: int, source: str) -> None:
     """Raise InvalidScoreError unless ``score`` is ``[clips]`` finite numbers in [0, 1].
 
