@@ -11,6 +11,7 @@ import torch
 from tensordict import TensorDict
 
 import vlmrb_torchrl.scorers as scorers_package
+from tests.contracts.examples import EXAMPLES
 from vlmrb_torchrl.scorers import ClipScorer, PromptedScorer
 
 SCORERS = [
@@ -25,8 +26,15 @@ B, F = 3, 8
 
 
 @pytest.fixture(scope="module", params=SCORERS, ids=lambda scorer: scorer.__name__)
-def scorer(request):
-    return request.param.example()
+def example(request):
+    """Builds the class's example, again at each call."""
+    build = EXAMPLES.get(request.param.__name__)
+    return request.param.example if build is None else lambda: build(request)
+
+
+@pytest.fixture(scope="module")
+def scorer(example):
+    return example()
 
 
 @pytest.fixture
@@ -79,9 +87,9 @@ def test_a_clips_score_does_not_depend_on_its_batch(scorer, clips):
         assert alone.item() == pytest.approx(together[number].item(), abs=1e-5)
 
 
-def test_it_travels_to_another_process_and_answers_the_same(scorer, clips):
+def test_it_travels_to_another_process_and_answers_the_same(example, clips):
     """Before and after it has loaded its weights."""
-    fresh = pickle.loads(pickle.dumps(type(scorer).example()))
+    fresh = pickle.loads(pickle.dumps(example()))
     again = pickle.loads(pickle.dumps(fresh))
     assert torch.equal(fresh(clips.clone())["score"], again(clips.clone())["score"])
 

@@ -1,0 +1,16 @@
+"""Examples of scorers that need something which a test must build: a model's folder, a server.
+
+The contract tests take ``EXAMPLES[class name](request)`` in place of the class's ``example()``.
+An entry may be called several times. ``request`` is a module's pytest request: its
+``addfinalizer`` stops what was started, ``getfixturevalue("tmp_path_factory")`` has folders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from vlmrb_torchrl.scorers import ClipScorer
+
+EXAMPLES: dict[str, Callable[[pytest.FixtureRequest], ClipScorer]] = {}
