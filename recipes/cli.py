@@ -13,13 +13,13 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, lazy_instance
 from lightning.fabric import Fabric
 
-from recipes.checks import ConfigError, require
 from recipes.off_policy import train
 from recipes.replay import Replay, VLMGuided
 from recipes.settings import Scoring, Training
 from recipes.tasks import DoorKey, Task
 from recipes.telemetry import Telemetry
 from vlmrb_torchrl import keys
+from vlmrb_torchrl.checks import ConfigError, one_line, require
 from vlmrb_torchrl.scorers import ClipScorer
 
 DEFAULT_SCORER = "vlmrb_torchrl.scorers.EmbeddedJudge"
@@ -50,17 +50,6 @@ def build_parser(algorithm: type[L.LightningModule]) -> ArgumentParser:
     parser.add_class_arguments(algorithm, "algorithm", skip={"env"}, instantiate=False)
     parser.add_class_arguments(Training, "training")
     return parser
-
-
-def one_line(error: BaseException) -> str:
-    """Reduce a parser's report to the line that names the value and the remedy."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ConfigError):
-            return str(cause)
-        cause = cause.__cause__ or cause.__context__
-    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines)
 
 
 def check(settings: Namespace) -> None:

@@ -24,9 +24,9 @@ import jsonargparse
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from recipes.checks import ConfigError, require
 from recipes.metrics import last_row
 from recipes.report import report
+from vlmrb_torchrl.checks import ConfigError, require
 
 CONFIGS = Path(__file__).parent / "configs"
 METHODS = CONFIGS / "methods"

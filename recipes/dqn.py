@@ -15,9 +15,9 @@ from torchrl.envs import EnvBase
 from torchrl.modules import EGreedyModule, QValueActor
 from torchrl.objectives import DQNLoss, SoftUpdate, ValueEstimators
 
-from recipes.checks import require
 from recipes.networks import GridQNetwork
 from vlmrb_torchrl import keys
+from vlmrb_torchrl.checks import require
 
 
 class DQN(L.LightningModule):

@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torchrl.collectors import Collector
 
-from recipes.checks import ConfigError
 from recipes.evaluation import evaluate
 from recipes.replay import Replay
 from recipes.settings import Scoring, Training
 from recipes.tasks import Task
 from recipes.telemetry import Telemetry
 from vlmrb_torchrl import AsyncScorer, ClipRenderTransform, VLMReplayBuffer
+from vlmrb_torchrl.checks import ConfigError
 
 
 class Algorithm(Protocol):

@@ -11,8 +11,8 @@ from torchrl.data import LazyTensorStorage, PrioritizedSampler, RandomSampler
 from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl.data.replay_buffers.scheduler import LinearScheduler, ParameterScheduler
 
-from recipes.checks import require
 from vlmrb_torchrl import VLMPrioritizedSampler, VLMReplayBuffer
+from vlmrb_torchrl.checks import require
 
 
 class Replay(ABC):

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from recipes.checks import require
 from recipes.metrics import read_rows
+from vlmrb_torchrl.checks import require
 
 Array = NDArray[np.float64]
 

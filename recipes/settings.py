@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from recipes.checks import require
+from vlmrb_torchrl.checks import require
 from vlmrb_torchrl.scorers import ClipScorer
 
 

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 
 from torchrl.envs import EnvBase
 
-from recipes.checks import require
+from vlmrb_torchrl.checks import require
 from vlmrb_torchrl.envs import DoorKeyEnv
 from vlmrb_torchrl.renderers import MiniGridRenderer, Renderer
 

@@ -17,9 +17,9 @@ from rich.progress import track
 from rich.table import Table
 
 from recipes.benchmarks.timing import Spread
-from recipes.checks import ConfigError, require
 from recipes.compare import CONFIGS, Run, plan
 from recipes.metrics import last_row
+from vlmrb_torchrl.checks import ConfigError, require
 
 
 def measure(run: Run) -> dict[str, float]:

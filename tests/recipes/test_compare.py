@@ -7,8 +7,8 @@ import pytest
 from rich.progress import Progress
 
 from recipes import compare
-from recipes.checks import ConfigError
 from recipes.metrics import last_row
+from vlmrb_torchrl.checks import ConfigError
 
 SHORT = [
     "--env.size=5",

@@ -18,3 +18,14 @@ def require(condition: bool, name: str, value: object, remedy: str) -> None:
     """
     if not condition:
         raise ConfigError(f"{name} is {value}: {remedy}")
+
+
+def one_line(error: BaseException) -> str:
+    """Reduce a parser's report to the line that names the value and the remedy."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ConfigError):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines)
