@@ -9,12 +9,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from vlmrb_torchrl.envs.base import JudgedEnv
+from vlmrb_torchrl.envs.base import DemonstratedEnv, JudgedEnv
 
 if TYPE_CHECKING:
     from vlmrb_torchrl.envs.doorkey import DoorKeyEnv
 
-__all__ = ["DoorKeyEnv", "JudgedEnv"]
+__all__ = ["DemonstratedEnv", "DoorKeyEnv", "JudgedEnv"]
 
 _HOMES = {"DoorKeyEnv": "doorkey"}
 

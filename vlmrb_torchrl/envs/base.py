@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
+from tensordict.nn import TensorDictModuleBase
+
 from vlmrb_torchrl.renderers.base import Renderer
 
 
@@ -29,4 +31,13 @@ class JudgedEnv(Protocol):
 
     def renderer(self) -> Renderer:
         """A renderer of this environment's ``render_state``."""
+        ...
+
+
+@runtime_checkable
+class DemonstratedEnv(JudgedEnv, Protocol):
+    """A `JudgedEnv` that knows a way to success: chance alone would seldom show a judge one."""
+
+    def demonstrator(self) -> TensorDictModuleBase:
+        """A policy for this environment that succeeds; it has no memory."""
         ...

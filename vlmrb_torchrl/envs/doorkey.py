@@ -21,6 +21,7 @@ from torchrl.data import Binary, Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
 from vlmrb_torchrl import keys
+from vlmrb_torchrl.envs.doorkey_demonstrator import DoorKeyDemonstrator
 from vlmrb_torchrl.prompts import MINIGRID
 from vlmrb_torchrl.renderers.minigrid import MiniGridRenderer
 
@@ -120,6 +121,10 @@ class DoorKeyEnv(EnvBase):
     def renderer(self, tile_size: int = 8, window: int | None = None) -> MiniGridRenderer:
         """A renderer of ``render_state``; see ``MiniGridRenderer`` for the arguments."""
         return MiniGridRenderer(tile_size, window)
+
+    def demonstrator(self) -> DoorKeyDemonstrator:
+        """A policy that takes the shortest way to the goal."""
+        return DoorKeyDemonstrator()
 
     def episode_seed(self, game: int, episode: int) -> int:
         """Seed that MiniGrid's ``reset`` gets for episode ``episode`` of game ``game``.
