@@ -11,6 +11,14 @@ from collections.abc import Callable
 
 import pytest
 
-from vlmrb_torchrl.scorers import ClipScorer
+from vlmrb_torchrl.scorers import CachedScorer, ClipScorer, EmbeddedJudge
 
-EXAMPLES: dict[str, Callable[[pytest.FixtureRequest], ClipScorer]] = {}
+
+def _cached(request: pytest.FixtureRequest) -> CachedScorer:
+    folder = request.getfixturevalue("tmp_path_factory").mktemp("scores")
+    return CachedScorer(EmbeddedJudge(), folder)
+
+
+EXAMPLES: dict[str, Callable[[pytest.FixtureRequest], ClipScorer]] = {
+    "CachedScorer": _cached,
+}

@@ -6,6 +6,7 @@ from vlmrb_torchrl.scorers.base import (
     ScorerUnavailableError,
     SeededScorer,
 )
+from vlmrb_torchrl.scorers.cached import CachedScorer
 from vlmrb_torchrl.scorers.constant import ConstantScorer
 from vlmrb_torchrl.scorers.embedded import EmbeddedJudge
 from vlmrb_torchrl.scorers.huggingface import HuggingFaceScorer
@@ -14,6 +15,7 @@ from vlmrb_torchrl.scorers.privileged import PrivilegedScorer
 from vlmrb_torchrl.scorers.random import RandomScorer
 
 __all__ = [
+    "CachedScorer",
     "ClipScorer",
     "ConstantScorer",
     "EmbeddedJudge",
