@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ YES_WORDS = ("Yes", " Yes", "yes", " yes", "YES", " YES")
 NO_WORDS = ("No", " No", "no", " no", "NO", " NO")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _INSTALL = "pip install 'vlmrb-torchrl[vlm]'"
+_WEIGHTS = (".safetensors", ".json", ".jinja", ".txt", ".model")
 
 
 def checked_model(model: str | Path) -> str:
@@ -35,34 +37,85 @@ def checked_model(model: str | Path) -> str:
     return str(folder)
 
 
-def read_pretrained(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Read processor and model by the Auto classes: safetensors only, no remote code.
+def checked_dtype(dtype: str | None, device: torch.device) -> str:
+    """Return ``dtype``, or what suits the device: bfloat16 on CUDA, float32 elsewhere.
+
+    Raises:
+        ValueError: torch has no floating dtype of that name.
+    """
+    if dtype is None:
+        return "bfloat16" if device.type == "cuda" else "float32"
+    known = getattr(torch, dtype, None)
+    if not isinstance(known, torch.dtype) or not known.is_floating_point:
+        raise ValueError(f"dtype={dtype!r} is none of torch's: say float32 or bfloat16.")
+    return dtype
+
+
+def read_pretrained(
+    name: str, auto_class: str, *, any_resolution: bool = False, **options: Any
+) -> tuple[Any, Any]:
+    """Read processor and model by the Auto classes, weights from safetensors only.
+
+    Args:
+        name: Folder or hub name.
+        auto_class: The model's Auto class, ``"AutoModelForImageTextToText"`` or ``"AutoModel"``.
+        any_resolution: Whether a timm tower, made for one size, is to take frames of any.
+        options: Of ``from_pretrained``: revision and trust_remote_code go to both, the others to
+            the model.
 
     Raises:
         ImportError: transformers, or a package that the model needs, is not installed.
+        ValueError: The folder or hub name holds no model of that kind with its processor.
     """
     try:
-        return _read(name, dtype)
+        return _read(name, auto_class, any_resolution, **options)
     except ImportError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ImportError(f"{name} cannot load ({reason}): {_INSTALL}") from error
+        reason = " ".join(str(error).split())[:300]
+        remedy = f"pip install {missing} (or {_INSTALL})" if (missing := error.name) else _INSTALL
+        if options.get("attn_implementation") and "flash" in reason.lower():
+            remedy = "pip install flash-attn, or attention='sdpa'"
+        raise ImportError(f"{name} cannot load ({reason}): {remedy}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{name} cannot load as {auto_class} with its processor ({reason}): check the name, "
+            "or save both with save_pretrained."
+        ) from error
 
 
-def _read(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+def _read(name: str, auto_class: str, any_resolution: bool, **options: Any) -> tuple[Any, Any]:
+    import transformers
     from transformers.utils import logging
 
+    shared = {k: options.pop(k) for k in ("revision", "trust_remote_code") if k in options}
+    shared.setdefault("trust_remote_code", False)
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # it would tear the recipe's own
     try:
-        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
-        model = AutoModelForImageTextToText.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        config = transformers.AutoConfig.from_pretrained(name, **shared)
+        timm_arguments = getattr(getattr(config, "vision_config", None), "model_args", None)
+        if any_resolution and timm_arguments is not None:
+            timm_arguments["dynamic_img_size"] = True
+        processor = transformers.AutoProcessor.from_pretrained(name, **shared)
+        model = getattr(transformers, auto_class).from_pretrained(
+            name, config=config, use_safetensors=True, **shared, **options
         )
     finally:
         if shown:
             logging.enable_progress_bar()
     return processor, model
+
+
+def weights_revision(name: str, model: Any) -> str:
+    """The hub's commit of a loaded model, or a digest of its folder's files."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return str(getattr(model.config, "_commit_hash", None) or "")
+    whole = hashlib.blake2b(digest_size=16)
+    for file in sorted(p for p in folder.iterdir() if p.suffix in _WEIGHTS):
+        with file.open("rb") as opened:
+            whole.update(file.name.encode() + hashlib.file_digest(opened, "blake2b").digest())
+    return whole.hexdigest()
 
 
 def answer_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
