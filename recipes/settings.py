@@ -90,6 +90,7 @@ class Scoring:
         queue_clips: Clips that may wait, about 5 kB each on DoorKey; beyond, the oldest is
             dropped and counted.
         batch_clips: Clips that the judge sees at once.
+        duty_cycle: Share of the time that the judge may compute, for one on the learner's own GPU.
         mode: Where the judge runs: a process (CPU), a thread with its own CUDA stream, in the
             loop itself (``sync``: reruns are bit-exact), or what suits the judge (``auto``).
     """
@@ -100,12 +101,19 @@ class Scoring:
     stride: int | None = None
     queue_clips: int = 2048
     batch_clips: int = 16
+    duty_cycle: float = 1.0
     mode: Literal["auto", "process", "thread", "sync"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("clip_transitions", "frames_per_clip", "queue_clips", "batch_clips"):
             value = getattr(self, name)
             require(value >= 1, f"scoring.{name}", value, "use at least 1")
+        require(
+            0 < self.duty_cycle <= 1,
+            "scoring.duty_cycle",
+            self.duty_cycle,
+            "use a share above 0, up to 1",
+        )
         require(
             self.stride is None or 1 <= self.stride <= self.clip_transitions,
             "scoring.stride",

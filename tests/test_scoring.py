@@ -517,6 +517,35 @@ def test_the_pause_doubles_from_fault_to_fault_up_to_its_longest(tmp_path, monke
     assert pauses == [0.25, 0.5, 1.0, 1.0, 1.0]
 
 
+def test_a_scorer_rests_until_its_share_of_the_time_is_kept(monkeypatch):
+    """A quarter of the time: after a batch of t seconds come 3 t of rest."""
+    clock = itertools.count()  # each look at the clock is a second later
+    rests = []
+    buffer = make_buffer()
+    scoring = make(buffer, Yes(), "thread", duty_cycle=0.25, batch_clips=2, max_wait_s=3600.0)
+    dispatcher = scoring._dispatcher
+    assert scoring.wait_until_ready(PATIENT)
+    rested = threading.Event()
+    wait_for = dispatcher._changed.wait_for
+
+    def rest(predicate, timeout=None):
+        if threading.current_thread() is not dispatcher._thread:
+            return wait_for(predicate, timeout)
+        rests.append(timeout)
+        rested.set()
+        return True
+
+    monkeypatch.setattr(dispatcher._changed, "wait_for", rest)
+    with scoring:
+        monkeypatch.setattr("vlmrb_torchrl.scoring_dispatcher.time.monotonic", clock.__next__)
+        insert(buffer, scoring, stream([8]))
+        assert rested.wait(PATIENT)
+        monkeypatch.undo()
+    (seconds,) = rests
+    assert seconds > 0
+    assert seconds % 3 == 0
+
+
 def test_a_pause_ends_when_the_scorer_is_closed(tmp_path):
     buffer = make_buffer()
     scoring = make(buffer, Faulty(["raises"] * 9, tmp_path), "thread", backoff_s=(3600.0, 3600.0))
@@ -860,6 +889,8 @@ def test_impossible_settings_are_refused_in_one_line():
         ({"timeout_s": 0.0}, "timeout_s is 0.0"),
         ({"max_wait_s": -1.0}, "max_wait_s is -1.0"),
         ({"backoff_s": (2.0, 1.0)}, "backoff_s is"),
+        ({"duty_cycle": 0.0}, "duty_cycle is 0.0"),
+        ({"duty_cycle": 1.5}, "duty_cycle is 1.5"),
         ({"niceness": 20}, "niceness is 20"),
     ):
         with pytest.raises(ValueError, match=message) as error:

@@ -58,6 +58,9 @@ class AsyncScorer:
         timeout_s: Seconds for a batch until the scorer counts as hanging. In ``"sync"`` mode
             there is no limit.
         start_timeout_s: Seconds for a worker to start and load the scorer.
+        duty_cycle: Share of the time that the scorer may compute, in (0, 1]; after a batch it
+            rests until its share is kept. For a scorer on the learner's own GPU, whose streams
+            share one set of cores.
         backoff_s: Shortest and longest pause after a fault, in seconds.
         niceness: Of the worker process, 0 (as important as the learner) to 19.
         worker_threads: Threads that torch may use in the worker process.
@@ -89,6 +92,7 @@ class AsyncScorer:
         queue_clips: int = 256,
         batch_clips: int = 16,
         max_wait_s: float = 0.1,
+        duty_cycle: float = 1.0,
         mode: Mode = "auto",
         timeout_s: float = 60.0,
         start_timeout_s: float = 300.0,
@@ -125,6 +129,7 @@ class AsyncScorer:
             queue_clips=queue_clips,
             batch_clips=batch_clips,
             max_wait_s=max_wait_s,
+            duty_cycle=duty_cycle,
             backoff_s=backoff_s,
             threaded=self.mode != "sync",
         )

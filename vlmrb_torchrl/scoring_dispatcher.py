@@ -39,6 +39,7 @@ class Dispatcher:
         queue_clips: Clips that may wait; the oldest makes room.
         batch_clips: Clips scored at once, at most.
         max_wait_s: Seconds that a clip may wait for its batch to fill.
+        duty_cycle: Share of the time that the scorer may compute.
         backoff_s: Pause after the first fault and the longest pause, in seconds.
         threaded: False to score in the thread that calls `put`, without pauses.
 
@@ -55,6 +56,7 @@ class Dispatcher:
         queue_clips: int,
         batch_clips: int,
         max_wait_s: float,
+        duty_cycle: float,
         backoff_s: tuple[float, float],
         threaded: bool,
     ) -> None:
@@ -63,11 +65,14 @@ class Dispatcher:
                 raise ValueError(f"{name} is {value}; it must be at least 1.")
         if not max_wait_s >= 0:
             raise ValueError(f"max_wait_s is {max_wait_s}; choose 0 or more seconds.")
+        if not 0 < duty_cycle <= 1:
+            raise ValueError(f"duty_cycle is {duty_cycle}; choose a share above 0, up to 1.")
         if not 0 <= backoff_s[0] <= backoff_s[1]:
             raise ValueError(f"backoff_s is {backoff_s}; choose (shortest, longest) seconds.")
         self._buffer, self._backend, self._ledger = buffer, backend, ledger
         self._queue_clips, self._batch_clips = queue_clips, batch_clips
         self._max_wait_s, self._backoff_s = max_wait_s, backoff_s
+        self._rest_per_second = 1 / duty_cycle - 1
         self._changed = threading.Condition()
         self._queue: deque[Ticket] = deque()
         self._batch: list[Ticket] = []  # being scored
@@ -152,10 +157,14 @@ class Dispatcher:
             self._fault(error.kind, str(error), retried=False)
         self._started.set()
         while batch := self._take():
+            begun = time.monotonic()
             self._attempt(batch)
+            rest_s = (time.monotonic() - begun) * self._rest_per_second
             with self._changed:
                 self._batch = []
                 self._changed.notify_all()
+                if rest_s:
+                    self._changed.wait_for(lambda: self._closed or self._draining, rest_s)
 
     def _take(self) -> list[Ticket]:
         """The next batch, as soon as there is one; none when closed."""

@@ -227,8 +227,8 @@ class VisionLanguageModel:
             return clips
         from torchvision.transforms.v2 import functional
 
-        flat = functional.resize(clips.flatten(0, 1), [edge, edge], antialias=True)
-        return flat.unflatten(0, clips.shape[:2])
+        resized: Tensor = functional.resize(clips, [edge, edge], antialias=True)
+        return resized
 
     def _encode(self, frames: Tensor) -> Tensor:
         """Embed frames ``[U, 3, H, W]`` as the model itself would, ``[U, tokens, width]``."""
