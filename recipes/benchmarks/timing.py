@@ -47,7 +47,7 @@ def rates(
     Args:
         contestants: Each does some of its work and returns how many units it did.
         rounds: Measurements of each, after one that is not counted.
-        seconds: Least duration of a measurement.
+        seconds: Least duration of a measurement; 0: each contestant works once.
 
     Returns:
         Units per second of each contestant, one sample a round.
@@ -56,7 +56,7 @@ def rates(
     for i in range(rounds + 1):
         for name, work in contestants.items():
             units, start = 0, time.perf_counter()
-            while (elapsed := time.perf_counter() - start) < seconds:
+            while (elapsed := time.perf_counter() - start) < seconds or not units:
                 units += work()
             if i:  # the first round warms caches up
                 samples[name].append(units / elapsed)

@@ -44,6 +44,10 @@ class FrameEmbeddings:
         """Memory of what is kept."""
         return sum(embedding.nbytes for embedding in self._kept.values())
 
+    def clear(self) -> None:
+        """Let go of everything."""
+        self._kept.clear()
+
     def __call__(self, frames: Tensor) -> Tensor:
         """Embeddings of ``[N, 3, H, W]``, one a frame, in their order.
 
