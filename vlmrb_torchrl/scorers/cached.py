@@ -73,6 +73,7 @@ class CachedScorer(ClipScorer):
         self.hits = self.misses = 0
         self._cache: Any = None
         self._given_up = False
+        self._judge: str | None = None
 
     @property
     def config(self) -> tuple[tuple[str, object], ...]:
@@ -96,7 +97,7 @@ class CachedScorer(ClipScorer):
 
     def __getstate__(self) -> dict[str, Any]:
         # Another process opens a connection of its own.
-        return {**self.__dict__, "_cache": None, "_given_up": False}
+        return {**self.__dict__, "_cache": None, "_given_up": False, "_judge": None}
 
     def load(self) -> None:
         """Load the judge, whose fingerprint is known only then, and open the cache.
@@ -105,6 +106,8 @@ class CachedScorer(ClipScorer):
             ImportError: diskcache is not installed.
         """
         self.scorer.load()
+        # Once: it may cost a digest of all weights.
+        self._judge = self._judge or self.fingerprint
         if self._cache is not None or self._given_up:
             return
         try:
@@ -138,7 +141,7 @@ class CachedScorer(ClipScorer):
 
     def _keys(self, clips: Tensor) -> list[str]:
         """What the scores of ``[B, F, 3, H, W]`` are kept under."""
-        judge = f"{self.fingerprint} {tuple(clips.shape[1:])} {clips.dtype} ".encode()
+        judge = f"{self._judge} {tuple(clips.shape[1:])} {clips.dtype} ".encode()
         return [
             hashlib.blake2b(judge + digest, digest_size=16).hexdigest()
             for digest in frame_digests(clips)
