@@ -28,3 +28,9 @@ KEY: Final = (
 
 MINIGRID: Final = MappingProxyType({"goal": GOAL, "door": DOOR, "key": KEY})
 """Prompts of the MiniGrid events: goal reached, door opened, key picked up."""
+
+# Not of the paper: what contrastive judges compare a frame with. They match a picture to a caption
+# and answer no question; the baseline is the same caption without the success, as in VLM-RM
+# (arXiv 2310.12921), so that what both say cancels.
+GOAL_CAPTION: Final = "a red triangle on a green square in a grid world"
+BASELINE_CAPTION: Final = "a red triangle in a grid world"

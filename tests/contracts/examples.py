@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 import pytest
 
-from vlmrb_torchrl.scorers import CachedScorer, ClipScorer, EmbeddedJudge
+from tests.scorers import contrastive_models
+from vlmrb_torchrl.scorers import CachedScorer, ClipScorer, ContrastiveScorer, EmbeddedJudge
 
 
 def _cached(request: pytest.FixtureRequest) -> CachedScorer:
@@ -19,6 +20,12 @@ def _cached(request: pytest.FixtureRequest) -> CachedScorer:
     return CachedScorer(EmbeddedJudge(), folder)
 
 
+def _contrastive(request: pytest.FixtureRequest) -> ContrastiveScorer:
+    folder = request.getfixturevalue("tmp_path_factory").mktemp("clip")
+    return ContrastiveScorer(contrastive_models.clip(folder))
+
+
 EXAMPLES: dict[str, Callable[[pytest.FixtureRequest], ClipScorer]] = {
     "CachedScorer": _cached,
+    "ContrastiveScorer": _contrastive,
 }

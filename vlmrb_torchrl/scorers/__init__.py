@@ -8,6 +8,7 @@ from vlmrb_torchrl.scorers.base import (
 )
 from vlmrb_torchrl.scorers.cached import CachedScorer
 from vlmrb_torchrl.scorers.constant import ConstantScorer
+from vlmrb_torchrl.scorers.contrastive import ContrastiveScorer
 from vlmrb_torchrl.scorers.embedded import EmbeddedJudge
 from vlmrb_torchrl.scorers.huggingface import HuggingFaceScorer
 from vlmrb_torchrl.scorers.noisy import NoisyScorer
@@ -18,6 +19,7 @@ __all__ = [
     "CachedScorer",
     "ClipScorer",
     "ConstantScorer",
+    "ContrastiveScorer",
     "EmbeddedJudge",
     "HuggingFaceScorer",
     "NoisyScorer",

@@ -1,0 +1,185 @@
+"""Contrastive models as judges: does a clip look more like the goal than like the baseline?
+
+CLIP, SigLIP and SigLIP 2 look at frame after frame, X-CLIP at the clip as a whole. They are one
+to two orders of magnitude cheaper than a language model and answer no question: they match
+pictures with captions.
+
+transformers is imported when the weights load, at the first clip, not before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from vlmrb_torchrl.frames import thin
+from vlmrb_torchrl.keys import CLIP
+from vlmrb_torchrl.prompts import BASELINE_CAPTION, GOAL_CAPTION
+from vlmrb_torchrl.scorers.base import PromptedScorer, checked_prompts
+from vlmrb_torchrl.scorers.contrastive_model import ContrastiveModel
+from vlmrb_torchrl.scorers.pretrained import checked_dtype, checked_model
+
+Pooling = Literal["max", "mean"]
+
+
+class ContrastiveScorer(PromptedScorer):
+    """How much more a clip looks like the goal's caption than like the baseline's.
+
+    The score is sigmoid(scale · (cos(v, goal) − cos(v, baseline))) of the model's embeddings: the
+    probability that a softmax over the two captions gives the goal. v is a frame, the mean of the
+    frames, or, for X-CLIP, the clip. Several prompts: the maximum of their scores.
+
+    Constructing it is cheap; weights load at the first clip (or by `load`). It pickles before
+    and after: the weights stay behind and load again from where they came.
+
+    B: clips, F: frames of a clip, P: prompts.
+
+    Args:
+        model: Folder written by ``save_pretrained`` (model and processor), or a name on the
+            Hugging Face hub. Weights are read from safetensors only; remote code never runs.
+        prompts: Captions of the goal, not questions; one or several.
+        baseline: Caption of the same picture without the success.
+        pooling: A clip's evidence among that of its frames: their "max", for a goal that shows in
+            one frame, or the evidence of the "mean" of their embeddings. X-CLIP needs neither.
+        scale: Factor of the difference; None: the model's own logit scale.
+        device: Where the model computes, the preparation of the frames included.
+        dtype: Precision of the weights, as torch names it; None: bfloat16 on CUDA, else float32.
+        frames: Frames looked at of each clip, spread evenly, the last among them; None: all.
+            X-CLIP looks at as many of these as it was trained with.
+        batch_clips: Clips of one forward pass.
+        dedup: Encode equal frames once and keep their embeddings. None: where the model looks at
+            one frame at a time. False: the plain path.
+        cache_megabytes: Memory for the embeddings kept, least recently used dropped first.
+        revision: Branch, tag or commit on the hub.
+
+    Raises:
+        FileNotFoundError: ``model`` is a folder that does not exist or holds no safetensors.
+        ValueError: No prompt, an empty one, an unknown pooling or a number out of range.
+
+    Source:
+        CLIP, arXiv 2103.00020; SigLIP, arXiv 2303.15343; X-CLIP, arXiv 2208.02816. Goal against
+        baseline: after VLM-RM, arXiv 2310.12921, which projects instead of subtracting.
+
+    Example:
+        >>> scorer = ContrastiveScorer("openai/clip-vit-base-patch32", GOAL_CAPTION,
+        ...                            baseline=BASELINE_CAPTION)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        prompts: str | Sequence[str] = GOAL_CAPTION,
+        *,
+        baseline: str = BASELINE_CAPTION,
+        pooling: Pooling = "max",
+        scale: float | None = None,
+        device: str | torch.device = "cpu",
+        dtype: str | None = None,
+        frames: int | None = None,
+        batch_clips: int = 64,
+        dedup: bool | None = None,
+        cache_megabytes: float = 256.0,
+        revision: str | None = None,
+    ) -> None:
+        super().__init__(prompts)
+        self.model_name = checked_model(model)
+        (self.baseline,) = checked_prompts(baseline)
+        if pooling not in get_args(Pooling):
+            raise ValueError(f"pooling={pooling!r}: say one of {get_args(Pooling)}.")
+        for name, value in (
+            ("scale", scale),
+            ("frames", frames),
+            ("batch_clips", batch_clips),
+            ("cache_megabytes", cache_megabytes),
+        ):
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value}: it must be positive.")
+        self.pooling: Pooling = pooling
+        self.scale = scale
+        self._device = torch.device(device)
+        self.dtype = checked_dtype(dtype, self._device)
+        self.frames = frames
+        self.batch_clips = int(batch_clips)
+        self.dedup = dedup
+        self.cache_megabytes = float(cache_megabytes)
+        self.wanted_revision = revision
+        self._loaded: ContrastiveModel | None = None
+
+    @property
+    def config(self) -> tuple[tuple[str, object], ...]:
+        """What the scores depend on."""
+        return (
+            ("model", self.model_name),
+            ("prompts", self.prompts),
+            ("baseline", self.baseline),
+            ("pooling", self.pooling),
+            ("scale", self.scale),
+            ("dtype", self.dtype),
+            ("frames", self.frames),
+        )
+
+    @property
+    def revision(self) -> str:
+        """The hub's commit or a digest of the folder, once loaded; before, what was asked for."""
+        return (self.wanted_revision or "") if self._loaded is None else self._loaded.revision
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self._device
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_loaded": None}
+
+    def load(self) -> None:
+        """Read processor and weights.
+
+        Raises:
+            ImportError: transformers, or a package that the model needs, is not installed.
+            ValueError: It is no contrastive model or cannot be read; a prompt has more tokens than
+                it reads; ``dedup=True`` for one that looks at all frames together; no scale.
+        """
+        if self._loaded is not None:
+            return
+        pinned = {} if self.wanted_revision is None else {"revision": self.wanted_revision}
+        loaded = ContrastiveModel(
+            self.model_name,
+            device=self._device,
+            dtype=getattr(torch, self.dtype),
+            dedup=self.dedup,
+            cache_megabytes=self.cache_megabytes,
+            **pinned,
+        )
+        if self.scale is None and loaded.scale is None:
+            raise ValueError(f"scale=None: {self.model_name} has no logit scale, pass one.")
+        loaded.tokens((*self.prompts, self.baseline))  # refused now, not with the first clips
+        # In a plain object: as a submodule the weights would enter every checkpoint.
+        self._loaded = loaded
+
+    def score_prompts(self, tensordict: TensorDictBase) -> Tensor:
+        """Score of each clip under each prompt, float32 ``[B, P]``.
+
+        Raises:
+            ValueError: A prompt has more tokens than the model reads.
+        """
+        self.load()
+        assert self._loaded is not None
+        clips = thin(tensordict[CLIP], self.frames)
+        if not len(clips):
+            return torch.zeros(0, len(self.prompts))
+        captions = tuple(dict.fromkeys((*self.prompts, self.baseline)))
+        goals = [captions.index(prompt) for prompt in self.prompts]
+        against = [captions.index(self.baseline)]
+        scale = self.scale or self._loaded.scale
+        assert scale is not None
+        scores = []
+        for part in clips.split(self.batch_clips):
+            cosines = self._loaded.cosines(part, captions, mean=self.pooling == "mean")
+            evidence = scale * (cosines[..., goals] - cosines[..., against])
+            scores.append(evidence.amax(1).sigmoid().cpu())
+        return torch.cat(scores)
