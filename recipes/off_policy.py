@@ -145,6 +145,8 @@ def train(
     env_steps, updates_due, evaluations = 0, 0.0, 0
     with ExitStack() as cleanup:
         cleanup.callback(collector.shutdown)
+        if fabric.device.type == "cuda":  # ahead of a judge on the same GPU, whose stream has 0
+            cleanup.enter_context(torch.cuda.stream(torch.cuda.Stream(fabric.device, priority=-1)))
         scoring = None
         if replay.uses_scores:
             scoring = cleanup.enter_context(build_scoring(buffer, task, scoring_settings))

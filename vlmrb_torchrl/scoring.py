@@ -59,8 +59,9 @@ class AsyncScorer:
             there is no limit.
         start_timeout_s: Seconds for a worker to start and load the scorer.
         duty_cycle: Share of the time that the scorer may compute, in (0, 1]; after a batch it
-            rests until its share is kept. For a scorer on the learner's own GPU, whose streams
-            share one set of cores.
+            rests until its share is kept. For a scorer on the learner's own GPU: the streams
+            share one set of cores, and only new work sees that the learner's has priority
+            (give it ``torch.cuda.Stream(priority=-1)``; a scorer's stream has the least, 0).
         backoff_s: Shortest and longest pause after a fault, in seconds.
         niceness: Of the worker process, 0 (as important as the learner) to 19.
         worker_threads: Threads that torch may use in the worker process.

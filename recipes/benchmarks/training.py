@@ -37,6 +37,7 @@ def training(
     peer: str = "per",
     pairs: int = 5,
     env_steps: int = 60_000,
+    extra: list[str] | None = None,
     out: Path = Path("runs/benchmark_training"),
 ) -> None:
     """Train ``method`` and ``peer`` in turn and print the ratio of their speeds.
@@ -47,15 +48,17 @@ def training(
         peer: Method to divide by.
         pairs: Repetitions.
         env_steps: Length of a run, in environment steps.
+        extra: Further arguments of every run, as on the recipe's command line.
         out: Folder of the logs.
     """
     require(pairs >= 1, "pairs", pairs, "use at least 1")
-    extra = [
+    settings = [
         f"--training.total_env_steps={env_steps}",
         f"--training.log_every_env_steps={env_steps}",
         "--training.eval_every_env_steps=0",
+        *(extra or []),
     ]
-    runs = plan(configs, "dqn", [method, peer], list(range(pairs)), out, extra)
+    runs = plan(configs, "dqn", [method, peer], list(range(pairs)), out, settings)
     speeds: dict[str, list[float]] = {method: [], peer: []}
     unscored = 0.0
     for run in track(runs, "runs", transient=True):

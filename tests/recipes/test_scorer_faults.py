@@ -1,0 +1,182 @@
+"""A judge that fails while DQN trains: learning goes on, nothing is lost, counters tell it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+import pytest
+import torch
+
+from recipes import cli, off_policy
+from recipes.dqn import DQN
+from recipes.metrics import read_rows
+from vlmrb_torchrl import AsyncScorer, ClipRenderTransform
+from vlmrb_torchrl.scorers import EmbeddedJudge, ScorerUnavailableError
+
+SHORT = [
+    "--env.size=5",
+    "--env.max_steps=40",
+    "--training.total_env_steps=1000",
+    "--training.warmup_env_steps=200",
+    "--training.eval_every_env_steps=0",
+    "--training.log_every_env_steps=500",
+    "--training.strip_every_env_steps=0",
+    "--training.num_envs=4",
+    "--training.progress=false",
+    "--replay.capacity=2000",
+    "--scoring.mode=thread",
+]
+PATIENT = 60.0  # seconds; only a failing test waits as long
+
+
+class Failing(EmbeddedJudge):
+    """The judge, whose model fails as told: ``fail(call, clips)`` may raise or answer instead."""
+
+    def __init__(self, fail):
+        super().__init__()
+        self.fail, self.calls = fail, 0
+
+    def load(self):
+        super().load()
+        model = self._loaded
+        if "log_odds" in vars(model):
+            return
+        real = model.log_odds
+
+        def log_odds(clips, prompts):
+            self.calls += 1
+            answer = self.fail(self.calls, clips)
+            return real(clips, prompts) if answer is None else answer
+
+        model.log_odds = log_odds
+
+
+class Drained(AsyncScorer):
+    """Scores what is pending before it closes, and keeps the books."""
+
+    def __exit__(self, *error):
+        assert self.drain(PATIENT, flush=True)
+        self.books = self.statistics()
+        super().__exit__(*error)
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """Train a short run with a judge; return its rows and the scorer's books."""
+
+    def run(judge, on_submit=lambda env_steps: None):
+        made = []
+
+        def build(buffer, task, settings):
+            scoring = Drained(
+                buffer,
+                ClipRenderTransform(task.renderer()),
+                judge,
+                clip_transitions=8,
+                frames_per_clip=8,
+                queue_clips=2048,
+                batch_clips=8,
+                backoff_s=(0.0, 0.0),
+                mode="thread",
+            )
+            made.append(scoring)
+            submit = scoring.submit
+
+            def watched(data, index):
+                submit(data, index)
+                on_submit(int(scoring.statistics()["transitions_submitted"]))
+
+            scoring.submit = watched
+            return scoring
+
+        monkeypatch.setattr(off_policy, "build_scoring", build)
+        cli.run(DQN, [*SHORT, f"--training.log_dir={tmp_path}", "--training.name=run"])
+        rows = [row for row in read_rows(tmp_path / "run") if "loss/td" in row]
+        assert rows[-1]["env_steps"] == 1024
+        assert rows[-1]["speed/updates_per_s"] > 0  # it learnt to the end
+        (scoring,) = made
+        return scoring.books
+
+    return run
+
+
+def faults(books):
+    return {k.removeprefix("faults_"): v for k, v in books.items() if "faults" in k and v}
+
+
+def all_scored(books):
+    assert books["clips_submitted"] > 100
+    assert books["clips_scored"] + books["clips_late"] == books["clips_submitted"]
+    assert books["clips_dropped"] == books["clips_failed"] == books["clips_pending"] == 0
+
+
+def test_model_that_raises_on_the_third_batch_is_asked_again(train, caplog):
+    def fail(call, clips):
+        if call == 3:
+            raise ValueError("the third batch")
+
+    books = train(Failing(fail))
+    all_scored(books)
+    assert faults(books) == {"raised": 1}
+    assert books["retries"] == 1
+    assert "Learning goes on" in caplog.text
+
+
+def test_logits_that_are_no_number_are_no_scores(train):
+    def fail(call, clips):
+        return torch.full((len(clips), 1), torch.nan) if call == 3 else None
+
+    books = train(Failing(fail))
+    all_scored(books)
+    assert faults(books) == {"invalid": 1}
+
+
+def test_batch_that_never_gets_a_number_is_given_up_and_no_other(train):
+    lost = []
+
+    def fail(call, clips):
+        if call in (3, 4):
+            lost.append(len(clips))
+            return torch.full((len(clips), 1), torch.nan)
+        return None
+
+    books = train(Failing(fail))
+    assert faults(books) == {"invalid": 2}
+    assert lost[0] == lost[1] == books["clips_failed"]
+    assert books["clips_scored"] + books["clips_failed"] == books["clips_submitted"]
+
+
+def test_out_of_memory_halves_the_batch_and_no_clip_is_lost(train, caplog):
+    """Room for 3 of at most 8 clips: the batch becomes 4, then 2."""
+    caplog.set_level(logging.WARNING)
+    sizes = []
+
+    def fail(call, clips):
+        sizes.append(len(clips))
+        if len(clips) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    judge = Failing(fail)
+    books = train(judge)
+    all_scored(books)
+    assert faults(books) == {}
+    assert judge.batch_clips <= 3
+    assert sum(size > 3 for size in sizes) <= 2
+    assert "ran out of memory" in caplog.text
+
+
+def test_judge_that_is_down_for_half_the_run_scores_everything_when_it_is_back(train):
+    """It answers once 600 of 1024 transitions are in clips: what came before has waited."""
+    up, refused = threading.Event(), []
+
+    def fail(call, clips):
+        if not up.is_set():
+            refused.append(call)
+            up.wait(0.01)  # a refused connection takes its time, too
+            raise ScorerUnavailableError("connection refused")
+
+    books = train(Failing(fail), lambda env_steps: env_steps >= 600 and up.set())
+    all_scored(books)
+    assert faults(books) == {"unavailable": len(refused)}
+    assert refused
