@@ -60,22 +60,17 @@ _LAYERS = {
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
 }
+_SQUARE = {"height": PIXELS, "width": PIXELS}
 _VISION = {**_LAYERS, "image_size": PIXELS, "patch_size": PATCH}
 
 
-def _clip_pixels() -> Any:
-    from transformers import CLIPImageProcessor
-
-    size = {"height": PIXELS, "width": PIXELS}
-    return CLIPImageProcessor(size={"shortest_edge": PIXELS}, crop_size=size)
-
-
 def clip(folder: Path) -> Path:
-    from transformers import CLIPConfig, CLIPModel, CLIPProcessor
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
     tokenizer = build_tokenizer()
     config = CLIPConfig(text_config=_text(tokenizer), vision_config=_VISION, projection_dim=WIDTH)
-    return _save(folder, CLIPModel(config), CLIPProcessor(_clip_pixels(), tokenizer))
+    pixels = CLIPImageProcessor(size={"shortest_edge": PIXELS}, crop_size=_SQUARE)
+    return _save(folder, CLIPModel(config), CLIPProcessor(pixels, tokenizer))
 
 
 def siglip(folder: Path) -> Path:
@@ -83,7 +78,7 @@ def siglip(folder: Path) -> Path:
 
     tokenizer = build_tokenizer()
     text = {**_text(tokenizer), "projection_size": WIDTH}
-    pixels = SiglipImageProcessor(size={"height": PIXELS, "width": PIXELS})
+    pixels = SiglipImageProcessor(size=_SQUARE)
     model = SiglipModel(SiglipConfig(text_config=text, vision_config=_VISION))
     return _save(folder, model, SiglipProcessor(pixels, tokenizer))
 
@@ -111,7 +106,7 @@ def siglip2(folder: Path) -> Path:
 
 
 def x_clip(folder: Path) -> Path:
-    from transformers import XCLIPConfig, XCLIPModel, XCLIPProcessor
+    from transformers import VideoMAEImageProcessor, XCLIPConfig, XCLIPModel, XCLIPProcessor
 
     tokenizer = build_tokenizer()
     vision = {
@@ -129,7 +124,9 @@ def x_clip(folder: Path) -> Path:
         prompt_layers=1,
         prompt_num_attention_heads=2,
     )
-    return _save(folder, XCLIPModel(config), XCLIPProcessor(_clip_pixels(), tokenizer))
+    # The published ones come with this processor, which takes all frames for one video.
+    pixels = VideoMAEImageProcessor(size={"shortest_edge": PIXELS}, crop_size=_SQUARE)
+    return _save(folder, XCLIPModel(config), XCLIPProcessor(pixels, tokenizer))
 
 
 @torch.no_grad()

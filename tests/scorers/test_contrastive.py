@@ -51,8 +51,6 @@ def by_hand(family: str, folder: Path, clip: Tensor) -> Any:
         **pad,
         **({"patch_size": PATCH, "max_num_patches": PATCHES} if family == "siglip2" else {}),
     )
-    if family == "x_clip":
-        inputs["pixel_values"] = inputs["pixel_values"][None]
     with torch.no_grad():
         return model(**inputs)
 
