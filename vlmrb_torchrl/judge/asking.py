@@ -1,0 +1,210 @@
+"""Judges asked about clips, and how long they take.
+
+N: clips, E: events, Q: questions put to one scorer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from vlmrb_torchrl.checks import ConfigError, one_line
+from vlmrb_torchrl.clips import ClipRenderTransform
+from vlmrb_torchrl.judge.settings import Settings
+from vlmrb_torchrl.keys import CLIP, SCORE
+from vlmrb_torchrl.scorers import ClipScorer, PromptedScorer
+from vlmrb_torchrl.scorers.base import check_scores
+
+_AGAIN_BATCHES, _AGAIN_SECONDS = 4, 2.0
+"""As much is scored twice, to time frames that were seen before."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One column of scores: who was asked what, and which events make it true.
+
+    Attributes:
+        scorer: Short name of the scorer.
+        asked: Short name of the question: its events where the environment knows it, else its
+            words.
+        prompts: Its words; none for a scorer that is not asked in words.
+        events: Any of them in a clip makes it a positive.
+    """
+
+    scorer: str
+    asked: str
+    prompts: tuple[str, ...]
+    events: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Both names."""
+        return f"{self.scorer}: {self.asked}"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What it took one scorer to answer Q questions about each clip.
+
+    Attributes:
+        scorer: Its short name.
+        questions: Q.
+        device: Where it computed, "cpu" or "cuda".
+        cores: CPU threads it had; 1 on a GPU.
+        clips_per_s: Warm, clips in the order in which they were played.
+        clips_per_s_again: The same clips at once again; what it keeps of frames pays here.
+        draw_ms_per_clip: Milliseconds to render a clip, on top; 0 if it reads no frames.
+        load_s: Seconds to load.
+    """
+
+    scorer: str
+    questions: int
+    device: str
+    cores: int
+    clips_per_s: float
+    clips_per_s_again: float
+    draw_ms_per_clip: float
+    load_s: float
+
+    def env_steps_per_s(self, stride: int) -> float:
+        """Environment steps a second that it keeps up with, one clip every ``stride`` steps."""
+        return self.clips_per_s * stride
+
+    def hours_per_million_env_steps(self, stride: int) -> float:
+        """GPU-hours, or core-hours on a CPU."""
+        return 1e6 / self.env_steps_per_s(stride) / 3600 * self.cores
+
+
+class Judge:
+    """One scorer and what it is asked.
+
+    Args:
+        scorer: The scorer.
+        settings: Prompts and events.
+        name: Short name, unlike that of the others.
+    """
+
+    def __init__(self, scorer: ClipScorer, settings: Settings, name: str) -> None:
+        self.name, self._settings, self._load_s = name, settings, 0.0
+        words: list[tuple[str, ...]] = [()]
+        self._each: PromptedScorer | None = None  # judged by each of its prompts
+        if isinstance(scorer, PromptedScorer):
+            words = [scorer.prompts]
+            if settings.prompts:
+                scorer = self._each = scorer.asking(settings.texts)
+                words = [(text,) for text in scorer.prompts]
+        self.scorer: ClipScorer = scorer
+        self.questions = [self._question(prompts) for prompts in words]
+
+    def _question(self, prompts: tuple[str, ...]) -> Question:
+        assert self._settings.event is not None
+        event_of = {text: event for event, text in self._settings.env.prompts.items()}
+        events = [event_of.get(prompt, self._settings.event) for prompt in prompts]
+        events = list(dict.fromkeys(events)) or [self._settings.event]
+        known = all(prompt in event_of for prompt in prompts)
+        asked = " or ".join(events if known else prompts)
+        return Question(self.name, asked, prompts, tuple(events))
+
+    def load(self) -> None:
+        """Load what is heavy.
+
+        Raises:
+            ConfigError: It does not load.
+        """
+        begun = time.perf_counter()
+        try:
+            self.scorer.load()
+        except (ImportError, OSError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"scorer {self.name} does not load: {one_line(error)}") from error
+        self._load_s += time.perf_counter() - begun
+
+    def answer(self, batch: TensorDictBase) -> Tensor:
+        """Scores of a batch of B clips to every question, float32 ``[B, Q]`` on the CPU."""
+        if self._each is None:
+            scores: Tensor = self.scorer(batch.copy())[SCORE][:, None]
+            return scores.cpu()
+        with torch.no_grad():
+            scores = self._each.score_prompts(batch)
+        for column in scores.unbind(-1):
+            check_scores(column, len(batch), self.name)
+        return scores.float().cpu()
+
+    def answers(
+        self, clips: TensorDict, advance: Callable[[int], object]
+    ) -> tuple[NDArray[np.float64], Cost]:
+        """Score all clips ``[N]``; return float ``[N, Q]`` and what it took.
+
+        Raises:
+            ConfigError: The scorer failed.
+        """
+        self.load()
+        drawing = scoring = again = 0.0
+        seen_again, scores = 0, []
+        for number, part in enumerate(clips.split(self._settings.batch_clips)):
+            begun = time.perf_counter()
+            batch = self._drawn(part)
+            drawing += time.perf_counter() - begun
+            if number == 0:
+                self._timed(_noise(batch))  # kernels and memory are made at the first batch
+            score, seconds = self._timed(batch)
+            scores.append(score)
+            scoring += seconds
+            if number < _AGAIN_BATCHES and again < _AGAIN_SECONDS:
+                again += self._timed(batch)[1]
+                seen_again += len(part)
+            advance(len(part))
+        on_gpu = self.scorer.device.type == "cuda"
+        cost = Cost(
+            scorer=self.name,
+            questions=len(self.questions),
+            device=self.scorer.device.type,
+            cores=1 if on_gpu else self._settings.torch_threads,
+            clips_per_s=len(clips) / scoring,
+            clips_per_s_again=seen_again / again,
+            draw_ms_per_clip=1e3 * drawing / len(clips),
+            load_s=self._load_s,
+        )
+        return torch.cat(scores).double().numpy(), cost
+
+    def _drawn(self, part: TensorDict) -> TensorDict:
+        if not self.scorer.needs_frames:
+            return part
+        return ClipRenderTransform(self._settings.draw)(part.copy())
+
+    def _timed(self, batch: TensorDict) -> tuple[Tensor, float]:
+        begun = time.perf_counter()
+        try:
+            score = self.answer(batch)
+        except Exception as error:
+            kind = type(error).__name__
+            raise ConfigError(
+                f"scorer {self.name} failed on {len(batch)} clips: {kind}: {one_line(error)}"
+            ) from error
+        return score, time.perf_counter() - begun
+
+
+def _noise(batch: TensorDict) -> TensorDict:
+    """A batch of the same shape whose frames no clip shows: nothing of the clips is seen early."""
+    noise = batch.copy()
+    if CLIP in batch:
+        noise[CLIP] = torch.randint_like(batch[CLIP], 256)
+    return noise
+
+
+def judges(settings: Settings) -> list[Judge]:
+    """The scorers by short names: class and model, numbered where that is not enough."""
+    found: list[Judge] = []
+    for scorer in settings.scorers:
+        model = dict(scorer.config).get("model")
+        name = type(scorer).__name__ + (f" {Path(str(model)).name}" if model else "")
+        same = sum(judge.name.partition(" #")[0] == name for judge in found)
+        found.append(Judge(scorer, settings, f"{name} #{same + 1}" if same else name))
+    return found

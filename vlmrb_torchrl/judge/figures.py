@@ -1,0 +1,267 @@
+"""How good a judge is, in numbers that say how sure they are.
+
+Clips of one episode resemble each other, so the intervals are bootstrapped over episodes.
+
+N: clips, M: episodes, R: resamples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+CONFIDENCE_Z = 1.96
+CALIBRATION_BINS = 10
+_CHUNK = 4_000_000  # weights held at once
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a judge said about clips, and what happened in them.
+
+    Attributes:
+        score: ``[N]`` in [0, 1].
+        label: What was asked about happened in the clip, ``[N]``.
+        shown: It happened after the first frame shown, so a change can be seen, ``[N]``.
+        episode: Which episode the clip is of, any integers, ``[N]``.
+    """
+
+    score: Array
+    label: Bools
+    shown: Bools
+    episode: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % interval, or the reason why there is none."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return f"– ({self.reason})"
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """The score from which a Yes gives the greatest F1, and what it gives."""
+
+    value: float
+    f1: float
+    precision: float
+    recall: float
+
+
+def wilson(successes: float, trials: int) -> tuple[float, float, float]:
+    """A share and its 95 % interval (Wilson 1927); NaN where there were no trials."""
+    if trials == 0:
+        return math.nan, math.nan, math.nan
+    share, z2 = successes / trials, CONFIDENCE_Z**2
+    middle = (share + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = CONFIDENCE_Z / (1 + z2 / trials)
+    half *= math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
+    return share, max(0.0, middle - half), min(1.0, middle + half)
+
+
+def area_interval(area: float, positives: int, negatives: int) -> tuple[float, float]:
+    """95 % interval of an area under the ROC curve that holds at 0 and 1, too.
+
+    Source:
+        Newcombe 2006, Statistics in Medicine 25:559, method 5: the true areas that lie within
+        1.96 of their own standard errors (Hanley & McNeil 1982) of the one observed. With one
+        positive and one negative it is Wilson's interval.
+    """
+    from scipy.optimize import brentq
+
+    extra = (positives + negatives) / 2 - 1
+
+    def outside(true: float) -> float:
+        spread = 1 + extra * ((1 - true) / (2 - true) + true / (1 + true))
+        variance = true * (1 - true) * spread / (positives * negatives)
+        return float((true - area) ** 2 - CONFIDENCE_Z**2 * variance)
+
+    # At 0 and 1 themselves the error vanishes: look a hair beside them.
+    low = brentq(outside, 0.0, min(area, 1 - 1e-9)) if area > 0 else 0.0
+    high = brentq(outside, max(area, 1e-9), 1.0) if area < 1 else 1.0
+    return low, high
+
+
+def area_under_curve(score: Array, label: Bools, weights: Array | None = None) -> Array:
+    """Probability that a positive clip scores above a negative one, ties counting half.
+
+    Args:
+        score: ``[N]``.
+        label: ``[N]``.
+        weights: How often each clip counts, ``[R, N]``; None: once each, R = 1.
+
+    Returns:
+        ``[R]``; NaN where no positive or no negative counts.
+    """
+    weights = np.ones((1, len(score))) if weights is None else weights
+    if not len(score):
+        return np.full(len(weights), np.nan)
+    order = np.argsort(score, kind="stable")
+    starts = np.flatnonzero(np.diff(score[order], prepend=-np.inf))  # of runs of equal scores
+    ordered = weights[:, order]
+    positive = np.add.reduceat(ordered * label[order], starts, axis=1)
+    negative = np.add.reduceat(ordered * ~label[order], starts, axis=1)
+    below = negative.cumsum(1) - negative / 2
+    with np.errstate(invalid="ignore"):
+        area: Array = (positive * below).sum(1) / (positive.sum(1) * negative.sum(1))
+    return area
+
+
+def _measures(answers: Answers, threshold: float, weights: Array) -> dict[str, Array]:
+    """Every measure under each row of weights ``[R, N]``; NaN where it is not defined."""
+    score, label = answers.score, answers.label
+    yes = score >= threshold
+    off = score - label
+    bins = np.minimum((score * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    by_bin = off[:, None] * (bins[:, None] == np.arange(CALIBRATION_BINS))
+    total, seen = weights.sum(1), label & answers.shown
+    with np.errstate(invalid="ignore"):
+        return {
+            "base_rate": weights @ label / total,
+            "precision": weights @ (yes & label) / (weights @ yes),
+            "recall": weights @ (yes & label) / (weights @ label),
+            "recall_shown": weights @ (yes & seen) / (weights @ seen),
+            "false_positive_rate": weights @ (yes & ~label) / (weights @ ~label),
+            "auc": area_under_curve(score, label, weights),
+            "brier": weights @ off**2 / total,
+            # n_b / N |mean score − share of positives|, summed over bins b
+            "ece": np.abs(weights @ by_bin).sum(1) / total,
+        }
+
+
+def estimate(
+    answers: Answers, threshold: float, resamples: int = 2000, seed: int = 0
+) -> dict[str, Estimate]:
+    """Every measure with its 95 % interval: percentiles of a bootstrap over episodes.
+
+    Where all resamples agree, as at a precision of 1, there is nothing to take percentiles of:
+    the interval is then Wilson's (for the AUC Newcombe's), each *episode* counting as one trial,
+    since its clips agree, too.
+
+    Args:
+        answers: Of one judge to one question.
+        threshold: A score from here on is a Yes.
+        resamples: Of the bootstrap.
+        seed: Of the bootstrap.
+    """
+    N = len(answers.score)
+    _, episode = np.unique(answers.episode, return_inverse=True)
+    M = int(episode.max()) + 1
+    random = np.random.default_rng(seed)
+    point = _measures(answers, threshold, np.ones((1, N)))
+    parts = []
+    for first in range(0, resamples, few := max(1, _CHUNK // N)):
+        rows = min(few, resamples - first)
+        weights = random.multinomial(M, np.full(M, 1 / M), size=rows)[:, episode].astype(float)
+        parts.append(_measures(answers, threshold, weights))
+    trials = _trials(answers, threshold)
+    estimates = {}
+    for name, value in point.items():
+        spread = np.concatenate([part[name] for part in parts])
+        estimates[name] = _estimate(name, float(value[0]), spread, trials[name])
+    return estimates
+
+
+def _trials(answers: Answers, threshold: float) -> dict[str, tuple[int, ...]]:
+    """Episodes with a clip that each measure is about; for the AUC, with either label."""
+    label, yes = answers.label, answers.score >= threshold
+
+    def episodes(clips: Bools) -> int:
+        return len(np.unique(answers.episode[clips]))
+
+    everything = (episodes(np.ones_like(label)),)
+    return {
+        "base_rate": everything,
+        "precision": (episodes(yes),),
+        "recall": (episodes(label),),
+        "recall_shown": (episodes(label & answers.shown),),
+        "false_positive_rate": (episodes(~label),),
+        "auc": (episodes(label), episodes(~label)),
+        "brier": everything,
+        "ece": everything,
+    }
+
+
+_REASONS: Mapping[str, str] = {
+    "precision": "no Yes",
+    "recall": "no positive clip",
+    "recall_shown": "no clip shows it",
+    "false_positive_rate": "no negative clip",
+}
+
+
+def _estimate(name: str, value: float, spread: Array, trials: tuple[int, ...]) -> Estimate:
+    if math.isnan(value):
+        missing = "no positive clip" if trials[0] == 0 else "no negative clip"
+        return Estimate(None, reason=_REASONS.get(name, missing))
+    low, high = np.nanquantile(spread, [0.025, 0.975]).tolist()
+    if math.isclose(low, high, abs_tol=1e-12):
+        if name == "auc":
+            low, high = area_interval(value, *trials)
+        else:
+            _, low, high = wilson(value * trials[0], trials[0])
+    # The calibration error is biased upwards, in resamples more than in what they are drawn from.
+    return Estimate(value, min(low, value), max(high, value))
+
+
+def best_threshold(score: Array, label: Bools) -> Threshold | None:
+    """The threshold of the greatest F1 on these very clips; None without a positive clip.
+
+    It lies half-way to the next lower score, where there is one.
+    """
+    positives = int(label.sum())
+    if not positives:
+        return None
+    order = np.argsort(-score, kind="stable")
+    ranked = score[order]
+    ends = np.flatnonzero(np.diff(ranked, append=-np.inf))  # last of equal scores
+    found = label[order].cumsum()[ends]
+    f1 = 2 * found / (ends + 1 + positives)
+    best = int(f1.argmax())
+    value = ranked[ends[best]]
+    if best + 1 < len(ends):
+        value = (value + ranked[ends[best + 1]]) / 2
+    precision, recall = found[best] / (ends[best] + 1), found[best] / positives
+    return Threshold(float(value), float(f1[best]), float(precision), float(recall))
+
+
+def reliability(answers: Answers) -> list[dict[str, float]]:
+    """What happened, by what was said: one entry per bin of scores that holds clips.
+
+    The interval is Wilson's, each episode in the bin counting as one trial.
+    """
+    bins = np.minimum((answers.score * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    rows = []
+    for k in np.unique(bins):
+        inside = bins == k
+        share = float(answers.label[inside].mean())
+        trials = len(np.unique(answers.episode[inside]))
+        _, low, high = wilson(share * trials, trials)
+        rows.append(
+            {
+                "from": k / CALIBRATION_BINS,
+                "to": (k + 1) / CALIBRATION_BINS,
+                "clips": int(inside.sum()),
+                "mean_score": float(answers.score[inside].mean()),
+                "share_positive": share,
+                "low": low,
+                "high": high,
+            }
+        )
+    return rows

@@ -1,0 +1,185 @@
+"""What a judging is made of, refused where it cannot work."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tensordict.nn import TensorDictModuleBase
+from torchrl.envs import EnvBase
+
+from vlmrb_torchrl.checks import ConfigError, require
+from vlmrb_torchrl.envs import DemonstratedEnv, JudgedEnv
+from vlmrb_torchrl.keys import RENDER_STATE
+from vlmrb_torchrl.renderers import Renderer
+from vlmrb_torchrl.scorers import ClipScorer, PromptedScorer
+from vlmrb_torchrl.scorers.embedded import TILE_SIZE, WINDOW
+
+SCRIPTED = ("mixed", "scripted")
+
+
+@dataclass
+class Settings:
+    """How episodes are played, clips cut and shown, judges asked and the report written.
+
+    Args:
+        env: Any TorchRL environment class with a render state, events, prompts and a renderer
+            (``vlmrb_torchrl.envs.JudgedEnv``).
+        scorers: The judges, a list: '[EmbeddedJudge, {class_path: HuggingFaceScorer, init_args:
+            {model: facebook/Perception-LM-1B}}]'.
+        policy: Who plays. mixed: half of the games at random, half by script; scripted: the
+            environment's own demonstrator; random; a policy's class path with its arguments, as
+            --policy my_module.MyPolicy --policy.path x; or a recipe's run, as
+            runs/dqn_doorkey_6x6_vlmguided_s0/policy.ckpt.
+        random_share: Share of random actions in games that are not played at random anyway.
+        prompts: What the judges are asked, each prompt judged by itself: names of the
+            environment's events (asked in its own words) or whole questions. Several cost little
+            more than one. null: what each scorer was built to ask.
+        event: What makes a clip a positive where a question does not say so: one of the
+            environment's events; null: its success.
+        renderer: Arguments of the environment's renderer, as '{tile_size: 28, window: null}'.
+            null: its defaults, or the view that the embedded judge knows if it can draw that.
+        clips: Clips to judge.
+        clip_transitions: Consecutive transitions that a clip covers.
+        frames_per_clip: Frames of them that are shown, the last outcome among them.
+        stride: Transitions between the starts of two clips; null: no overlap.
+        threshold: A score from here on is a Yes.
+        batch_clips: Clips that a judge sees at once.
+        gallery: Clips shown of each outcome of each judge: the most confident mistakes, and right
+            answers at random.
+        resamples: Of the bootstrap over episodes, for the intervals.
+        seed: Of episodes (it is handed to the environment), actions, resamples and the gallery.
+        torch_threads: Threads of a tensor operation on the CPU.
+        out: Folder of the report.
+        save: Folder to keep the scored clips in, as a data set; null: they are not kept.
+        load: Folder of clips kept by --save, to judge instead of new ones.
+    """
+
+    env: EnvBase
+    scorers: list[ClipScorer]
+    policy: Literal["mixed", "scripted", "random"] | TensorDictModuleBase = "mixed"
+    random_share: float = 0.5
+    prompts: list[str] | None = None
+    event: str | None = None
+    renderer: dict[str, Any] | None = None
+    clips: int = 400
+    clip_transitions: int = 32
+    frames_per_clip: int = 32
+    stride: int | None = None
+    threshold: float = 0.5
+    batch_clips: int = 16
+    gallery: int = 12
+    resamples: int = 2000
+    seed: int = 0
+    torch_threads: int = 1
+    out: Path = Path("runs/judge")
+    save: Path | None = None
+    load: Path | None = None
+    draw: Renderer = field(init=False)
+
+    def __post_init__(self) -> None:
+        for name in ("clips", "clip_transitions", "frames_per_clip", "batch_clips", "resamples"):
+            require((n := getattr(self, name)) >= 1, name, n, "use at least 1")
+        require(self.torch_threads >= 1, "torch_threads", self.torch_threads, "use at least 1")
+        for name in ("gallery", "seed"):
+            require((n := getattr(self, name)) >= 0, name, n, "use 0 or more")
+        for name in ("random_share", "threshold"):
+            require(0 <= (x := getattr(self, name)) <= 1, name, x, "use a number from 0 to 1")
+        longest = self.clip_transitions
+        require(
+            self.stride is None or 1 <= self.stride <= longest,
+            "stride",
+            self.stride,
+            f"use 1 to clip_transitions ({longest}), or null for no overlap",
+        )
+        require(bool(self.scorers), "scorers", [], "name at least one, --scorers '[EmbeddedJudge]'")
+        self._check_env()
+        self._check_folders()
+        self.draw = self._renderer()
+        for scorer in self.scorers:
+            self._check_scorer(scorer)
+
+    def _check_env(self) -> None:
+        env, name = self.env, type(self.env).__name__
+        lacks = [
+            n
+            for n in ("event_names", "success_event", "prompts", "renderer")
+            if not hasattr(env, n)
+        ]
+        require(
+            isinstance(env, JudgedEnv), "env", name, f"it has no {', '.join(lacks)}; see JudgedEnv"
+        )
+        self.event = env.success_event if self.event is None else self.event
+        known = ", ".join(env.event_names)
+        require(self.event in env.event_names, "event", self.event, f"{name} reports {known}")
+        for prompt in self.prompts or []:
+            # A slip of the keyboard must not become a question that a model answers anyhow.
+            require(
+                prompt in env.prompts or " " in prompt.strip(),
+                "prompts",
+                repr(prompt),
+                f"use {', '.join(env.prompts)}, or a question of several words",
+            )
+        require(self.prompts != [], "prompts", [], "ask something, or null for the scorers' own")
+        if self.load is None and self.policy in SCRIPTED:
+            require(
+                isinstance(env, DemonstratedEnv),
+                "policy",
+                self.policy,
+                f"{name} has no demonstrator(): use random, or a policy's class path",
+            )
+            games = env.batch_size.numel()
+            require(
+                self.policy == "scripted" or games >= 2,
+                "policy",
+                self.policy,
+                f"half of {games} game is none: use scripted with a random_share, or more games",
+            )
+
+    def _check_folders(self) -> None:
+        for name in ("out", "save"):
+            folder = getattr(self, name)
+            require(folder is None or not folder.is_file(), name, folder, "it is a file")
+
+    def _renderer(self) -> Renderer:
+        """Build the renderer; draw one frame to see its size."""
+        make, known = self.env.renderer, inspect.signature(self.env.renderer).parameters
+        given = self.renderer
+        if given is None:
+            given = {"tile_size": TILE_SIZE, "window": WINDOW}
+            given = given if given.keys() <= known.keys() else {}
+        try:
+            renderer: Renderer = make(**given)
+            state = self.env.observation_spec[RENDER_STATE].zero()
+            height, width = renderer(state).shape[-2:]
+        except (TypeError, ValueError) as error:
+            takes = ", ".join(known) or "no arguments"
+            raise ConfigError(f"renderer is {given}: {error} (it takes {takes})") from error
+        for scorer in self.scorers:
+            require(
+                scorer.frame_size in (None, (height, width)),
+                f"the view of {type(self.env).__name__}, in pixels,",
+                (height, width),
+                f"{type(scorer).__name__} knows {scorer.frame_size} only: set renderer",
+            )
+        return renderer
+
+    def _check_scorer(self, scorer: ClipScorer) -> None:
+        gpu = scorer.device.type == "cuda"
+        name = type(scorer).__name__
+        require(
+            not gpu or torch.cuda.is_available(),
+            f"{name}.device",
+            "cuda",
+            "no GPU is here: use cpu",
+        )
+        if isinstance(scorer, PromptedScorer) and self.prompts:
+            scorer.asking(self.texts)
+
+    @property
+    def texts(self) -> list[str]:
+        """The prompts word for word."""
+        return [self.env.prompts.get(prompt, prompt) for prompt in self.prompts or []]
