@@ -21,9 +21,13 @@ from vlmrb_torchrl.scorers.embedded import FOLDER
 
 
 def test_scores_are_the_judges_to_the_last_bit(tmp_path: Path) -> None:
+    """A white clip scores exactly 1 and a black one 0."""
     clips = some_clips(20)
-    for _ in range(2):
-        assert torch.equal(scores(CachedScorer(Brightness(), tmp_path), clips), brightness(clips))
+    clips[0], clips[1] = 255, 0
+    first, second = (CachedScorer(Brightness(), tmp_path) for _ in range(2))
+    assert torch.equal(scores(first, clips), brightness(clips))
+    assert torch.equal(scores(second, clips), brightness(clips))
+    assert second.misses == 0
 
 
 def test_a_judge_is_not_asked_what_another_was(tmp_path: Path) -> None:
