@@ -12,7 +12,14 @@ from collections.abc import Callable
 import pytest
 
 from tests.scorers import contrastive_models
-from vlmrb_torchrl.scorers import CachedScorer, ClipScorer, ContrastiveScorer, EmbeddedJudge
+from tests.scorers.endpoint_server import MODEL, EndpointServer
+from vlmrb_torchrl.scorers import (
+    CachedScorer,
+    ClipScorer,
+    ContrastiveScorer,
+    EmbeddedJudge,
+    EndpointScorer,
+)
 
 
 def _cached(request: pytest.FixtureRequest) -> CachedScorer:
@@ -25,7 +32,14 @@ def _contrastive(request: pytest.FixtureRequest) -> ContrastiveScorer:
     return ContrastiveScorer(contrastive_models.clip(folder))
 
 
+def _endpoint(request: pytest.FixtureRequest) -> EndpointScorer:
+    server = EndpointServer()
+    request.addfinalizer(server.close)
+    return EndpointScorer(server.url, MODEL)
+
+
 EXAMPLES: dict[str, Callable[[pytest.FixtureRequest], ClipScorer]] = {
     "CachedScorer": _cached,
     "ContrastiveScorer": _contrastive,
+    "EndpointScorer": _endpoint,
 }

@@ -10,6 +10,7 @@ from vlmrb_torchrl.scorers.cached import CachedScorer
 from vlmrb_torchrl.scorers.constant import ConstantScorer
 from vlmrb_torchrl.scorers.contrastive import ContrastiveScorer
 from vlmrb_torchrl.scorers.embedded import EmbeddedJudge
+from vlmrb_torchrl.scorers.endpoint import EndpointScorer
 from vlmrb_torchrl.scorers.huggingface import HuggingFaceScorer
 from vlmrb_torchrl.scorers.noisy import NoisyScorer
 from vlmrb_torchrl.scorers.privileged import PrivilegedScorer
@@ -21,6 +22,7 @@ __all__ = [
     "ConstantScorer",
     "ContrastiveScorer",
     "EmbeddedJudge",
+    "EndpointScorer",
     "HuggingFaceScorer",
     "NoisyScorer",
     "PrivilegedScorer",

@@ -1,0 +1,516 @@
+"""A served judge, against a loopback server that goes wrong on purpose. Nobody sleeps here."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import pickle
+import sys
+import threading
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from tensordict import TensorDict
+
+from tests.scorers.endpoint_server import MODEL, PATIENT, EndpointServer, brightness, pictures
+from tests.scoring_doubles import NumberRenderer
+from tests.streams import stream
+from tests.test_scoring import books, insert, make_buffer, scores
+from vlmrb_torchrl.clips import ClipRenderTransform
+from vlmrb_torchrl.scorers import EndpointScorer, ScorerUnavailableError
+from vlmrb_torchrl.scoring import AsyncScorer, choose_mode
+
+SECRET = "sk-very-secret-4711"
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch):
+    """No proxy, no key of the user's, no pauses between repeats."""
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.0)
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(*script, **settings):
+        servers.append(EndpointServer(script, **settings))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+def some_clips(*greys, frames=3):
+    """One clip per grey level: black frames, the last one of that level."""
+    clips = torch.zeros(len(greys), frames, 3, 8, 8, dtype=torch.uint8)
+    clips[:, -1] = torch.tensor(greys, dtype=torch.uint8)[:, None, None, None]
+    return TensorDict({"clip": clips}, [len(greys)])
+
+
+def judge(server, **settings):
+    return EndpointScorer(server.url, MODEL, "Yes or No?", **settings)
+
+
+def score(scorer, clips):
+    return scorer(clips.clone())["score"].tolist()
+
+
+def fault(scorer, clips, kind):
+    """The message of the error that scoring raises, which is one line and names the server."""
+    with pytest.raises(kind) as error:
+        scorer(clips.clone())
+    assert type(error.value) is kind or kind is RuntimeError
+    assert "\n" not in str(error.value)
+    assert scorer.chat.base_url in str(error.value) or MODEL in str(error.value)
+    return str(error.value)
+
+
+# ---------------------------------------------------------------- what is asked, what is read
+
+
+def test_the_score_is_the_servers_probability_of_yes(serve):
+    """P(Yes) is the brightness of the last frame, P(No) the rest; a sure answer has no other."""
+    greys = [0, 51, 102, 204, 255]
+    assert score(judge(serve()), some_clips(*greys)) == pytest.approx([g / 255 for g in greys])
+
+
+def test_a_request_shows_the_frames_in_order_and_then_asks(serve):
+    server = serve()
+    scorer = judge(server, frames=2, max_tokens=5, top_logprobs=7, extra_body={"seed": 1})
+    score(scorer, some_clips(200, frames=4))
+    request = server.requests[-1]
+    assert request["model"] == MODEL
+    assert request["temperature"] == 0
+    assert (request["max_tokens"], request["top_logprobs"]) == (5, 7)
+    assert request["logprobs"] is True
+    assert request["seed"] == 1
+    parts = request["messages"][0]["content"]
+    assert [part["type"] for part in parts] == ["image_url", "image_url", "text"]
+    assert parts[0]["image_url"]["url"].startswith("data:image/png;base64,")
+    assert parts[-1]["text"] == "Yes or No?"
+    assert [brightness(frame) * 255 for frame in pictures(request)] == [0, 200]
+
+
+@pytest.mark.parametrize("media", ["images", "video"])
+def test_png_frames_arrive_as_they_were(serve, media):
+    server = serve()
+    clips = torch.randint(0, 256, (1, 3, 3, 8, 6), dtype=torch.uint8)
+    judge(server, media=media)(TensorDict({"clip": clips}, [1]))
+    arrived = np.stack(pictures(server.requests[-1]))
+    assert np.array_equal(arrived, clips[0].permute(0, 2, 3, 1).numpy())
+
+
+def test_a_video_is_one_part_with_its_number_of_frames(serve):
+    """vLLM would leave out what comes after the 32nd frame of a video of unknown length."""
+    server = serve()
+    score(judge(server, media="video", fps=4.0), some_clips(100, frames=40))
+    request = server.requests[-1]
+    assert [part["type"] for part in request["messages"][0]["content"]] == ["video_url", "text"]
+    assert request["media_io_kwargs"] == {"video": {"num_frames": 40, "fps": 4.0}}
+    assert len(pictures(request)) == 40
+
+
+def test_frames_are_enlarged_pixel_by_pixel(serve):
+    server = serve()
+    clips = torch.randint(0, 256, (1, 1, 3, 4, 4), dtype=torch.uint8)
+    judge(server, upscale=3)(TensorDict({"clip": clips}, [1]))
+    large = clips[0].repeat_interleave(3, -1).repeat_interleave(3, -2)
+    assert np.array_equal(pictures(server.requests[-1])[0], large[0].permute(1, 2, 0).numpy())
+
+
+def test_jpeg_frames_are_close_to_what_they_were(serve):
+    server = serve()
+    assert score(judge(server, image_format="jpeg"), some_clips(200)) == pytest.approx(
+        [200 / 255], abs=0.02
+    )
+    assert "data:image/jpeg;base64," in str(server.requests[-1])
+
+
+def test_a_frame_is_encoded_once_a_batch(serve, monkeypatch):
+    from vlmrb_torchrl.scorers import endpoint
+
+    seen = []
+    encode = endpoint.picture
+    monkeypatch.setattr(
+        endpoint, "picture", lambda frame, *rest: seen.append(frame) or encode(frame, *rest)
+    )
+    server = serve()
+    scorer = EndpointScorer(server.url, MODEL, ["One?", "Two?"])
+    scorer.load()
+    seen.clear()
+    score(scorer, some_clips(10, 20, 10, frames=5))
+    assert len(seen) == 3  # black, 10 and 20
+    assert len(server.requests) == 1 + 3 * 2
+
+
+def test_every_prompt_is_asked_and_the_greatest_counts(serve):
+    server = serve()
+    scorer = EndpointScorer(server.url, MODEL, ["One?", "Two?"])
+    assert scorer.score_prompts(some_clips(51, 255)).tolist() == [
+        pytest.approx([0.2, 0.2]),
+        [1.0, 1.0],
+    ]
+    asked = [request["messages"][0]["content"][-1]["text"] for request in server.requests[1:]]
+    assert sorted(asked) == ["One?", "One?", "Two?", "Two?"]
+
+
+def test_no_clips_are_no_requests(serve):
+    server = serve()
+    assert judge(server).score_prompts(some_clips()).shape == (0, 1)
+    assert server.requests == []
+
+
+# ---------------------------------------------------------------- at once, and in which order
+
+
+def test_answers_that_come_in_reverse_stay_with_their_clips(serve):
+    greys = [10, 60, 110, 160, 210]
+    server = serve()
+    scorer = judge(server, concurrency=5)
+    scorer.load()
+    server.held = True
+    with ThreadPoolExecutor(1) as thread:
+        answers = thread.submit(score, scorer, some_clips(*greys))
+        server.await_requests(6)
+        for done, number in enumerate(range(5, 0, -1), start=1):
+            server.release(number)
+            server.await_requests(6, answered=1 + done)
+        assert answers.result(PATIENT) == pytest.approx([g / 255 for g in greys])
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_no_more_requests_are_under_way_than_allowed(serve, concurrency):
+    server = serve()
+    scorer = judge(server, concurrency=concurrency)
+    scorer.load()
+    server.held = True
+    with ThreadPoolExecutor(1) as thread:
+        answers = thread.submit(score, scorer, some_clips(*range(10)))
+        server.await_requests(1 + concurrency)
+        server.release()
+        assert len(answers.result(PATIENT)) == 10
+    assert server.most_in_flight == concurrency
+
+
+def test_it_works_where_a_loop_runs_already(serve):
+    """As in a notebook."""
+    scorer = judge(serve())
+
+    async def cell():
+        return score(scorer, some_clips(255))
+
+    assert asyncio.run(cell()) == [1.0]
+
+
+def test_no_thread_and_no_connection_is_left(serve):
+    server = serve("answer", "500", "500")
+    scorer = judge(server, retries=0)
+    scorer.load()
+    fault(scorer, some_clips(*range(6)), ScorerUnavailableError)
+    score(scorer, some_clips(*range(6)))
+    connections = psutil.Process().net_connections("tcp")
+    assert not [c for c in connections if c.raddr and c.raddr.port == server.port]
+    assert not [t for t in threading.enumerate() if t.name.startswith(("asyncio", "AnyIO"))]
+
+
+# ---------------------------------------------------------------- faults
+
+
+@pytest.mark.parametrize("how", ["500", "503", "429", "408", "truncated"])
+def test_what_passes_is_asked_again(serve, how):
+    server = serve("answer", how, how, how)
+    assert score(judge(server), some_clips(51)) == pytest.approx([0.2])
+    assert len(server.requests) == 1 + 4
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("500", "answers 500 (no, Bearer none, not now)"),
+        ("429", "answers 429"),
+        ("truncated", "cannot be reached"),
+        ("broken", "broken JSON"),
+    ],
+)
+def test_what_does_not_pass_makes_it_unavailable(serve, how, words):
+    scorer = judge(serve("answer", *[how] * 8), retries=1)
+    assert words in fault(scorer, some_clips(51), ScorerUnavailableError)
+
+
+def test_a_server_that_is_down_is_unavailable_and_then_answers(serve):
+    server = serve()
+    scorer = judge(server)
+    server.stop()
+    message = fault(scorer, some_clips(51), ScorerUnavailableError)
+    assert "cannot be reached" in message
+    assert "start the server" in message
+    server.start()
+    assert score(scorer, some_clips(51)) == pytest.approx([0.2])
+
+
+def test_a_server_that_hangs_is_given_up_in_time(serve):
+    server = serve()
+    scorer = judge(server, timeout_s=0.2)
+    scorer.load()
+    server.held = True
+    message = fault(scorer, some_clips(51), ScorerUnavailableError)
+    assert "within 0.2 s: raise timeout_s" in message
+
+
+def test_a_slow_server_is_waited_for(serve):
+    server = serve(held=True)
+    with ThreadPoolExecutor(1) as thread:
+        answers = thread.submit(score, judge(server), some_clips(51))
+        for number in range(2):
+            server.await_requests(number + 1)
+            assert not answers.done()
+            server.release(number)
+        assert answers.result(PATIENT) == pytest.approx([0.2])
+
+
+@pytest.mark.parametrize(
+    ("status", "remedy"),
+    [
+        ("401", "environment variable OPENAI_API_KEY"),
+        ("403", "environment variable OPENAI_API_KEY"),
+        ("404", "must be a name that it serves"),
+        ("413", "lower frames"),
+    ],
+)
+def test_a_refusal_is_not_repeated_and_has_a_remedy(serve, status, remedy):
+    server = serve("answer", *[status] * 3)
+    message = fault(judge(server), some_clips(51), RuntimeError)
+    assert f"answers {status} (no, Bearer none, not now): " in message
+    assert remedy in message
+    assert len(server.requests) == 2
+
+
+def test_one_failure_ends_the_batch_and_leaves_the_rest_unasked(serve):
+    server = serve("answer", "404")
+    fault(judge(server, concurrency=1), some_clips(*range(20)), RuntimeError)
+    assert len(server.requests) <= 3
+
+
+@pytest.mark.parametrize(("what", "words"), [("page", "<html>"), ("error", "overloaded")])
+def test_what_is_no_chat_completion_is_quoted(serve, what, words):
+    message = fault(judge(serve("answer", what)), some_clips(51), RuntimeError)
+    assert words in message
+    assert "/v1" in message
+
+
+def test_an_answer_that_is_neither_yes_nor_no_is_quoted(serve):
+    message = fault(judge(serve("answer", "I cannot tell")), some_clips(51), RuntimeError)
+    assert "'I cannot tell', neither Yes nor No" in message
+
+
+@pytest.mark.parametrize("package", ["openai", "PIL.Image"])
+def test_a_missing_package_is_named_with_the_remedy(monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf"needs {package} .*vlmrb-torchrl\[endpoint\]"):
+        EndpointScorer("http://localhost/v1", MODEL).load()
+
+
+# ---------------------------------------------------------------- without log-probabilities
+
+
+def warnings_of(caplog):
+    return [r for r in caplog.records if r.name.startswith("vlmrb_torchrl")]
+
+
+@pytest.mark.parametrize("how", ["words", "refuses"])
+def test_without_logprobs_the_answer_counts_and_one_warning_says_so(serve, caplog, how):
+    """At 127 of 255 the server says No, at 128 Yes."""
+    server = serve(*["words"] * 5 if how == "words" else [], logprobs=how == "words")
+    scorer = judge(server)
+    assert score(scorer, some_clips(0, 127, 128, 255)) == [0.0, 0.0, 1.0, 1.0]
+    assert len(warnings_of(caplog)) == 1
+    message = warnings_of(caplog)[0].getMessage()
+    assert "no log-probabilities" in message
+    assert "1.0 for Yes and 0.0 for No" in message
+    assert ("logprobs is not supported" in message) == (how == "refuses")
+
+
+def test_a_server_that_refused_logprobs_is_not_asked_for_them_again(serve):
+    server = serve(logprobs=False)
+    score(judge(server), some_clips(*range(4)))
+    assert sum("logprobs" in request for request in server.requests) == 1
+    assert len(server.requests) == 2 + 4
+
+
+def test_the_revision_tells_words_from_probabilities(serve):
+    """Or a cache would mix them: the same server may be asked before and after an update."""
+    for logprobs, what in ((True, "logprobs"), (False, "words")):
+        scorer = judge(serve(logprobs=logprobs))
+        assert scorer.revision == ""
+        scorer.load()
+        assert scorer.revision == f"org/{MODEL} {what}"
+
+
+# ---------------------------------------------------------------- the key
+
+
+def test_the_key_reaches_the_server_and_nothing_else(serve, monkeypatch, caplog):
+    """Not the logs of any package at DEBUG, not the object, not an error that the server echoes."""
+    monkeypatch.setenv("JUDGE_KEY", SECRET + "\n")
+    caplog.set_level(logging.DEBUG)
+    for name in ("openai", "httpx", "httpx2", "httpcore", "httpcore2", "asyncio"):
+        logging.getLogger(name).setLevel(logging.DEBUG)
+    server = serve("answer", "answer", "401")
+    scorer = judge(server, api_key_variable="JUDGE_KEY")
+    score(scorer, some_clips(51))
+    with pytest.raises(RuntimeError) as error:
+        scorer(some_clips(51))
+    assert set(server.keys) == {f"Bearer {SECRET}"}
+    written = "".join(traceback.format_exception(error.value))
+    assert "***" in written
+    for text in (written, caplog.text, repr(scorer), str(vars(scorer)), str(scorer.config)):
+        assert SECRET not in text
+    assert SECRET.encode() not in pickle.dumps(scorer)
+    assert len(caplog.records) > 2  # they did log
+
+
+def test_a_key_that_http_cannot_carry_is_refused_without_showing_it(serve, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", f"{SECRET}\nX-Injected: 1")
+    with pytest.raises(ValueError, match="OPENAI_API_KEY") as error:
+        judge(serve()).load()
+    assert SECRET not in "".join(traceback.format_exception(error.value))
+
+
+# ---------------------------------------------------------------- construction and loading
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"base_url": "localhost:8000/v1"}, "http://host:port/v1"),
+        ({"base_url": f"http://me:{SECRET}@host/v1"}, "OPENAI_API_KEY"),
+        ({"base_url": f"http://host/v1?key={SECRET}"}, "OPENAI_API_KEY"),
+        ({"model": " "}, "model"),
+        ({"prompts": []}, "prompts"),
+        ({"frames": 0}, "frames=0"),
+        ({"concurrency": 0}, "concurrency=0"),
+        ({"timeout_s": 0}, "timeout_s=0"),
+        ({"retries": -1}, "retries=-1"),
+        ({"max_tokens": 0}, "max_tokens=0"),
+        ({"top_logprobs": 0}, "top_logprobs=0"),
+        ({"upscale": 0}, "upscale=0"),
+        ({"image_format": "gif"}, "image_format='gif'"),
+        ({"media": "tape"}, "media='tape'"),
+    ],
+)
+def test_impossible_arguments_are_refused_in_one_line(settings, words):
+    with pytest.raises(ValueError, match=r".+") as error:
+        EndpointScorer(**{"base_url": "http://localhost/v1", "model": MODEL, **settings})
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+    assert SECRET not in str(error.value)
+
+
+def test_loading_asks_once_about_a_black_frame(serve):
+    server = serve()
+    scorer = judge(server)
+    assert server.requests == []
+    scorer.load()
+    scorer.load()
+    score(scorer, some_clips(51))
+    assert len(server.requests) == 2
+    assert [frame.max() for frame in pictures(server.requests[0])] == [0]
+
+
+@pytest.mark.parametrize(("listed", "warned"), [((MODEL, "b"), 0), (("b", "c"), 1), (None, 0)])
+def test_a_model_that_the_server_does_not_list_is_warned_about(serve, caplog, listed, warned):
+    """Some servers answer for any name; some list only part of what they serve, or nothing."""
+    judge(serve(listed=listed)).load()
+    assert len(warnings_of(caplog)) == warned
+    assert all("b, c" in record.getMessage() for record in warnings_of(caplog))
+
+
+def test_the_same_judge_asked_something_else_does_not_load_again(serve):
+    server = serve()
+    scorer = judge(server)
+    scorer.load()
+    score(scorer.asking("Is it dark?"), some_clips(51))
+    assert len(server.requests) == 2
+
+
+def test_what_was_learnt_stays_behind_when_it_travels(serve):
+    server = serve()
+    scorer = judge(server)
+    scorer.load()
+    again = pickle.loads(pickle.dumps(scorer))
+    assert again.config == scorer.config
+    assert again.revision == ""
+    assert score(again, some_clips(51)) == pytest.approx([0.2])
+
+
+def test_every_setting_that_changes_a_score_is_in_the_configuration():
+    base = EndpointScorer("http://localhost/v1", MODEL)
+    for settings in (
+        {"frames": 8},
+        {"max_tokens": 2},
+        {"top_logprobs": 5},
+        {"image_format": "jpeg"},
+        {"upscale": 2},
+        {"media": "video"},
+        {"fps": 2.0},
+        {"extra_body": {"seed": 1}},
+    ):
+        other = EndpointScorer("http://localhost/v1", MODEL, **settings)
+        assert other.fingerprint != base.fingerprint
+    same = EndpointScorer(
+        "http://localhost/v1", MODEL, concurrency=2, timeout_s=9.0, retries=0, api_key_variable="K"
+    )
+    assert same.fingerprint == base.fingerprint
+
+
+def test_a_worker_of_its_own_encodes_the_pictures():
+    """PNG costs the interpreter milliseconds a batch, which the learner would miss."""
+    assert choose_mode("auto", EndpointScorer("http://localhost/v1", MODEL)) == "process"
+
+
+# ---------------------------------------------------------------- an outage while learning
+
+
+@pytest.mark.parametrize("mode", ["thread", pytest.param("process", marks=pytest.mark.slow)])
+def test_an_outage_delays_scores_and_loses_none(serve, mode):
+    """Clips of 4, state k drawn as grey k; down while the last 8 of 10 clips come in."""
+    server = serve()
+    buffer = make_buffer()
+    with AsyncScorer(
+        buffer,
+        ClipRenderTransform(NumberRenderer()),
+        judge(server, retries=0),
+        mode=mode,
+        clip_transitions=4,
+        frames_per_clip=2,
+        batch_clips=2,
+        max_wait_s=0.0,
+        backoff_s=(0.01, 0.05),
+        niceness=0,
+    ) as scoring:
+        insert(buffer, scoring, stream([8]))
+        assert scoring.drain(PATIENT)
+        server.stop()
+        for start in (100, 116):
+            insert(buffer, scoring, stream([16], start=start))
+        while scoring.statistics()["faults_unavailable"] < 5:
+            assert not scoring.drain(0.05)  # waits for what cannot come
+        figures = books(scoring)
+        assert len(buffer) == 40  # what is inserted is in the buffer, scored or not
+        assert (figures["clips_scored"], figures["clips_pending"]) == (2, 8)
+        server.start()
+        assert scoring.drain(PATIENT)
+        figures = books(scoring)
+    assert figures["clips_submitted"] == figures["clips_scored"] == 10
+    assert figures["clips_dropped"] == figures["clips_failed"] == figures["clips_late"] == 0
+    lasts = [4, 8, *range(104, 133, 4)]
+    expected = [grey / 255 for grey in lasts for _ in range(4)]
+    assert scores(buffer)[:40] == pytest.approx(expected, abs=1e-6)

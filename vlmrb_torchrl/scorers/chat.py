@@ -1,0 +1,209 @@
+"""Talking to an OpenAI-compatible server: pictures, deadlines, repeats, and errors of one line.
+
+openai and Pillow are imported when they are needed, not before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import importlib
+import io
+import json
+import os
+from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from torch import Tensor
+
+from vlmrb_torchrl.scorers.base import ScorerUnavailableError
+
+_INSTALL = "pip install 'vlmrb-torchrl[endpoint]'"
+FORMATS: dict[str, dict[str, Any]] = {
+    # Level 1 takes half the time of PNG's default and loses as little.
+    "png": {"format": "PNG", "compress_level": 1},
+    "jpeg": {"format": "JPEG", "quality": 95},
+}
+"""How Pillow writes a picture."""
+_LATER = frozenset({408, 409, 425, 429})
+"""Statuses below 500 that say "later" instead of "never"."""
+_NO_KEY = "put the key it wants into the environment variable {key}"
+_REMEDIES = {
+    401: _NO_KEY,
+    403: _NO_KEY,
+    404: "base_url mostly ends in /v1, and model must be a name that it serves",
+}
+_REMEDY = "if the images are too many or too large, lower frames or let the server take more"
+_Result = TypeVar("_Result")
+
+
+class RequestRefusedError(RuntimeError):
+    """A server will never answer this request: HTTP's ``status``, and its own ``words``."""
+
+    def __init__(self, message: str, status: int, words: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.words = words
+
+
+@dataclass(frozen=True)
+class ChatServer:
+    """Where a server is and how patiently it is asked.
+
+    Args:
+        base_url: Where its API starts; without a password.
+        timeout_s: Seconds until a request is given up, repeats and pauses included.
+        retries: Repeats of a request that found the server down, busy or broken.
+        api_key_variable: Environment variable that holds the key, if the server wants one.
+
+    Raises:
+        ValueError: ``base_url`` is no plain URL of HTTP, or a number is out of range.
+    """
+
+    base_url: str
+    timeout_s: float
+    retries: int
+    api_key_variable: str
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.base_url)
+        if parts.username or parts.password or parts.query:  # not shown: it may be a secret
+            raise ValueError(
+                "base_url holds a password or a query: give the plain URL, and the key in the "
+                f"environment variable {self.api_key_variable}."
+            )
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"base_url={self.base_url!r}: say http://host:port/v1.")
+        if not self.timeout_s > 0:
+            raise ValueError(f"timeout_s={self.timeout_s}: it must be positive.")
+        if self.retries < 0:
+            raise ValueError(f"retries={self.retries}: it must be 0 or more.")
+
+    def session(self, work: Callable[[Any], Awaitable[_Result]]) -> _Result:
+        """Let ``work`` ask through a client of openai's, which is closed in the end.
+
+        Raises:
+            ImportError: openai is not installed.
+            ValueError: The key holds characters that HTTP does not allow.
+        """
+        openai = _needed("openai")
+        key = os.environ.get(self.api_key_variable, "").strip()
+        if not (key.isascii() and key.isprintable()):  # its own error would show the key
+            raise ValueError(f"the key in {self.api_key_variable} is not plain ASCII: set it anew.")
+
+        async def within() -> _Result:
+            async with openai.AsyncOpenAI(
+                base_url=self.base_url,
+                api_key=key or "none",  # the client wants one; servers without keys ignore it
+                timeout=self.timeout_s,
+                max_retries=self.retries,
+            ) as client:
+                return await work(client)
+
+        return _finish(within())
+
+    async def complete(self, client: Any, request: dict[str, Any]) -> Any:
+        """One chat completion.
+
+        Raises:
+            ScorerUnavailableError: The server is down, busy or broken, also when asked again.
+            RequestRefusedError: It refuses the request as such.
+        """
+        openai = _needed("openai")
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                # As chat.completions.create, which takes 3 ms to look through 32 pictures.
+                return await client.post(
+                    "/chat/completions", body=request, cast_to=openai.types.chat.ChatCompletion
+                )
+        except (openai.APIError, TimeoutError, json.JSONDecodeError) as error:
+            raise self._explained(error) from None  # the original's request holds the key
+
+    async def models(self, client: Any) -> dict[str, str]:
+        """Names of the models it lists, each with what the server says is behind it.
+
+        Empty if it does not say: not every server has such a list.
+        """
+        openai = _needed("openai")
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                page = await client.with_options(max_retries=0).models.list()
+            return {card.id: str(getattr(card, "root", None) or card.id) for card in page.data}
+        except (openai.APIError, TimeoutError, json.JSONDecodeError, AttributeError, TypeError):
+            return {}
+
+    def _explained(self, error: Exception) -> RuntimeError:
+        openai, url = _needed("openai"), self.base_url
+        if isinstance(error, (TimeoutError, openai.APITimeoutError)):
+            return ScorerUnavailableError(
+                f"{url} did not answer within {self.timeout_s:g} s: raise timeout_s, or ask less "
+                "at once (concurrency)."
+            )
+        if isinstance(error, openai.APIStatusError):
+            status, words = error.status_code, self._words_of(error)
+            if status >= 500 or status in _LATER:
+                return ScorerUnavailableError(f"{url} answers {status} ({words}): see its log.")
+            remedy = _REMEDIES.get(status, _REMEDY).format(key=self.api_key_variable)
+            message = f"{url} answers {status} ({words}): {remedy}."
+            return RequestRefusedError(message, status, words)
+        if isinstance(error, openai.APIConnectionError):
+            cause = type(error.__cause__).__name__
+            return ScorerUnavailableError(
+                f"{url} cannot be reached ({cause}): start the server, or correct base_url."
+            )
+        return ScorerUnavailableError(f"{url} answers broken JSON: see its log.")
+
+    def _words_of(self, error: Any) -> str:
+        """The server's own message, on one line of moderate length, without the key."""
+        body = error.body
+        if isinstance(body, dict):
+            body = body.get("message") or body.get("detail") or body
+        words = " ".join(str(body or error.message).split())
+        key = os.environ.get(self.api_key_variable, "").strip()
+        return (words.replace(key, "***") if key else words)[:300]
+
+
+def picture(frame: Tensor, image_format: str, upscale: int = 1) -> str:
+    """A frame, uint8 ``[3, H, W]``, as a picture file in base64.
+
+    Args:
+        frame: Red, green and blue, 0 to 255.
+        image_format: One of `FORMATS`.
+        upscale: Pixels along the edge of the square that each pixel becomes.
+    """
+    module = _needed("PIL.Image")
+    image = module.fromarray(frame.permute(1, 2, 0).numpy())
+    if upscale > 1:
+        size = (image.width * upscale, image.height * upscale)
+        image = image.resize(size, module.Resampling.NEAREST)
+    file = io.BytesIO()
+    image.save(file, **FORMATS[image_format])
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def part(kind: str, url: str) -> dict[str, Any]:
+    """A part of a message: ``kind`` is "image_url" or "video_url"."""
+    return {"type": kind, kind: {"url": url}}
+
+
+def _needed(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"EndpointScorer needs {module} ({error}): {_INSTALL}") from error
+
+
+def _finish(coroutine: Coroutine[Any, Any, _Result]) -> _Result:
+    """Run a coroutine to its end, also in a thread whose own loop runs already (a notebook)."""
+    try:
+        asyncio.get_running_loop()
+        running = True
+    except RuntimeError:
+        running = False
+    if not running:
+        return asyncio.run(coroutine)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, coroutine).result()

@@ -1,0 +1,295 @@
+"""A served video-language model as a judge, asked over OpenAI's chat completions protocol.
+
+vLLM, SGLang, llama.cpp, ``transformers serve`` and hosted services speak it. Serving engines batch
+and shard: this is how scoring grows past one machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from vlmrb_torchrl.frames import frame_digests, thin
+from vlmrb_torchrl.keys import CLIP
+from vlmrb_torchrl.prompts import GOAL
+from vlmrb_torchrl.scorers.answers import Answer
+from vlmrb_torchrl.scorers.base import PromptedScorer
+from vlmrb_torchrl.scorers.chat import FORMATS, ChatServer, RequestRefusedError, part, picture
+
+_LOGGER = logging.getLogger("vlmrb_torchrl.scorers")
+
+
+class EndpointScorer(PromptedScorer):
+    """A vision-language model behind an OpenAI-compatible server, asked a Yes/No question.
+
+    Each clip and prompt is one request: the frames, then the question. The score is
+    P(Yes) / (P(Yes) + P(No)) at the answer's token (`score_of_tokens` says which that is). A server
+    that gives no log-probabilities is taken at its word, 1.0 for Yes and 0.0 for No; a warning
+    says so once.
+
+    Constructing it contacts nobody; `load` asks one question about a black frame, so that a server
+    that is not there, or serves no such model, is known before the first clip. A frame that occurs
+    several times in a batch is encoded once.
+
+    B: clips, F: frames of a clip, P: prompts.
+
+    Args:
+        base_url: Where the server's API starts, such as ``"http://localhost:8000/v1"``.
+        model: The name by which the server knows the model.
+        prompts: The question, or several. Each is a request of its own; a server that caches
+            prefixes reads the frames once.
+        frames: Frames sent of each clip, spread evenly, the last always among them; None: all.
+        concurrency: Requests under way at once, at most.
+        timeout_s: Seconds until a question is given up, its repeats and pauses included. Keep it
+            below the ``timeout_s`` of `AsyncScorer`.
+        retries: Repeats of a request that found the server down, busy or broken, after pauses that
+            double from half a second.
+        api_key_variable: Environment variable that holds the key, if the server wants one. The
+            key is sent to ``base_url``, and neither kept nor logged.
+        max_tokens: Tokens that the answer may have.
+        top_logprobs: Candidates asked for at each token. 20 is the most that OpenAI's protocol and
+            vLLM's default allow.
+        image_format: ``"png"``, which loses nothing, or ``"jpeg"``.
+        upscale: Factor by which frames are enlarged, each pixel becoming a square, for models that
+            make out little in tiny ones.
+        media: ``"images"``: each frame is an image, which every server takes; ``"video"``: the
+            frames are one video, in the form that vLLM documents for frames taken by the client.
+        fps: Frames per second that the server is told of a video.
+        extra_body: Fields added to each request, for what a server offers beyond the protocol:
+            ``{"chat_template_kwargs": {"enable_thinking": False}}``.
+
+    Raises:
+        ValueError: A URL that is none or holds a password, no model or prompt, a number out of
+            range.
+
+    Source:
+        Prompt and score: VLM-RB, arXiv 2602.01915. Request: OpenAI's API reference, "Create chat
+        completion"; a video: vLLM's documentation, "Pre-extracted frame sequences".
+
+    Example:
+        >>> EndpointScorer("http://localhost:8000/v1", "Qwen/Qwen3-VL-4B-Instruct").concurrency
+        8
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        prompts: str | Sequence[str] = GOAL,
+        *,
+        frames: int | None = None,
+        concurrency: int = 8,
+        timeout_s: float = 50.0,
+        retries: int = 3,
+        api_key_variable: str = "OPENAI_API_KEY",
+        max_tokens: int = 8,
+        top_logprobs: int = 20,
+        image_format: Literal["png", "jpeg"] = "png",
+        upscale: int = 1,
+        media: Literal["images", "video"] = "images",
+        fps: float = 1.0,
+        extra_body: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(prompts)
+        self.chat = ChatServer(base_url, timeout_s, retries, api_key_variable)
+        self.model = model
+        self.frames = frames
+        self.concurrency = concurrency
+        self.max_tokens = max_tokens
+        self.top_logprobs = top_logprobs
+        self.image_format = image_format
+        self.upscale = upscale
+        self.media = media
+        self.fps = fps
+        self.extra_body = dict(extra_body or {})
+        self._served: _Served | None = None
+        self._check()
+
+    def _check(self) -> None:
+        if not self.model.strip():
+            raise ValueError("model is empty: name one that the server serves.")
+        for name in ("concurrency", "max_tokens", "top_logprobs", "upscale", "fps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)}: it must be positive.")
+        if self.frames is not None and self.frames < 1:
+            raise ValueError(f"frames={self.frames}: send at least 1, or None for all.")
+        if self.image_format not in FORMATS:
+            raise ValueError(f"image_format={self.image_format!r}: say png or jpeg.")
+        if self.media not in ("images", "video"):
+            raise ValueError(f"media={self.media!r}: say images or video.")
+
+    @property
+    def config(self) -> tuple[tuple[str, object], ...]:
+        """What the scores depend on."""
+        names = ("model", "prompts", "frames", "media", "fps", "image_format", "upscale")
+        return (
+            ("base_url", self.chat.base_url),
+            *((name, getattr(self, name)) for name in names),
+            ("max_tokens", self.max_tokens),
+            ("top_logprobs", self.top_logprobs),
+            ("extra_body", json.dumps(self.extra_body, sort_keys=True)),
+        )
+
+    @property
+    def revision(self) -> str:
+        """What the server says is behind the model's name, and what is read off its answers.
+
+        It does not say which weights those are: give a model another name when they change.
+        """
+        if self._served is None:
+            return ""
+        return f"{self._served.root} {'words' if self._served.words else 'logprobs'}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_served": None}
+
+    def load(self) -> None:
+        """Ask the server for its models, and the model about a black frame.
+
+        Raises:
+            ImportError: openai or pillow is not installed.
+            ScorerUnavailableError: The server cannot be reached, is busy or broken.
+            RuntimeError: It refuses the key, the model or the image.
+        """
+        if self._served is None:
+            self._served = self.chat.session(self._meet)
+
+    async def _meet(self, client: Any) -> _Served:
+        models = await self.chat.models(client)
+        served = _Served(models.get(self.model, self.model))
+        black = torch.zeros(1, 1, 3, 64, 64, dtype=torch.uint8)
+        await self._ask(client, served, self._requests(black)[0])
+        if models and self.model not in models:
+            _LOGGER.warning(
+                "%s answers for model=%r but lists only %s: see that it is the one you mean.",
+                self.chat.base_url,
+                self.model,
+                ", ".join(sorted(models)[:5]),
+            )
+        return served
+
+    def score_prompts(self, tensordict: TensorDictBase) -> Tensor:
+        """P(Yes) / (P(Yes) + P(No)) of each clip under each prompt, float32 ``[B, P]``.
+
+        Raises:
+            ScorerUnavailableError: The server cannot be reached, is busy or broken.
+            RuntimeError: It refuses a request, or an answer is neither Yes nor No.
+        """
+        clips = thin(tensordict[CLIP], self.frames)
+        if not len(clips):
+            return torch.zeros(0, len(self.prompts))
+        self.load()
+        assert self._served is not None
+        served, requests = self._served, self._requests(clips)
+
+        async def ask_all(client: Any) -> list[float]:
+            places = asyncio.Semaphore(self.concurrency)
+
+            async def ask(request: dict[str, Any]) -> float:
+                async with places:
+                    return self._score(await self._ask(client, served, request))
+
+            return await asyncio.gather(*map(ask, requests))
+
+        return torch.tensor(self.chat.session(ask_all)).view(len(clips), -1)
+
+    def _requests(self, clips: Tensor) -> list[dict[str, Any]]:
+        """What is asked about ``[B, F, 3, H, W]``: clip by clip, each prompt."""
+        B, F = clips.shape[:2]
+        frames = clips.flatten(0, 1).cpu()
+        digests = frame_digests(frames)
+        places = {digest: place for place, digest in enumerate(digests)}
+        encoded = {
+            digest: picture(frames[place], self.image_format, self.upscale)
+            for digest, place in places.items()
+        }
+        extra = dict(self.extra_body)
+        if self.media == "video":  # of a longer video vLLM would take the first 32 frames
+            extra = {"media_io_kwargs": {"video": {"num_frames": F, "fps": self.fps}}, **extra}
+        return [
+            {
+                "model": self.model,
+                "messages": [
+                    {"role": "user", "content": [*shown, {"type": "text", "text": prompt}]}
+                ],
+                "max_tokens": self.max_tokens,
+                "temperature": 0.0,
+                **extra,
+            }
+            for shown in (
+                self._shown([encoded[d] for d in digests[k * F : k * F + F]]) for k in range(B)
+            )
+            for prompt in self.prompts
+        ]
+
+    def _shown(self, frames: list[str]) -> list[dict[str, Any]]:
+        """The parts of a message that show a clip."""
+        if self.media == "video":  # so vLLM calls a list of pictures, whatever their format
+            return [part("video_url", "data:video/jpeg;base64," + ",".join(frames))]
+        prefix = f"data:image/{self.image_format};base64,"
+        return [part("image_url", prefix + frame) for frame in frames]
+
+    async def _ask(self, client: Any, served: _Served, request: dict[str, Any]) -> Answer:
+        """Answer a request, with log-probabilities if the server has any."""
+        surely = {"logprobs": True, "top_logprobs": self.top_logprobs} if served.willing else {}
+        try:
+            completion = await self.chat.complete(client, {**request, **surely})
+        except RequestRefusedError as error:
+            if not surely or error.status not in (400, 422):
+                raise
+            completion = await self.chat.complete(client, request)
+            served.willing = False
+            self._note_words(served, f"{error.words}; a lower top_logprobs may do")
+        try:
+            answer = Answer.of_completion(completion)
+        except (AttributeError, TypeError, IndexError):
+            words = " ".join(str(completion).split())[:200]
+            raise RuntimeError(
+                f"{self.chat.base_url} answers {words!r}, no chat completion: base_url mostly "
+                "ends in /v1."
+            ) from None
+        if answer.tokens is None:
+            self._note_words(served, "an answer had none")
+        return answer
+
+    def _note_words(self, served: _Served, reason: str) -> None:
+        if not served.words:
+            served.words = True
+            _LOGGER.warning(
+                "%s gives no log-probabilities (%s): an answer counts as 1.0 for Yes and 0.0 for "
+                "No.",
+                self.chat.base_url,
+                reason,
+            )
+
+    def _score(self, answer: Answer) -> float:
+        score = answer.score()
+        if score is None:
+            raise RuntimeError(
+                f"{self.model} answers {answer.text[:80]!r}, neither Yes nor No: let the prompt "
+                "ask for one of them, raise max_tokens, or turn its thinking off (extra_body)."
+            )
+        return score
+
+
+@dataclass
+class _Served:
+    """What was learnt of the server.
+
+    Attributes:
+        root: What it says is behind the model's name.
+        willing: Whether it lets itself be asked for log-probabilities.
+        words: Whether an answer came without them.
+    """
+
+    root: str
+    willing: bool = True
+    words: bool = False
