@@ -109,11 +109,13 @@ class DQN(L.LightningModule):
         """The policy that collects: greedy but for a share ε of random actions."""
         return TensorDictSequential(self.actor, self.greedy)
 
-    def configure_optimizers(self) -> Optimizer:
+    def configure_optimizers(self) -> dict[str, Optimizer]:
         """Build Adam over the online network."""
-        return Adam(self.loss.parameters(), lr=self.learning_rate, eps=self.adam_eps, fused=True)
+        parameters = self.loss.parameters()
+        adam = Adam(parameters, lr=self.learning_rate, eps=self.adam_eps, fused=True)
+        return {"value": adam}
 
-    def training_step(self, batch: TensorDictBase) -> Tensor:
+    def training_step(self, batch: TensorDictBase, optimizer: str) -> Tensor:
         """Compute the loss of a batch and write |δ| into it."""
         loss: Tensor = self.loss(batch)["loss"]
         # DQNLoss writes δ²; replay priorities are in units of return.

@@ -37,14 +37,17 @@ class Algorithm(Protocol):
     policy: TensorDictModuleBase
     behaviour: TensorDictModuleBase
 
-    def configure_optimizers(self) -> Optimizer:
-        """Build the optimizer."""
+    def configure_optimizers(self) -> dict[str, Optimizer]:
+        """Build the optimizers, in the order of their steps: the critic, whence |δ|, is first."""
 
-    def training_step(self, batch: TensorDictBase) -> Tensor:
-        """Return the loss of a batch; write |δ| into it."""
+    def training_step(self, batch: TensorDictBase, optimizer: str) -> Tensor | None:
+        """Return the loss that ``optimizer`` descends, or None where it has nothing to do.
+
+        The critic's step writes |δ| into the batch.
+        """
 
     def after_update(self) -> None:
-        """Run after each gradient step (target networks)."""
+        """Run after each update (target networks)."""
 
     def after_collection(self, env_steps: int) -> dict[str, float]:
         """Run after each round of updates (exploration); return what is worth logging."""
@@ -86,22 +89,26 @@ def wait_for_judge(scoring: AsyncScorer, settings: Scoring) -> None:
 def update(
     fabric: Fabric,
     algorithm: Any,
-    optimizer: Optimizer,
+    optimizers: dict[str, Optimizer],
     buffer: VLMReplayBuffer,
     replay: Replay,
     telemetry: Telemetry,
 ) -> None:
-    """Take one gradient step: sample, update, re-prioritise."""
+    """Learn from one batch: sample, a gradient step of each optimizer, re-prioritise."""
     batch = buffer.sample().to(fabric.device)
-    loss = algorithm.training_step(batch)
-    optimizer.zero_grad()
-    fabric.backward(loss)
-    norm = fabric.clip_gradients(algorithm, optimizer, max_norm=algorithm.gradient_clip_norm)
-    optimizer.step()
+    for name, optimizer in optimizers.items():
+        loss = algorithm.training_step(batch, name)
+        if loss is None:
+            continue
+        optimizer.zero_grad()
+        fabric.backward(loss)
+        norm = fabric.clip_gradients(algorithm, optimizer, max_norm=algorithm.gradient_clip_norm)
+        optimizer.step()
+        telemetry.stepped(name, loss, norm)
     algorithm.after_update()
     if replay.uses_td_error:
         buffer.update_tensordict_priority(batch)
-    telemetry.update(batch, loss=loss, gradient_norm=norm)
+    telemetry.updated(batch)
 
 
 def train(
@@ -124,7 +131,9 @@ def train(
         training: Lengths, ratios and seeds.
         telemetry: Where figures go.
     """
-    algorithm, optimizer = fabric.setup(module, module.configure_optimizers())
+    optimizers = module.configure_optimizers()
+    algorithm, *prepared = fabric.setup(module, *optimizers.values())
+    optimizers = dict(zip(optimizers, prepared, strict=True))
     algorithm.mark_forward_method("training_step")
     seed = training.seed * fabric.world_size + fabric.global_rank
     buffer = replay.buffer()
@@ -165,7 +174,7 @@ def train(
                 updates_due += new_env_steps * training.updates_per_env_step
                 while updates_due >= 1:
                     updates_due -= 1
-                    update(fabric, algorithm, optimizer, buffer, replay, telemetry)
+                    update(fabric, algorithm, optimizers, buffer, replay, telemetry)
                 telemetry.note(module.after_collection(new_env_steps))
                 for scheduler in schedulers:
                     scheduler.step()

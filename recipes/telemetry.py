@@ -98,11 +98,14 @@ class Telemetry:
             self._file.close()
             self._tensorboard.finalize("success" if error is None else "failed")
 
-    def update(self, batch: TensorDictBase, *, loss: Tensor, gradient_norm: Tensor | None) -> None:
+    def stepped(self, optimizer: str, loss: Tensor, gradient_norm: Tensor | None) -> None:
         """Note a gradient step; nothing is read back from the device here."""
-        self._sums["loss/td"].append(loss.detach())
+        self._sums[f"loss/{optimizer}"].append(loss.detach())
         if gradient_norm is not None:
-            self._sums["loss/gradient_norm"].append(gradient_norm)
+            self._sums[f"gradient_norm/{optimizer}"].append(gradient_norm)
+
+    def updated(self, batch: TensorDictBase) -> None:
+        """Note the batch of an update, after all its gradient steps."""
         self._drawn.append(batch[keys.INDEX])
         self._updates += 1
 

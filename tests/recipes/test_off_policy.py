@@ -41,12 +41,12 @@ def train(tmp_path, name, *arguments):
 def test_every_method_trains_over_the_end_of_the_ring_and_writes_its_figures(method, tmp_path):
     rows = train(tmp_path, "run", f"--config={method}", "--scoring.mode=sync")
     evaluations = [row for row in rows if "eval/success" in row]
-    figures = [row for row in rows if "loss/td" in row]
+    figures = [row for row in rows if "loss/value" in row]
     assert [row["env_steps"] for row in evaluations] == [512, 1024]
     assert all(0 <= row["eval/success"] <= 1 for row in evaluations)
     assert figures[-1]["replay/transitions"] == 600
     assert (tmp_path / "run" / "policy.ckpt").exists()
-    assert all(row["loss/td"] >= 0 for row in figures)
+    assert all(row["loss/value"] >= 0 for row in figures)
     if "replay/lambda" in figures[-1]:
         last = figures[-1]
         assert last["scoring/clips_failed"] == last["scoring/clips_dropped"] == 0
@@ -62,7 +62,7 @@ def test_synchronous_rerun_is_equal_and_another_seed_is_not(tmp_path):
         train(tmp_path, f"run{i}", method, "--scoring.mode=sync", f"--training.seed={seed}")
         for i, seed in enumerate((3, 3, 4))
     ]
-    kept = [[(row.get("loss/td"), row.get("eval/return")) for row in rows] for rows in runs]
+    kept = [[(row.get("loss/value"), row.get("eval/return")) for row in rows] for rows in runs]
     assert kept[0] == kept[1]
     assert kept[0] != kept[2]
 
@@ -100,7 +100,7 @@ def test_training_step_writes_the_absolute_td_error():
         },
         [2],
     )
-    loss = module.training_step(batch)
+    loss = module.training_step(batch, "value")
     assert batch["td_error"].flatten().tolist() == [0.5, 0.25]
     # Huber below 1: δ²/2, averaged: (0.125 + 0.03125) / 2
     assert loss.item() == pytest.approx(0.078125)
@@ -130,4 +130,4 @@ def test_fabric_run_trains_on_cpu_ranks(devices, tmp_path):
     # Steps are counted over all ranks: 4 envs x 8 steps x ranks at a time, up to 1100 or more.
     saved = torch.load(tmp_path / "run" / "policy.ckpt", weights_only=True)
     assert saved["env_steps"] == (1120 if devices == 1 else 1152)
-    assert any("loss/td" in row for row in rows)
+    assert any("loss/value" in row for row in rows)

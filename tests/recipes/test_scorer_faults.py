@@ -92,7 +92,7 @@ def train(tmp_path, monkeypatch):
 
         monkeypatch.setattr(off_policy, "build_scoring", build)
         cli.run(DQN, [*SHORT, f"--training.log_dir={tmp_path}", "--training.name=run"])
-        rows = [row for row in read_rows(tmp_path / "run") if "loss/td" in row]
+        rows = [row for row in read_rows(tmp_path / "run") if "loss/value" in row]
         assert rows[-1]["env_steps"] == 1024
         assert rows[-1]["speed/updates_per_s"] > 0  # it learnt to the end
         (scoring,) = made
