@@ -156,7 +156,7 @@ def _handler(server: EndpointServer) -> type[BaseHTTPRequestHandler]:
             elif what == "page":
                 self._send(200, "<html>Welcome</html>", {"Content-Type": "text/html"})
             elif what == "error":
-                self._send(200, {"error": {"message": "overloaded"}})
+                self._send(200, {"error": {"message": f"overloaded, {key}"}})
             else:
                 self._send(200, completion(body, what), cut=what)
             server.sent()

@@ -357,14 +357,15 @@ def test_the_revision_tells_words_from_probabilities(serve):
 # ---------------------------------------------------------------- the key
 
 
-def test_the_key_reaches_the_server_and_nothing_else(serve, monkeypatch, caplog):
-    """Not the logs of any package at DEBUG, not the object, not an error that the server echoes."""
+@pytest.mark.parametrize("fault", ["401", "500", "error"])
+def test_the_key_reaches_the_server_and_nothing_else(serve, monkeypatch, caplog, fault):
+    """Not the logs of any package at DEBUG, not the object, not an error in which it is echoed."""
     monkeypatch.setenv("JUDGE_KEY", SECRET + "\n")
     caplog.set_level(logging.DEBUG)
     for name in ("openai", "httpx", "httpx2", "httpcore", "httpcore2", "asyncio"):
-        logging.getLogger(name).setLevel(logging.DEBUG)
-    server = serve("answer", "answer", "401")
-    scorer = judge(server, api_key_variable="JUDGE_KEY")
+        caplog.set_level(logging.DEBUG, name)
+    server = serve("answer", "answer", fault)
+    scorer = judge(server, api_key_variable="JUDGE_KEY", retries=0)
     score(scorer, some_clips(51))
     with pytest.raises(RuntimeError) as error:
         scorer(some_clips(51))
@@ -392,6 +393,7 @@ def test_a_key_that_http_cannot_carry_is_refused_without_showing_it(serve, monke
     [
         ({"base_url": "localhost:8000/v1"}, "http://host:port/v1"),
         ({"base_url": f"http://me:{SECRET}@host/v1"}, "OPENAI_API_KEY"),
+        ({"base_url": f"me:{SECRET}@host/v1"}, "OPENAI_API_KEY"),
         ({"base_url": f"http://host/v1?key={SECRET}"}, "OPENAI_API_KEY"),
         ({"model": " "}, "model"),
         ({"prompts": []}, "prompts"),

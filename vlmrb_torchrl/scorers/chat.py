@@ -70,7 +70,7 @@ class ChatServer:
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.base_url)
-        if parts.username or parts.password or parts.query:  # not shown: it may be a secret
+        if "@" in self.base_url or parts.query:  # not shown: it may be a secret
             raise ValueError(
                 "base_url holds a password or a query: give the plain URL, and the key in the "
                 f"environment variable {self.api_key_variable}."
@@ -131,7 +131,7 @@ class ChatServer:
         try:
             async with asyncio.timeout(self.timeout_s):
                 page = await client.with_options(max_retries=0).models.list()
-            return {card.id: str(getattr(card, "root", None) or card.id) for card in page.data}
+            return {str(card.id): str(getattr(card, "root", None) or card.id) for card in page.data}
         except (openai.APIError, TimeoutError, json.JSONDecodeError, AttributeError, TypeError):
             return {}
 
@@ -157,11 +157,15 @@ class ChatServer:
         return ScorerUnavailableError(f"{url} answers broken JSON: see its log.")
 
     def _words_of(self, error: Any) -> str:
-        """The server's own message, on one line of moderate length, without the key."""
+        """The server's own message."""
         body = error.body
         if isinstance(body, dict):
             body = body.get("message") or body.get("detail") or body
-        words = " ".join(str(body or error.message).split())
+        return self.quotable(body or error.message)
+
+    def quotable(self, said: object) -> str:
+        """What a server said, on one line of moderate length, without the key."""
+        words = " ".join(str(said).split())
         key = os.environ.get(self.api_key_variable, "").strip()
         return (words.replace(key, "***") if key else words)[:300]
 

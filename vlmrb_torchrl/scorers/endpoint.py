@@ -251,10 +251,9 @@ class EndpointScorer(PromptedScorer):
         try:
             answer = Answer.of_completion(completion)
         except (AttributeError, TypeError, IndexError):
-            words = " ".join(str(completion).split())[:200]
             raise RuntimeError(
-                f"{self.chat.base_url} answers {words!r}, no chat completion: base_url mostly "
-                "ends in /v1."
+                f"{self.chat.base_url} answers {self.chat.quotable(completion)!r}, no chat "
+                "completion: base_url mostly ends in /v1."
             ) from None
         if answer.tokens is None:
             self._note_words(served, "an answer had none")
