@@ -15,9 +15,9 @@ from torchrl.envs import EnvBase
 from torchrl.modules import EGreedyModule, QValueActor
 from torchrl.objectives import DQNLoss, SoftUpdate, ValueEstimators
 
+from recipes.arguments import check_arguments
 from recipes.networks import GridQNetwork
 from vlmrb_torchrl import keys
-from vlmrb_torchrl.checks import require
 
 
 class DQN(L.LightningModule):
@@ -49,22 +49,16 @@ class DQN(L.LightningModule):
         epsilon_env_steps: int = 180_000,
     ) -> None:
         super().__init__()
-        require(0 <= gamma < 1, "algorithm.gamma", gamma, "use a number in [0, 1)")
-        require(learning_rate > 0, "algorithm.learning_rate", learning_rate, "use more than 0")
-        require(
-            0 < target_update_rate <= 1,
-            "algorithm.target_update_rate",
-            target_update_rate,
-            "use a number in (0, 1]",
+        check_arguments(
+            hidden_features=hidden_features,
+            gamma=gamma,
+            learning_rate=learning_rate,
+            adam_eps=adam_eps,
+            target_update_rate=target_update_rate,
+            gradient_clip_norm=gradient_clip_norm,
+            epsilon_final=epsilon_final,
+            epsilon_env_steps=epsilon_env_steps,
         )
-        for width in hidden_features:
-            require(width >= 1, "algorithm.hidden_features", hidden_features, "use 1 or more each")
-        for name, value in (("adam_eps", adam_eps), ("gradient_clip_norm", gradient_clip_norm)):
-            require(value > 0, f"algorithm.{name}", value, "use more than 0")
-        require(
-            epsilon_env_steps >= 1, "algorithm.epsilon_env_steps", epsilon_env_steps, "use >= 1"
-        )
-        require(0 <= epsilon_final <= 1, "algorithm.epsilon_final", epsilon_final, "use 0 to 1")
         observation = env.observation_spec["observation"]
         action_spec = env.action_spec_unbatched
         network = GridQNetwork(
