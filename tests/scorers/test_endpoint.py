@@ -188,14 +188,16 @@ def test_answers_that_come_in_reverse_stay_with_their_clips(serve):
 
 @pytest.mark.parametrize("concurrency", [1, 3])
 def test_no_more_requests_are_under_way_than_allowed(serve, concurrency):
+    """Answered one by one: a client without a bound would have all ten waiting by then."""
     server = serve()
     scorer = judge(server, concurrency=concurrency)
     scorer.load()
     server.held = True
     with ThreadPoolExecutor(1) as thread:
         answers = thread.submit(score, scorer, some_clips(*range(10)))
-        server.await_requests(1 + concurrency)
-        server.release()
+        for number in range(1, 11):
+            server.await_requests(min(number + concurrency, 11), answered=number)
+            server.release(number)
         assert len(answers.result(PATIENT)) == 10
     assert server.most_in_flight == concurrency
 
