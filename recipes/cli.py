@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -144,6 +145,15 @@ def build_algorithm(algorithm: type[L.LightningModule], settings: Namespace) -> 
     return module
 
 
+def describe_policy(algorithm: type[L.LightningModule]) -> dict[str, Any]:
+    """Say which class plays ``policy.ckpt``: a run started by ``-m`` is ``__main__`` to itself."""
+    path = f"recipes.{algorithm.__name__.lower()}.{algorithm.__name__}"
+    return {
+        "class_path": "recipes.policies.TrainedPolicy",
+        "init_args": {"checkpoint": "policy.ckpt", "algorithm": path},
+    }
+
+
 def launch(
     module: Any,
     parser: ArgumentParser,
@@ -168,6 +178,7 @@ def launch(
     if fabric.is_global_zero:
         folder.mkdir(parents=True, exist_ok=True)
         parser.save(config, folder / "config.yaml", overwrite=True)
+        (folder / "policy.yaml").write_text(json.dumps(describe_policy(algorithm)))
     try:
         with Telemetry(fabric, settings.env, training, folder) as telemetry:
             train(

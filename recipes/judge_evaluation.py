@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from tensordict import TensorDict
 from recipes.judge_data import EVENT_NAMES, VIEW, Clip, Episode, FrameTable, happened, visible
 from recipes.judge_policies import play
 from recipes.judge_rooms import ENDLESS, random_world
+from vlmrb_torchrl.judge.figures import area_under_curve, wilson
 from vlmrb_torchrl.prompts import MINIGRID
 from vlmrb_torchrl.renderers.minigrid import AbstractSprites, MiniGridRenderer, SwappedSprites
 from vlmrb_torchrl.scorers.huggingface import HuggingFaceScorer
@@ -23,7 +23,6 @@ from vlmrb_torchrl.scorers.huggingface import HuggingFaceScorer
 EVALUATION_SEED = 10_000_000
 """Resets from here on; training counts up from 0 and never comes near."""
 DOORKEY_SIZES = (5, 6, 8, 12, 16)
-CONFIDENCE_Z = 1.96
 
 
 @dataclass(frozen=True)
@@ -59,36 +58,12 @@ class Figures:
         return wilson(self.false_positives, self.clips - self.positives)
 
 
-def wilson(successes: int, trials: int) -> tuple[float, float, float]:
-    """A share and its 95 % interval (Wilson 1927); NaN where there were no trials."""
-    if trials == 0:
-        return math.nan, math.nan, math.nan
-    share, z2 = successes / trials, CONFIDENCE_Z**2
-    middle = (share + z2 / (2 * trials)) / (1 + z2 / trials)
-    half = CONFIDENCE_Z / (1 + z2 / trials)
-    half *= math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
-    return share, max(0.0, middle - half), min(1.0, middle + half)
-
-
-def area_under_curve(score: np.ndarray, label: np.ndarray) -> float:
-    """Probability that a positive clip scores above a negative one, ties counting half."""
-    from scipy.stats import rankdata
-
-    positives = int(label.sum())
-    negatives = len(label) - positives
-    if not positives or not negatives:
-        return math.nan
-    ranks = rankdata(score)[label].sum()
-    return float((ranks - positives * (positives + 1) / 2) / (positives * negatives))
-
-
 def figures(score: np.ndarray, label: np.ndarray, shown: np.ndarray, seed: int = 0) -> Figures:
     """Compare scores with what happened (``label``) and what the frames show (``shown``)."""
     random = np.random.default_rng(seed)
     draws = random.integers(0, len(score), (200, len(score)))
-    spread = [area_under_curve(score[d], label[d]) for d in draws]
-    spread = [value for value in spread if not math.isnan(value)] or [math.nan]
-    low, high = np.quantile(spread, [0.025, 0.975])
+    counts = np.stack([np.bincount(drawn, minlength=len(score)) for drawn in draws]).astype(float)
+    low, high = np.nanquantile(area_under_curve(score, label, counts), [0.025, 0.975])
     yes, seen = score > 0.5, label & shown
     return Figures(
         clips=len(score),
@@ -97,7 +72,7 @@ def figures(score: np.ndarray, label: np.ndarray, shown: np.ndarray, seed: int =
         false_positives=int((yes & ~label).sum()),
         seen=int(seen.sum()),
         seen_and_found=int((yes & seen).sum()),
-        auc=(area_under_curve(score, label), float(low), float(high)),
+        auc=(area_under_curve(score, label).item(), float(low), float(high)),
     )
 
 

@@ -28,12 +28,10 @@ from recipes.judge_data import (
     visible_by_frame,
 )
 from recipes.judge_evaluation import (
-    area_under_curve,
     cut,
     doorkey_episodes,
     figures,
     static_states,
-    wilson,
 )
 from recipes.judge_model import build_model, build_processor, normalise
 from recipes.judge_rooms import RandomRoom, could_be_doorkey
@@ -161,18 +159,6 @@ def test_static_states_hold_one_agent_on_a_cell_that_can_be_stood_on() -> None:
         kind = state[..., 0][state[..., 3] > 0]
         assert len(kind) == 1
         assert kind[0] in (1, 4, 8)
-
-
-def test_wilson_interval_of_no_error_in_a_hundred() -> None:
-    """Closed form: for k = n the lower end is n / (n + z²), the upper end 1."""
-    share, low, high = wilson(100, 100)
-    assert (share, high) == pytest.approx((1.0, 1.0))
-    assert low == pytest.approx(100 / (100 + 1.96**2))
-
-
-def test_area_under_curve_counts_ties_half() -> None:
-    label = np.array([True, True, False, False])
-    assert area_under_curve(np.array([0.9, 0.5, 0.5, 0.1]), label) == pytest.approx(3.5 / 4)
 
 
 def test_figures_count_against_what_happened() -> None:

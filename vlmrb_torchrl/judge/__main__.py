@@ -106,6 +106,9 @@ def parse(argv: list[str]) -> tuple[Settings, dict[str, Any]]:
         key = re.match(r'Parser key "(\w+)', text)
         remedy = REMEDIES.get(key[1], "") if key else "--help lists the arguments"
         text = re.sub(r'^Parser key "([\w.]+)":', r"\1:", text)
+        text = re.sub(
+            r"Does not validate.*Errors: (.*) Given value type: .* Given", r"\1; given", text
+        )
         raise ConfigError(f"{text}; {remedy}" if remedy else text) from error
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         raise ConfigError(one_line(error)) from error
@@ -124,6 +127,7 @@ def _policy(argv: list[str]) -> tuple[list[str], str]:
             said = str(Path(given).with_name("policy.yaml"))
             remedy = f"no {said} says which class plays it; name the class, as --help tells"
             require(Path(said).is_file(), "policy", given, remedy)
+        require("." in said or said in NAMES, "policy", repr(given), REMEDIES["policy"])
         policy = [f"--policy={said}"]
     return policy + rest, said
 

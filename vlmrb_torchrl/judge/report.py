@@ -77,7 +77,7 @@ def cost_rows(costs: Sequence[Cost], stride: int) -> Rows:
     rows[0] += [f"hours per million env steps at stride {s}" for s in strides]
     for cost in costs:
         unit = "GPU" if cost.device == "cuda" else "core"
-        where = cost.device if cost.device == "cuda" else f"{cost.cores} CPU thread(s)"
+        where = "GPU" if cost.device == "cuda" else f"CPU, threads: {cost.cores}"
         row = [cost.scorer, str(cost.questions), where]
         row += [f"{cost.clips_per_s:,.1f}", f"{cost.clips_per_s_again:,.1f}"]
         row += [f"{cost.env_steps_per_s(s):,.0f}" for s in strides]

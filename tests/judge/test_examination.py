@@ -1,0 +1,262 @@
+"""Clips know what happened in them; known judges get the figures they must get."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from tensordict.nn import TensorDictModule
+
+from tests.judge.worlds import Counter, examined
+from vlmrb_torchrl.checks import ConfigError
+from vlmrb_torchrl.envs import DoorKeyEnv
+from vlmrb_torchrl.judge.collection import collect
+from vlmrb_torchrl.judge.examination import keep, write
+from vlmrb_torchrl.judge.settings import Settings
+from vlmrb_torchrl.scorers import ClipScorer, ConstantScorer, NoisyScorer, PrivilegedScorer
+from vlmrb_torchrl.scorers.base import PromptedScorer
+
+DOORKEY = ("goal", "door", "key")
+
+
+class Grey(PromptedScorer):
+    """Says how bright a clip's last frame is, whatever it is asked; the second prompt, how dark."""
+
+    def __init__(self, prompts=("Is it over?",)) -> None:
+        super().__init__(prompts)
+
+    def score_prompts(self, tensordict):
+        bright = tensordict["clip"][:, -1].float().mean((-3, -2, -1)) / 255
+        return torch.stack([bright, 1 - bright], -1)[:, : len(self.prompts)]
+
+
+class Broken(ClipScorer):
+    def score(self, tensordict):
+        raise RuntimeError("out of\nmemory")
+
+
+def advance(_: int) -> None:
+    pass
+
+
+def counted(**arguments) -> Settings:
+    return Settings(
+        arguments.pop("env", None) or Counter(),
+        arguments.pop("scorers", None) or [PrivilegedScorer(("end", "third"), ("end",))],
+        **{"policy": "random", "clips": 9, "clip_transitions": 4, "frames_per_clip": 2} | arguments,
+    )
+
+
+def doorkey(**arguments) -> Settings:
+    return Settings(
+        DoorKeyEnv(6, num_envs=8, max_steps=60),
+        arguments.pop("scorers", None) or [PrivilegedScorer(DOORKEY)],
+        **{"clips": 120, "clip_transitions": 8, "frames_per_clip": 4, "resamples": 300} | arguments,
+    )
+
+
+def test_clips_say_where_they_lie_what_they_show_and_what_happened() -> None:
+    """Episodes of 10 steps in clips of 4, 4 and 2 transitions, two outcomes of each shown."""
+    clips = collect(counted(), advance)
+    assert clips["episode"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert clips["first"].tolist() == [0, 4, 8] * 3
+    assert clips["transitions"].tolist() == [4, 4, 2] * 3
+    assert clips["render_state"][:3, :, 0].tolist() == [[2, 4], [6, 8], [9, 10]]
+    assert clips["events"][:3].tolist() == [[False, True], [False, False], [True, False]]
+    # Step 3 comes after the first frame, which shows step 2; step 10 comes after step 9.
+    assert torch.equal(clips["shown"], clips["events"])
+
+
+def test_what_happens_no_later_than_in_the_first_frame_is_not_shown() -> None:
+    """One frame a clip shows the last outcome alone: no change can be seen in it."""
+    clips = collect(counted(frames_per_clip=1), advance)
+    assert clips["events"].any()
+    assert not clips["shown"].any()
+
+
+def test_overlapping_clips_start_where_their_transitions_do() -> None:
+    clips = collect(counted(stride=2), advance)
+    assert clips["first"][:4].tolist() == [0, 2, 4, 6]
+    assert clips["render_state"][:4, 0, 0].tolist() == [2, 4, 6, 8]
+
+
+def test_same_seed_same_clips() -> None:
+    first, again = (collect(doorkey(seed=5), advance) for _ in range(2))
+    assert (first == again).all()
+    assert not torch.equal(first["render_state"], collect(doorkey(seed=6), advance)["render_state"])
+
+
+def test_mixed_games_are_demonstrated_and_random_by_turns() -> None:
+    """Eight games, episodes numbered as they begin; none succeeds by chance in 60 steps."""
+    clips = collect(doorkey(random_share=0.0, clip_transitions=60, frames_per_clip=60), advance)
+    succeeded = clips["events"][:, 0]
+    first = [bool(succeeded[clips["episode"] == k].any()) for k in range(8)]
+    assert first == [True, False] * 4
+
+
+def test_a_policy_of_ones_own_plays() -> None:
+    class Always(TensorDictModule):
+        def __init__(self) -> None:
+            super().__init__(
+                lambda state: torch.full(state.shape[:1], 1), ["render_state"], ["action"]
+            )
+
+    clips = collect(doorkey(policy=Always(), random_share=0.0, clips=16), advance)
+    here = clips["render_state"][..., 3].amax((-1, -2))  # it turns on the spot
+    assert ((here.diff(dim=1) % 4).abs() == 2).all()
+
+
+def test_privileged_judge_is_perfect() -> None:
+    result = examined(doorkey())
+    (verdict,) = result.verdicts
+    assert 0 < verdict.positives < 120
+    values = {name: estimate.value for name, estimate in verdict.estimates.items()}
+    for name in ("precision", "recall", "auc"):
+        assert values[name] == 1
+        assert verdict.estimates[name].low < 1
+    assert values["brier"] == values["ece"] == values["false_positive_rate"] == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_noisy_judges_rates_lie_within_their_intervals(seed: int) -> None:
+    """Seeds 0 to 2, not chosen; of a hundred such intervals five would miss."""
+    print(f"seed {seed}")
+    noisy = NoisyScorer(PrivilegedScorer(DOORKEY), 0.7, 0.2, seed=seed)
+    (verdict,) = examined(doorkey(scorers=[noisy], clips=600, seed=seed)).verdicts
+    for name, rate in (("recall", 0.7), ("false_positive_rate", 0.2)):
+        assert verdict.estimates[name].low <= rate <= verdict.estimates[name].high
+
+
+def test_each_prompt_is_judged_against_the_event_that_it_asks_about() -> None:
+    env = Counter(prompts={"end": "Is it over?", "third": "Is it the third?"})
+    settings = counted(env=env, scorers=[Grey()], prompts=["third", "end"])
+    third, end = examined(settings).verdicts
+    assert (third.question.asked, end.question.asked) == ("third", "end")
+    assert (third.positives, end.positives) == (3, 3)
+    np.testing.assert_allclose(third.answers.score + end.answers.score, 1, atol=1e-6)
+
+
+def test_a_question_of_ones_own_is_judged_against_the_event_named() -> None:
+    settings = counted(scorers=[Grey()], prompts=["Is it dark out there?"], event="third")
+    (verdict,) = examined(settings).verdicts
+    assert verdict.question.events == ("third",)
+    assert verdict.question.asked == "Is it dark out there?"
+
+
+def test_a_scorer_of_several_prompts_is_judged_as_it_scores() -> None:
+    """Left to its own prompts it is one judge, and any of their events makes a positive."""
+    env = Counter(prompts={"end": "Is it over?", "third": "Is it the third?"})
+    settings = counted(env=env, scorers=[Grey(("Is it over?", "Is it the third?"))])
+    (verdict,) = examined(settings).verdicts
+    assert verdict.question.asked == "end or third"
+    assert verdict.positives == 6
+
+
+def test_scorers_of_one_class_keep_names_of_their_own() -> None:
+    result = examined(counted(scorers=[ConstantScorer(0.2), ConstantScorer(0.7)]))
+    assert [cost.scorer for cost in result.costs] == ["ConstantScorer", "ConstantScorer #2"]
+
+
+def test_costs_follow_from_the_clips_a_second() -> None:
+    (cost,) = examined(counted(scorers=[Grey()], torch_threads=2)).costs
+    assert cost.env_steps_per_s(32) == pytest.approx(32 * cost.clips_per_s)
+    seconds = 1e6 / cost.env_steps_per_s(32)
+    assert cost.hours_per_million_env_steps(32) == pytest.approx(2 * seconds / 3600)  # 2 cores
+    torch.set_num_threads(1)
+
+
+def test_without_a_positive_clip_the_report_says_so_and_what_to_do(tmp_path) -> None:
+    settings = counted(env=Counter(length=1000), scorers=[Grey()], out=tmp_path)
+    result = examined(settings)
+    write(result, {}, "judge")
+    text = (tmp_path / "report.md").read_text()
+    assert "No clip shows 'end'" in text
+    assert "--policy scripted" in text
+    assert "nan" not in text.lower()
+    numbers = json.loads((tmp_path / "figures.json").read_text())
+    assert numbers["verdicts"][0]["measures"]["recall"]["value"] is None
+    assert numbers["verdicts"][0]["measures"]["recall"]["reason"] == "no positive clip"
+
+
+def test_a_scorer_that_fails_is_told_of_in_one_line() -> None:
+    with pytest.raises(ConfigError, match="Broken failed on 9 clips: RuntimeError: out of memory"):
+        examined(counted(scorers=[Broken()]))
+
+
+def test_a_policy_that_cannot_act_is_refused_before_anything_is_played() -> None:
+    lost = TensorDictModule(lambda x: x, ["no_such_key"], ["action"])
+    with pytest.raises(ConfigError, match="it cannot act in Counter"):
+        examined(counted(policy=lost))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kept") / "clips"
+    result = examined(doorkey(save=folder, policy="scripted"))
+    arguments = {"env": {"class_path": "vlmrb_torchrl.envs.DoorKeyEnv"}, "policy": "scripted"}
+    keep(result, arguments)
+    return result
+
+
+def test_saved_clips_are_judged_again_as_they_were(saved) -> None:
+    """The same clips, labels and figures, although nothing is played."""
+    again = examined(doorkey(load=saved.settings.save))
+    kept = again.clips.exclude("scores", "labels")
+    assert (kept == saved.clips).all()
+    assert again.verdicts[0].estimates == saved.verdicts[0].estimates
+
+
+def test_saved_clips_hold_scores_labels_and_whose_they_are(saved) -> None:
+    folder = saved.settings.save
+    assert sorted(file.name for file in folder.iterdir()) == ["clips.safetensors", "meta.json"]
+    again = examined(doorkey(load=folder))
+    np.testing.assert_array_equal(again.clips["scores"][:, 0], saved.verdicts[0].answers.score)
+    np.testing.assert_array_equal(again.clips["labels"][:, 0], saved.verdicts[0].answers.label)
+    (column,) = json.loads((folder / "meta.json").read_text())["columns"]
+    assert column["fingerprint"] == PrivilegedScorer(DOORKEY).fingerprint
+    assert column["events"] == ["goal"]
+
+
+def test_saved_clips_are_drawn_anew_in_another_resolution(saved) -> None:
+    seen = []
+
+    class Looking(ConstantScorer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.in_keys = ["clip"]
+
+        def score(self, tensordict):
+            seen.append(tuple(tensordict["clip"].shape[-2:]))
+            return super().score(tensordict)
+
+    view = {"tile_size": 4, "window": None}
+    examined(doorkey(load=saved.settings.save, scorers=[Looking()], renderer=view))
+    assert set(seen) == {(24, 24)}
+
+
+def test_page_is_whole_in_itself_and_text_in_it_is_only_text(tmp_path) -> None:
+    nasty = 'Is it </script><b onclick="x">over</b> & {{ 7 * 7 }} | `?'
+    settings = counted(scorers=[Grey()], prompts=[nasty], out=tmp_path, gallery=2)
+    write(examined(settings), {"note": nasty}, f"judge {nasty}")
+    html = (tmp_path / "report.html").read_text()
+    assert not re.search(r"https?://|//[a-z]+\.|@import|url\(", html)
+    assert html.count("</script>") == html.count("<script") == 2
+    assert "<b onclick" not in html
+    assert "{{ 7 * 7 }}" in html
+    assert "\\|" in (tmp_path / "report.md").read_text()
+
+
+def test_figures_json_holds_the_confusion_that_the_measures_follow_from(tmp_path) -> None:
+    noisy = NoisyScorer(PrivilegedScorer(DOORKEY), 0.6, 0.3)
+    result = examined(doorkey(scorers=[noisy], out=tmp_path))
+    write(result, {"seed": 0}, "judge")
+    (found,) = json.loads((tmp_path / "figures.json").read_text())["verdicts"]
+    yes = found["true_positives"] + found["false_positives"]
+    happened = found["true_positives"] + found["false_negatives"]
+    assert yes + found["false_negatives"] + found["true_negatives"] == 120
+    assert found["measures"]["precision"]["value"] == pytest.approx(found["true_positives"] / yes)
+    assert found["measures"]["recall"]["value"] == pytest.approx(found["true_positives"] / happened)
+    assert sum(found["scores"]["positives"]) == happened
