@@ -266,3 +266,13 @@ def test_out_of_memory_with_a_single_clip_is_an_error(
 
 def test_no_clips_have_no_scores(folders: dict[str, Path], family: str) -> None:
     assert scores(HuggingFaceScorer(folders[family]), some_clips()[:0]).shape == (0,)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["perception_lm", "qwen3_vl"])
+def test_compiled_model_scores_the_same(folders: dict[str, Path], name: str) -> None:
+    clips = some_clips()
+    plain = HuggingFaceScorer(folders[name], PROMPTS[0], dedup=False)
+    compiled = HuggingFaceScorer(folders[name], PROMPTS[0], dedup=False, compile=True)
+    close(scores(compiled, clips), scores(plain, clips))
+    close(scores(compiled, clips[:3]), scores(plain, clips[:3]))

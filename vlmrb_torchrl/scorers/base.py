@@ -40,7 +40,7 @@ class ClipScorer(TensorDictModuleBase):
 
     cheap: bool = False
     deterministic: ClassVar[bool] = True
-    frame_size: ClassVar[tuple[int, int] | None] = None
+    frame_size: tuple[int, int] | None = None
 
     def __init__(self, in_keys: Sequence[str] = (CLIP,)) -> None:
         super().__init__()

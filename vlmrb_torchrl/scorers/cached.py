@@ -67,7 +67,7 @@ class CachedScorer(ClipScorer):
         if not size_megabytes > 0:
             raise ValueError(f"size_megabytes={size_megabytes}: it must be positive.")
         self.scorer = scorer
-        self.frame_size = scorer.frame_size  # type: ignore[misc]
+        self.frame_size = scorer.frame_size
         self.folder = Path(folder).expanduser() if folder is not None else _default_folder()
         self.size_megabytes = float(size_megabytes)
         self.hits = self.misses = 0

@@ -11,23 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
-from tensordict import TensorDictBase
 from torch import Tensor
 
-from vlmrb_torchrl.frames import thin
-from vlmrb_torchrl.keys import CLIP
 from vlmrb_torchrl.prompts import BASELINE_CAPTION, GOAL_CAPTION
-from vlmrb_torchrl.scorers.base import PromptedScorer, checked_prompts
+from vlmrb_torchrl.scorers.base import checked_prompts
 from vlmrb_torchrl.scorers.contrastive_model import ContrastiveModel
-from vlmrb_torchrl.scorers.pretrained import checked_dtype, checked_model
+from vlmrb_torchrl.scorers.local import LocalScorer
 
 Pooling = Literal["max", "mean"]
 
 
-class ContrastiveScorer(PromptedScorer):
+class ContrastiveScorer(LocalScorer):
     """How much more a clip looks like the goal's caption than like the baseline's.
 
     The score is sigmoid(scale · (cos(v, goal) − cos(v, baseline))) of the model's embeddings: the
@@ -86,100 +83,53 @@ class ContrastiveScorer(PromptedScorer):
         cache_megabytes: float = 256.0,
         revision: str | None = None,
     ) -> None:
-        super().__init__(prompts)
-        self.model_name = checked_model(model)
+        super().__init__(
+            model,
+            prompts,
+            device=device,
+            dtype=dtype,
+            frames=frames,
+            batch_clips=batch_clips,
+            revision=revision,
+            positive={"scale": scale, "cache_megabytes": cache_megabytes},
+        )
         (self.baseline,) = checked_prompts(baseline)
         if pooling not in get_args(Pooling):
             raise ValueError(f"pooling={pooling!r}: say one of {get_args(Pooling)}.")
-        for name, value in (
-            ("scale", scale),
-            ("frames", frames),
-            ("batch_clips", batch_clips),
-            ("cache_megabytes", cache_megabytes),
-        ):
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}={value}: it must be positive.")
         self.pooling: Pooling = pooling
         self.scale = scale
-        self._device = torch.device(device)
-        self.dtype = checked_dtype(dtype, self._device)
-        self.frames = frames
-        self.batch_clips = int(batch_clips)
         self.dedup = dedup
         self.cache_megabytes = float(cache_megabytes)
-        self.wanted_revision = revision
-        self._loaded: ContrastiveModel | None = None
 
     @property
     def config(self) -> tuple[tuple[str, object], ...]:
         """What the scores depend on."""
         return (
-            ("model", self.model_name),
-            ("prompts", self.prompts),
+            *super().config,
             ("baseline", self.baseline),
             ("pooling", self.pooling),
             ("scale", self.scale),
-            ("dtype", self.dtype),
-            ("frames", self.frames),
         )
 
-    @property
-    def revision(self) -> str:
-        """The hub's commit or a digest of the folder, once loaded; before, what was asked for."""
-        return (self.wanted_revision or "") if self._loaded is None else self._loaded.revision
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model computes."""
-        return self._device
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_loaded": None}
-
-    def load(self) -> None:
-        """Read processor and weights.
-
-        Raises:
-            ImportError: transformers, or a package that the model needs, is not installed.
-            ValueError: It is no contrastive model or cannot be read; a prompt has more tokens than
-                it reads; ``dedup=True`` for one that looks at all frames together; no scale.
-        """
-        if self._loaded is not None:
-            return
-        pinned = {} if self.wanted_revision is None else {"revision": self.wanted_revision}
+    def _read(self) -> ContrastiveModel:
         loaded = ContrastiveModel(
             self.model_name,
             device=self._device,
             dtype=getattr(torch, self.dtype),
             dedup=self.dedup,
             cache_megabytes=self.cache_megabytes,
-            **pinned,
+            **self._pinned,
         )
         if self.scale is None and loaded.scale is None:
             raise ValueError(f"scale=None: {self.model_name} has no logit scale, pass one.")
         loaded.tokens((*self.prompts, self.baseline))  # refused now, not with the first clips
-        # In a plain object: as a submodule the weights would enter every checkpoint.
-        self._loaded = loaded
+        return loaded
 
-    def score_prompts(self, tensordict: TensorDictBase) -> Tensor:
-        """Score of each clip under each prompt, float32 ``[B, P]``.
-
-        Raises:
-            ValueError: A prompt has more tokens than the model reads.
-        """
-        self.load()
-        assert self._loaded is not None
-        clips = thin(tensordict[CLIP], self.frames)
-        if not len(clips):
-            return torch.zeros(0, len(self.prompts))
+    def _ask(self, loaded: ContrastiveModel, clips: Tensor) -> Tensor:
         captions = tuple(dict.fromkeys((*self.prompts, self.baseline)))
         goals = [captions.index(prompt) for prompt in self.prompts]
         against = [captions.index(self.baseline)]
-        scale = self.scale or self._loaded.scale
+        scale = self.scale or loaded.scale
         assert scale is not None
-        scores = []
-        for part in clips.split(self.batch_clips):
-            cosines = self._loaded.cosines(part, captions, mean=self.pooling == "mean")
-            evidence = scale * (cosines[..., goals] - cosines[..., against])
-            scores.append(evidence.amax(1).sigmoid().cpu())
-        return torch.cat(scores)
+        cosines = loaded.cosines(clips, captions, mean=self.pooling == "mean")
+        return (scale * (cosines[..., goals] - cosines[..., against])).amax(1).sigmoid()

@@ -40,6 +40,7 @@ class NoisyScorer(SeededScorer):
         self.false_positive_rate = check_unit("false_positive_rate", false_positive_rate)
         self.scorer = scorer
         self.cheap = scorer.cheap
+        self.frame_size = scorer.frame_size
 
     @classmethod
     def example(cls) -> NoisyScorer:
