@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import torch
 from tensordict.nn import TensorDictModuleBase
-from torchrl.envs import step_mdp
+from torchrl.data import Categorical
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from recipes.settings import Training
 from recipes.tasks import Task
-from vlmrb_torchrl import keys
 
 
 @torch.no_grad()
@@ -23,20 +22,20 @@ def evaluate(
 
     Args:
         policy: Greedy policy; a share ``training.eval_epsilon`` of its actions is replaced by
-            random ones.
+            random ones if they are discrete.
         task: Factory of the environments.
         training: Episodes and ε.
         number: Which evaluation of the run this is, from 0.
 
     Returns:
-        ``success`` (share of episodes), ``return`` (mean, undiscounted) and ``length`` (mean,
-        environment steps).
+        ``success`` (share of episodes, if the task knows it), ``return`` (mean, undiscounted) and
+        ``length`` (mean, environment steps).
     """
     episodes = training.eval_episodes
     device = next(policy.parameters()).device
     env = task.make(episodes, seed=number, held_out=True)
     noise = torch.Generator().manual_seed(number)
-    success_event = task.event_names.index(task.success_event)
+    discrete = isinstance(env.action_spec, Categorical)
     alive = torch.ones(episodes, dtype=torch.bool)
     success = torch.zeros(episodes, dtype=torch.bool)
     total, length = torch.zeros(episodes), torch.zeros(episodes)
@@ -44,18 +43,18 @@ def evaluate(
     with set_exploration_type(ExplorationType.DETERMINISTIC):
         while alive.any():
             action = policy(state.to(device)).get("action").cpu()
-            random = torch.rand(episodes, generator=noise) < training.eval_epsilon
-            anything = torch.randint(env.action_spec.space.n, (episodes,), generator=noise)
-            state = env.step(state.set("action", torch.where(random, anything, action)))
-            outcome = state["next"]
-            success |= alive & outcome[keys.EVENTS][:, success_event]
+            if discrete:
+                random = torch.rand(episodes, generator=noise) < training.eval_epsilon
+                anything = torch.randint(env.action_spec.space.n, (episodes,), generator=noise)
+                action = torch.where(random, anything, action)
+            played, state = env.step_and_maybe_reset(state.set("action", action))
+            outcome = played["next"]
+            succeeded = task.success(outcome)
+            if succeeded is not None:
+                success |= alive & succeeded
             total += outcome["reward"].squeeze(-1) * alive
             length += alive
             alive &= ~outcome["done"].squeeze(-1)
-            state = step_mdp(state)
     env.close()
-    return {
-        "success": success.float().mean().item(),
-        "return": total.mean().item(),
-        "length": length.mean().item(),
-    }
+    result = {} if succeeded is None else {"success": success.float().mean().item()}
+    return result | {"return": total.mean().item(), "length": length.mean().item()}

@@ -7,25 +7,30 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+from tensordict import TensorDictBase
+from torch import Tensor
 from torchrl.envs import EnvBase
 
-from vlmrb_torchrl.checks import require
+from vlmrb_torchrl import keys
+from vlmrb_torchrl.checks import ConfigError, require
 from vlmrb_torchrl.envs import DoorKeyEnv
 from vlmrb_torchrl.renderers import MiniGridRenderer, Renderer
 
 
 class Task(ABC):
-    """An environment's factory, with the camera that its judge looks through.
+    """An environment's factory; for a judge, with the camera that it looks through.
+
+    Uniform and prioritized replay need no more than ``name`` and ``make``.
 
     Attributes:
         name: Short name, used for folders.
         event_names: What the simulator reports, in the order of ``("next", "events")``.
-        success_event: The one of them that is success.
+        success_event: The one of them that is success; None: only returns are measured.
     """
 
     name: str
-    event_names: tuple[str, ...]
-    success_event: str
+    event_names: tuple[str, ...] = ()
+    success_event: str | None = None
 
     @abstractmethod
     def make(self, num_envs: int, seed: int, *, held_out: bool = False) -> EnvBase:
@@ -37,9 +42,23 @@ class Task(ABC):
             held_out: Play episodes that training never draws.
         """
 
-    @abstractmethod
     def renderer(self) -> Renderer:
-        """Build the renderer of the judge's frames."""
+        """Build the renderer of the judge's frames.
+
+        Raises:
+            ConfigError: The task has none.
+        """
+        raise ConfigError(
+            f"env is {type(self).__name__}: it has no renderer for a judge's frames, write one or "
+            "use --replay Uniform or Prioritized"
+        )
+
+    def success(self, outcome: TensorDictBase) -> Tensor | None:
+        """Read from the ``"next"`` of steps ``[*B]`` which succeeded, bool ``[*B]``, if known."""
+        if self.success_event is None:
+            return None
+        events: Tensor = outcome.get(keys.EVENTS)
+        return events[..., self.event_names.index(self.success_event)]
 
 
 class DoorKey(Task):

@@ -33,7 +33,7 @@ class Telemetry:
 
     Args:
         fabric: A launched Fabric.
-        task: For the name of the success event.
+        task: For what counts as success.
         training: Distances of rows and pictures.
         folder: Folder of the run.
     """
@@ -42,7 +42,7 @@ class Telemetry:
         self._writes = fabric.is_global_zero
         self._training = training
         self.folder = folder
-        self._success = task.event_names.index(task.success_event)
+        self._task = task
         self._sums: dict[str, list[Tensor | float]] = defaultdict(list)
         self._episode_return: Tensor | None = None
         self._episode_length: Tensor | None = None
@@ -117,6 +117,7 @@ class Telemetry:
         """Note the finished episodes of a collected batch ``[N, T]``."""
         reward = data["next", "reward"].squeeze(-1)
         done = data["next", "done"].squeeze(-1)
+        success = self._task.success(data["next"])
         if self._episode_return is None or self._episode_length is None:
             self._episode_return = torch.zeros_like(reward[:, 0])
             self._episode_length = torch.zeros_like(reward[:, 0])
@@ -125,8 +126,8 @@ class Telemetry:
             self._episode_length += 1
             if done[:, step].any():
                 ended = done[:, step]
-                success = data["next", keys.EVENTS][ended, step, self._success]
-                self._sums["train/success"].extend(success.float().unbind())
+                if success is not None:
+                    self._sums["train/success"].extend(success[ended, step].float().unbind())
                 self._sums["train/return"].extend(self._episode_return[ended].unbind())
                 self._sums["train/episode_length"].extend(self._episode_length[ended].unbind())
                 self._episodes += int(ended.sum())
@@ -163,7 +164,8 @@ class Telemetry:
         """Write the figures of an evaluation."""
         self._write(env_steps, {f"eval/{name}": value for name, value in result.items()})
         if self._progress is not None:
-            self._progress.update(self._bar, note=f"success {result['success']:.2f}")
+            measure = "success" if "success" in result else "return"
+            self._progress.update(self._bar, note=f"{measure} {result[measure]:.2f}")
 
     def _replay_figures(self, buffer: VLMReplayBuffer) -> dict[str, float]:
         figures = {"replay/transitions": float(len(buffer))}
