@@ -64,6 +64,7 @@ def build_scoring(buffer: VLMReplayBuffer, task: Task, settings: Scoring) -> Asy
         stride=settings.stride,
         queue_clips=settings.queue_clips,
         batch_clips=settings.batch_clips,
+        timeout_s=settings.timeout_s,
         duty_cycle=settings.duty_cycle,
         mode=settings.mode,
         # On a machine with fewer cores than work, scores that come late are worth little.

@@ -90,6 +90,7 @@ class Scoring:
         queue_clips: Clips that may wait, about 5 kB each on DoorKey; beyond, the oldest is
             dropped and counted.
         batch_clips: Clips that the judge sees at once.
+        timeout_s: Seconds for a batch until the judge counts as hanging.
         duty_cycle: Share of the time that the judge may compute, for one on the learner's own GPU.
         mode: Where the judge runs: a process (CPU), a thread with its own CUDA stream, in the
             loop itself (``sync``: reruns are bit-exact), or what suits the judge (``auto``).
@@ -101,6 +102,7 @@ class Scoring:
     stride: int | None = None
     queue_clips: int = 2048
     batch_clips: int = 16
+    timeout_s: float = 60.0
     duty_cycle: float = 1.0
     mode: Literal["auto", "process", "thread", "sync"] = "auto"
 
@@ -108,6 +110,7 @@ class Scoring:
         for name in ("clip_transitions", "frames_per_clip", "queue_clips", "batch_clips"):
             value = getattr(self, name)
             require(value >= 1, f"scoring.{name}", value, "use at least 1")
+        require(self.timeout_s > 0, "scoring.timeout_s", self.timeout_s, "use a number above 0")
         require(
             0 < self.duty_cycle <= 1,
             "scoring.duty_cycle",

@@ -22,6 +22,8 @@ from vlmrb_torchrl.scoring_worker import ScorerError, one_line
 _LOGGER = logging.getLogger("vlmrb_torchrl.scoring")
 _TRIES = 2
 """How often a batch is tried: once more, since its process may have died of something else."""
+_LONGEST_ABSENCE_SECONDS = 5.0
+"""Pause, at most, until a scorer that was unavailable is asked again."""
 _JOIN_SECONDS = 5.0
 """How long `close` waits for the thread, which does not outlive the interpreter anyway."""
 
@@ -237,6 +239,8 @@ class Dispatcher:
         if self._thread is None:
             return
         first, longest = self._backoff_s
+        if kind == "unavailable":  # meanwhile the queue fills
+            longest = min(longest, _LONGEST_ABSENCE_SECONDS)
         pause_s = min(first * 2.0**self._faults_in_a_row, longest)
         self._faults_in_a_row = min(self._faults_in_a_row + 1, 30)
         with self._changed:

@@ -136,7 +136,7 @@ class ProcessBackend:
         ours.send((self._payload, self._threads))
         kind, answer = self._receive(ours, self._start_timeout_s)
         if kind != "ready":
-            self._end()
+            self._end(by_itself=True)
             raise ScorerError(kind, answer)
 
     def _end(self, by_itself: bool = False) -> str:

@@ -22,6 +22,7 @@ from tests.streams import stream
 from tests.test_scoring import books, insert, make_buffer, scores
 from vlmrb_torchrl.clips import ClipRenderTransform
 from vlmrb_torchrl.scorers import EndpointScorer, ScorerUnavailableError
+from vlmrb_torchrl.scorers.chat import RequestRefusedError
 from vlmrb_torchrl.scoring import AsyncScorer, choose_mode
 
 SECRET = "sk-very-secret-4711"
@@ -213,7 +214,7 @@ def test_it_works_where_a_loop_runs_already(serve):
 
 
 def test_no_thread_and_no_connection_is_left(serve):
-    server = serve("answer", "500", "500")
+    server = serve("answer", "503", "503")
     scorer = judge(server, retries=0)
     scorer.load()
     fault(scorer, some_clips(*range(6)), ScorerUnavailableError)
@@ -236,7 +237,7 @@ def test_what_passes_is_asked_again(serve, how):
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        ("500", "answers 500 (no, Bearer none, not now)"),
+        ("503", "answers 503 (no, Bearer none, not now)"),
         ("429", "answers 429"),
         ("truncated", "cannot be reached"),
         ("broken", "broken JSON"),
@@ -245,6 +246,12 @@ def test_what_passes_is_asked_again(serve, how):
 def test_what_does_not_pass_makes_it_unavailable(serve, how, words):
     scorer = judge(serve("answer", *[how] * 8), retries=1)
     assert words in fault(scorer, some_clips(51), ScorerUnavailableError)
+
+
+def test_an_error_of_the_server_that_stays_is_laid_to_the_request(serve):
+    """It may be this request that breaks the server: asked for ever, it would block the others."""
+    scorer = judge(serve("answer", *["500"] * 2), retries=1)
+    assert "answers 500" in fault(scorer, some_clips(51), RequestRefusedError)
 
 
 def test_a_server_that_is_down_is_unavailable_and_then_answers(serve):

@@ -144,8 +144,10 @@ class ChatServer:
             )
         if isinstance(error, openai.APIStatusError):
             status, words = error.status_code, self._words_of(error)
-            if status >= 500 or status in _LATER:
+            if status > 500 or status in _LATER:
                 return ScorerUnavailableError(f"{url} answers {status} ({words}): see its log.")
+            if status == 500:  # after all repeats: maybe of this very request, which must not block
+                return RequestRefusedError(f"{url} answers 500 ({words}): see its log.", 500, words)
             remedy = _REMEDIES.get(status, _REMEDY).format(key=self.api_key_variable)
             message = f"{url} answers {status} ({words}): {remedy}."
             return RequestRefusedError(message, status, words)
