@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -85,6 +86,12 @@ def test_a_file_in_the_reports_place_is_refused(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="it is a file"):
         command_line.main([f"--out={file}"])
     assert file.read_text() == "precious"
+
+
+def test_a_missing_package_is_named_with_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    with pytest.raises(SystemExit, match=r"jsonargparse.*pip install 'vlmrb-torchrl\[judge\]'"):
+        command_line.main([])
 
 
 def test_without_arguments_the_embedded_judge_is_judged_on_doorkey():

@@ -48,13 +48,16 @@ def build_parser(policy: str) -> ArgumentParser:
 
     from vlmrb_torchrl.envs.doorkey import DoorKeyEnv
     from vlmrb_torchrl.judge.settings import Settings
+    from vlmrb_torchrl.scorers import ClipScorer
 
     class Formatter(DefaultHelpFormatter):
-        """Without the names of TorchRL's seventy environments."""
+        """Without the names of TorchRL's seventy environments and as many modules."""
 
         def _expand_help(self, action: Any) -> str:
             text: str = super()._expand_help(action)
-            return re.sub(r", known subclasses: torchrl.*?(?=\)$)", "", text, flags=re.DOTALL)
+            return re.sub(
+                r", known subclasses: (torchrl|tensordict).*?(?=\)$)", "", text, flags=re.DOTALL
+            )
 
     # It takes what __init__ takes, which its signature hides; jsonargparse follows this mark.
     EnvBase.__new__.__func__.__wrapped__ = object.__new__
@@ -66,13 +69,26 @@ def build_parser(policy: str) -> ArgumentParser:
         formatter_class=Formatter,
     )
     parser.add_argument("--config", action="config", help="YAML file of arguments.")
-    parser.add_subclass_arguments(EnvBase, "env", default=lazy_instance(DoorKeyEnv), required=False)
-    skip = {"env"}
+    parser.add_subclass_arguments(
+        EnvBase,
+        "env",
+        default=lazy_instance(DoorKeyEnv),
+        required=False,
+        help="The environment's class: any of TorchRL with a render state, events, prompts and a "
+        "renderer (vlmrb_torchrl.envs.JudgedEnv). Its arguments: --env.size 8.",
+    )
+    parser.add_argument(
+        "--scorers",
+        type=list[ClipScorer],
+        default=[{"class_path": "vlmrb_torchrl.scorers.EmbeddedJudge"}],
+        help="The judges, a list: '[EmbeddedJudge, {class_path: HuggingFaceScorer, init_args: "
+        "{model: facebook/Perception-LM-1B}}]'.",
+    )
+    skip = {"env", "scorers"}
     if policy not in NAMES:
         parser.add_subclass_arguments(TensorDictModuleBase, "policy", required=True)
         skip.add("policy")
     parser.add_class_arguments(Settings, skip=skip)
-    parser.set_defaults({"scorers": [{"class_path": "vlmrb_torchrl.scorers.EmbeddedJudge"}]})
     return parser
 
 

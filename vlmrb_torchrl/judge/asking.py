@@ -61,6 +61,7 @@ class Cost:
         cores: CPU threads it had; 1 on a GPU.
         clips_per_s: Warm, clips in the order in which they were played.
         clips_per_s_again: The same clips at once again; what it keeps of frames pays here.
+        busy_s_per_clip: Seconds of the GPU, or of processor time summed over threads.
         draw_ms_per_clip: Milliseconds to render a clip, on top; 0 if it reads no frames.
         load_s: Seconds to load.
     """
@@ -71,6 +72,7 @@ class Cost:
     cores: int
     clips_per_s: float
     clips_per_s_again: float
+    busy_s_per_clip: float
     draw_ms_per_clip: float
     load_s: float
 
@@ -79,8 +81,8 @@ class Cost:
         return self.clips_per_s * stride
 
     def hours_per_million_env_steps(self, stride: int) -> float:
-        """GPU-hours, or core-hours on a CPU."""
-        return 1e6 / self.env_steps_per_s(stride) / 3600 * self.cores
+        """GPU-hours, or core-hours of this process; what serves a model elsewhere is not in it."""
+        return 1e6 / stride * self.busy_s_per_clip / 3600
 
 
 class Judge:
@@ -146,7 +148,7 @@ class Judge:
             ConfigError: The scorer failed.
         """
         self.load()
-        drawing = scoring = again = 0.0
+        drawing, again, scoring = 0.0, 0.0, np.zeros(2)
         seen_again, scores = 0, []
         for number, part in enumerate(clips.split(self._settings.batch_clips)):
             begun = time.perf_counter()
@@ -158,7 +160,7 @@ class Judge:
             scores.append(score)
             scoring += seconds
             if number < _AGAIN_BATCHES and again < _AGAIN_SECONDS:
-                again += self._timed(batch)[1]
+                again += self._timed(batch)[1][0]
                 seen_again += len(part)
             advance(len(part))
         on_gpu = self.scorer.device.type == "cuda"
@@ -167,8 +169,9 @@ class Judge:
             questions=len(self.questions),
             device=self.scorer.device.type,
             cores=1 if on_gpu else self._settings.torch_threads,
-            clips_per_s=len(clips) / scoring,
+            clips_per_s=len(clips) / float(scoring[0]),
             clips_per_s_again=seen_again / again,
+            busy_s_per_clip=float(scoring[0 if on_gpu else 1]) / len(clips),
             draw_ms_per_clip=1e3 * drawing / len(clips),
             load_s=self._load_s,
         )
@@ -179,8 +182,9 @@ class Judge:
             return part
         return ClipRenderTransform(self._settings.draw)(part.copy())
 
-    def _timed(self, batch: TensorDict) -> tuple[Tensor, float]:
-        begun = time.perf_counter()
+    def _timed(self, batch: TensorDict) -> tuple[Tensor, NDArray[np.float64]]:
+        """Scores, and the seconds they took: of wall clock, of processor time."""
+        begun = np.array([time.perf_counter(), time.process_time()])
         try:
             score = self.answer(batch)
         except Exception as error:
@@ -188,7 +192,7 @@ class Judge:
             raise ConfigError(
                 f"scorer {self.name} failed on {len(batch)} clips: {kind}: {one_line(error)}"
             ) from error
-        return score, time.perf_counter() - begun
+        return score, np.array([time.perf_counter(), time.process_time()]) - begun
 
 
 def _noise(batch: TensorDict) -> TensorDict:

@@ -112,8 +112,8 @@ def collect(settings: Settings, advance: Callable[[int], object]) -> TensorDict:
             events.append(data["next", EVENTS].reshape(data.numel(), -1).numpy())
             episodes.append(data["collector", "traj_ids"].reshape(-1).numpy())
             cut = cutter.cut(data, index, torch.zeros_like(index))
+            advance(min(len(cut), settings.clips - len(clips)))
             clips += cut
-            advance(min(len(cut), settings.clips - len(clips) + len(cut)))
             if len(clips) >= settings.clips:
                 break
     finally:
@@ -128,10 +128,11 @@ def _described(clips: list[Clip], events: NDArray[Any], episodes: NDArray[Any]) 
     shown = [
         events[clip.index[shown_outcomes(len(clip), frames)[0] + 1 :]].any(0) for clip in clips
     ]
-    place = np.empty(len(episodes), np.int64)  # of a transition in its episode
-    for number in np.unique(episodes):
-        own = np.flatnonzero(episodes == number)
-        place[own] = np.arange(len(own))
+    by_episode = np.argsort(episodes, kind="stable")
+    begins = np.flatnonzero(np.diff(episodes[by_episode], prepend=-1))
+    place = np.empty_like(by_episode)  # of a transition in its episode
+    lengths = np.diff(begins, append=len(episodes))
+    place[by_episode] = np.arange(len(episodes)) - begins.repeat(lengths)
     starts = np.array([clip.index[0] for clip in clips])
     batch["shown"] = torch.from_numpy(np.stack(shown))
     batch["episode"] = torch.from_numpy(episodes[starts])

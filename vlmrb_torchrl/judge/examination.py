@@ -28,6 +28,7 @@ from vlmrb_torchrl.judge.report import (
     markdown,
     notes,
     versions,
+    warnings,
 )
 from vlmrb_torchrl.judge.settings import Settings
 from vlmrb_torchrl.keys import EVENTS
@@ -186,6 +187,5 @@ def show(result: Examination, console: Console) -> None:
         for line in rest:
             table.add_row(*(escape(cell.replace(" [", "\n[")) for cell in line))
         console.print(table)
-    if not all(verdict.positives for verdict in result.verdicts):
-        remedy = notes(result.verdicts, result.clips, result.settings)[0]
-        console.print(remedy, markup=False, soft_wrap=True)
+    for warning in warnings(result.verdicts):
+        console.print(warning, markup=False, soft_wrap=True)

@@ -26,8 +26,11 @@ def draw(verdicts: Sequence[Verdict], threshold: float, *, dark: bool = False) -
     """
     from matplotlib import rc_context, style
     from matplotlib.figure import Figure
+    from PIL import Image
 
-    with style.context("dark_background" if dark else "default"), rc_context({"font.size": 9}):
+    paper = "#20242b" if dark else "white"
+    settings = {"font.size": 9, "axes.facecolor": paper, "figure.facecolor": paper}
+    with style.context("dark_background" if dark else "default"), rc_context(settings):
         figure = Figure(figsize=(10.5, ROW_INCHES * len(verdicts) + 0.3), layout="constrained")
         grid = figure.subplots(len(verdicts), 3, squeeze=False)
         for row, verdict in zip(grid, verdicts, strict=True):
@@ -36,9 +39,10 @@ def draw(verdicts: Sequence[Verdict], threshold: float, *, dark: bool = False) -
             _scores(row[2], verdict, threshold)
             name = textwrap.shorten(verdict.question.name, 70, placeholder=" …")
             row[0].set_title(name, loc="left", fontsize=10, fontweight="bold")
-        file = io.BytesIO()
-        figure.savefig(file, dpi=110, transparent=dark)
-    return file.getvalue()
+        drawn, small = io.BytesIO(), io.BytesIO()
+        figure.savefig(drawn, dpi=110)
+    Image.open(drawn).convert("RGB").quantize(128).save(small, "PNG", optimize=True)
+    return small.getvalue()
 
 
 def _curve(axes: Any, verdict: Verdict, threshold: float) -> None:
@@ -74,7 +78,7 @@ def _reliability(axes: Any, verdict: Verdict) -> None:
     axes.errorbar(mean, share, [below, above], fmt="o", color=POSITIVE, capsize=2, markersize=4)
     for x, y, row in zip(mean, share, rows, strict=True):
         axes.annotate(str(row["clips"]), (x, y), (5, -9), textcoords="offset points", fontsize=7)
-    axes.set(xlabel="mean score", ylabel="share of positives", xlim=(-0.04, 1.08))
+    axes.set(xlabel="mean score", ylabel="share of positives", xlim=(-0.06, 1.18))
     axes.set(ylim=(-0.08, 1.05))
     axes.grid(alpha=0.25)
 

@@ -107,14 +107,23 @@ def notes(verdicts: Sequence[Verdict], clips: TensorDict, settings: Settings) ->
         "on these very clips: elsewhere it will do worse.",
         "Clips/s: scoring alone, warm, on this machine as it was loaded; clips in the order in "
         "which they were played, all questions of a row together. Seen again: the same clips at "
-        "once again, which is faster where frames' embeddings are kept.",
+        "once again, which is faster where frames' embeddings are kept. Core-hours are processor "
+        "time of this process.",
     ]
-    for event in {event for v in verdicts if not v.positives for event in v.question.events}:
-        lines.insert(
-            0,
-            f"No clip shows {event!r}: nothing can be said about recall. Use --policy scripted, "
-            "or more --clips.",
-        )
+    return warnings(verdicts) + lines
+
+
+def warnings(verdicts: Sequence[Verdict]) -> list[str]:
+    """What cannot be told from these clips, and what to do about it."""
+    lines = []
+    for verdict in {verdict.question.asked: verdict for verdict in verdicts}.values():
+        event = " or ".join(verdict.question.events)
+        if not verdict.positives:
+            remedy = "use --policy scripted, or more --clips."
+            lines.append(f"No clip shows {event!r}: nothing can be said about recall; {remedy}")
+        if verdict.positives == len(verdict.answers.label):
+            remedy = "use --policy random, or shorter clips."
+            lines.append(f"Every clip shows {event!r}: any Yes is right; {remedy}")
     return lines
 
 

@@ -15,7 +15,7 @@ from vlmrb_torchrl.checks import ConfigError, require
 from vlmrb_torchrl.envs import DemonstratedEnv, JudgedEnv
 from vlmrb_torchrl.keys import RENDER_STATE
 from vlmrb_torchrl.renderers import Renderer
-from vlmrb_torchrl.scorers import ClipScorer, PromptedScorer
+from vlmrb_torchrl.scorers import ClipScorer
 from vlmrb_torchrl.scorers.embedded import TILE_SIZE, WINDOW
 
 SCRIPTED = ("mixed", "scripted")
@@ -28,16 +28,16 @@ class Settings:
     Args:
         env: Any TorchRL environment class with a render state, events, prompts and a renderer
             (``vlmrb_torchrl.envs.JudgedEnv``).
-        scorers: The judges, a list: '[EmbeddedJudge, {class_path: HuggingFaceScorer, init_args:
-            {model: facebook/Perception-LM-1B}}]'.
+        scorers: The judges.
         policy: Who plays. mixed: half of the games at random, half by script; scripted: the
             environment's own demonstrator; random; a policy's class path with its arguments, as
             --policy my_module.MyPolicy --policy.path x; or a recipe's run, as
             runs/dqn_doorkey_6x6_vlmguided_s0/policy.ckpt.
         random_share: Share of random actions in games that are not played at random anyway.
         prompts: What the judges are asked, each prompt judged by itself: names of the
-            environment's events (asked in its own words) or whole questions. Several cost little
-            more than one. null: what each scorer was built to ask.
+            environment's events (asked in its own words) or whole questions, for contrastive
+            models captions. Several cost little more than one. null: what each scorer was built
+            to ask.
         event: What makes a clip a positive where a question does not say so: one of the
             environment's events; null: its success.
         renderer: Arguments of the environment's renderer, as '{tile_size: 28, window: null}'.
@@ -97,52 +97,38 @@ class Settings:
         )
         require(bool(self.scorers), "scorers", [], "name at least one, --scorers '[EmbeddedJudge]'")
         self._check_env()
-        self._check_folders()
-        self.draw = self._renderer()
-        for scorer in self.scorers:
-            self._check_scorer(scorer)
-
-    def _check_env(self) -> None:
-        env, name = self.env, type(self.env).__name__
-        lacks = [
-            n
-            for n in ("event_names", "success_event", "prompts", "renderer")
-            if not hasattr(env, n)
-        ]
-        require(
-            isinstance(env, JudgedEnv), "env", name, f"it has no {', '.join(lacks)}; see JudgedEnv"
-        )
-        self.event = env.success_event if self.event is None else self.event
-        known = ", ".join(env.event_names)
-        require(self.event in env.event_names, "event", self.event, f"{name} reports {known}")
-        for prompt in self.prompts or []:
-            # A slip of the keyboard must not become a question that a model answers anyhow.
-            require(
-                prompt in env.prompts or " " in prompt.strip(),
-                "prompts",
-                repr(prompt),
-                f"use {', '.join(env.prompts)}, or a question of several words",
-            )
-        require(self.prompts != [], "prompts", [], "ask something, or null for the scorers' own")
-        if self.load is None and self.policy in SCRIPTED:
-            require(
-                isinstance(env, DemonstratedEnv),
-                "policy",
-                self.policy,
-                f"{name} has no demonstrator(): use random, or a policy's class path",
-            )
-            games = env.batch_size.numel()
-            require(
-                self.policy == "scripted" or games >= 2,
-                "policy",
-                self.policy,
-                f"half of {games} game is none: use scripted with a random_share, or more games",
-            )
-
-    def _check_folders(self) -> None:
+        self._check_policy()
         for name in ("out", "save"):
             folder = getattr(self, name)
             require(folder is None or not folder.is_file(), name, folder, "it is a file")
+        self.draw = self._renderer()
+        for scorer in self.scorers:
+            here = scorer.device.type != "cuda" or torch.cuda.is_available()
+            require(here, f"{type(scorer).__name__}.device", "cuda", "no GPU is here: use cpu")
+
+    def _check_env(self) -> None:
+        env, name = self.env, type(self.env).__name__
+        asked = ("event_names", "success_event", "prompts", "renderer")
+        lacks = ", ".join(attribute for attribute in asked if not hasattr(env, attribute))
+        require(isinstance(env, JudgedEnv), "env", name, f"it has no {lacks}; see JudgedEnv")
+        self.event = env.success_event if self.event is None else self.event
+        known = ", ".join(env.event_names)
+        require(self.event in env.event_names, "event", self.event, f"{name} reports {known}")
+        require(self.prompts != [], "prompts", [], "ask something, or null for the scorers' own")
+        for prompt in self.prompts or []:
+            # A slip of the keyboard must not become a question that a model answers anyhow.
+            remedy = f"use {', '.join(env.prompts)}, or a question of several words"
+            understood = prompt in env.prompts or " " in prompt.strip()
+            require(understood, "prompts", repr(prompt), remedy)
+
+    def _check_policy(self) -> None:
+        if self.load is not None or self.policy not in SCRIPTED:
+            return
+        remedy = f"{type(self.env).__name__} has no demonstrator(): use random, or a class path"
+        require(isinstance(self.env, DemonstratedEnv), "policy", self.policy, remedy)
+        alone = self.env.batch_size.numel() < 2
+        remedy = "there is one game, of which half is none: use scripted, or play more games"
+        require(not (alone and self.policy == "mixed"), "policy", self.policy, remedy)
 
     def _renderer(self) -> Renderer:
         """Build the renderer; draw one frame to see its size."""
@@ -166,18 +152,6 @@ class Settings:
                 f"{type(scorer).__name__} knows {scorer.frame_size} only: set renderer",
             )
         return renderer
-
-    def _check_scorer(self, scorer: ClipScorer) -> None:
-        gpu = scorer.device.type == "cuda"
-        name = type(scorer).__name__
-        require(
-            not gpu or torch.cuda.is_available(),
-            f"{name}.device",
-            "cuda",
-            "no GPU is here: use cpu",
-        )
-        if isinstance(scorer, PromptedScorer) and self.prompts:
-            scorer.asking(self.texts)
 
     @property
     def texts(self) -> list[str]:
