@@ -12,10 +12,11 @@ from tensordict.nn import TensorDictModuleBase
 from recipes import cli
 from recipes.dqn import DQN
 from recipes.policies import TrainedPolicy
+from vlmrb_torchrl import judge
 from vlmrb_torchrl.checks import ConfigError
 from vlmrb_torchrl.envs import DoorKeyEnv
 from vlmrb_torchrl.judge import __main__ as command_line
-from vlmrb_torchrl.judge import dataset
+from vlmrb_torchrl.judge import arguments, dataset
 from vlmrb_torchrl.judge.settings import Settings
 
 REFUSED = {
@@ -55,11 +56,11 @@ REFUSED = {
 NO_GPU = "--scorers=[{class_path: EmbeddedJudge, init_args: {device: cuda}}]"
 
 
-def refusal(arguments, tmp_path, monkeypatch) -> str:
+def refusal(argv, tmp_path, monkeypatch) -> str:
     monkeypatch.setattr(command_line, "run", lambda *_: pytest.fail("something was judged"))
     out = tmp_path / "out"
     with pytest.raises(SystemExit) as refused:
-        command_line.main([*arguments, f"--out={out}"])
+        command_line.main([*argv, f"--out={out}"])
     text = str(refused.value)
     assert "\n" not in text
     assert text.startswith("judge: ")
@@ -89,13 +90,15 @@ def test_a_file_in_the_reports_place_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_missing_package_is_named_with_what_to_install(monkeypatch):
+    monkeypatch.delitem(sys.modules, arguments.__name__)
+    monkeypatch.delattr(judge, "arguments")
     monkeypatch.setitem(sys.modules, "jsonargparse", None)
     with pytest.raises(SystemExit, match=r"jsonargparse.*pip install 'vlmrb-torchrl\[judge\]'"):
         command_line.main([])
 
 
 def test_without_arguments_the_embedded_judge_is_judged_on_doorkey():
-    settings, _ = command_line.parse([])
+    settings, _ = arguments.parse([])
     assert isinstance(settings.env, DoorKeyEnv)
     assert [type(scorer).__name__ for scorer in settings.scorers] == ["EmbeddedJudge"]
     assert settings.env.size == 8
@@ -163,7 +166,7 @@ def test_what_a_run_learned_plays_by_its_checkpoints_path(tmp_path, capsys):
     run = ["--env.size=5", "--replay=Uniform", "--training.progress=false", "--training.name=run"]
     cli.run(DQN, [*run, *training, f"--training.log_dir={tmp_path}"])
     checkpoint = tmp_path / "run" / "policy.ckpt"
-    settings, _ = command_line.parse(["--env.size=5", f"--policy={checkpoint}"])
+    settings, _ = arguments.parse(["--env.size=5", f"--policy={checkpoint}"])
     assert isinstance(settings.policy, TensorDictModuleBase)
     saved = torch.load(checkpoint, weights_only=True)["algorithm"]
     state = settings.env.reset()

@@ -96,7 +96,7 @@ def collect(settings: Settings, advance: Callable[[int], object]) -> TensorDict:
     collector = Collector(
         env,
         actor,
-        frames_per_batch=max(env.batch_size.numel(), 1) * settings.clip_transitions,
+        frames_per_batch=env.batch_size.numel() * settings.clip_transitions,
         total_frames=-1,
         storing_device="cpu",
         exploration_type=ExplorationType.DETERMINISTIC,
@@ -104,11 +104,10 @@ def collect(settings: Settings, advance: Callable[[int], object]) -> TensorDict:
         auto_register_policy_transforms=False,
     )
     clips: list[Clip] = []
-    events, episodes, transitions = [], [], 0
+    events, episodes = [], []
     try:
         for data in collector:
-            index = torch.arange(transitions, transitions + data.numel())
-            transitions += data.numel()
+            index = cutter.transitions + torch.arange(data.numel())
             events.append(data["next", EVENTS].reshape(data.numel(), -1).numpy())
             episodes.append(data["collector", "traj_ids"].reshape(-1).numpy())
             cut = cutter.cut(data, index, torch.zeros_like(index))
