@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchrl.modules import MLP
 
+from vlmrb_torchrl.checks import require
+from vlmrb_torchrl.objectives import QuantileNetwork
+
 
 class CellOneHot(nn.Module):
     """Symbolic grid window as one-hot channels, an empty cell as zeros.
@@ -65,3 +68,47 @@ class GridQNetwork(TensorDictModuleBase):
         """Write float32 ``[B, num_actions]``."""
         value = self.mlp(self.one_hot(tensordict.get("observation")))
         return tensordict.set("action_value", value)
+
+
+class GridQuantileNetwork(QuantileNetwork):
+    """Implicit quantile network over the one-hot window.
+
+    ψ is all the hidden layers and f is linear (as by default in Tianshou), so that what is done for
+    each quantile anew is small; the paper's f has a hidden layer of its own.
+
+    Args:
+        num_cells: Cells of the window.
+        num_codes: Distinct cell codes, 0 (empty) included.
+        num_actions: Actions.
+        hidden_features: Width of each hidden layer.
+        policy_quantiles: Fractions that an action is chosen by.
+    """
+
+    def __init__(
+        self,
+        num_cells: int,
+        num_codes: int,
+        num_actions: int,
+        hidden_features: Sequence[int],
+        policy_quantiles: int,
+    ) -> None:
+        require(
+            len(hidden_features) >= 1,
+            "algorithm.hidden_features",
+            hidden_features,
+            "give one width or more",
+        )
+        *widths, num_features = hidden_features
+        features = MLP(
+            in_features=num_cells * (num_codes - 1) + 1,
+            out_features=num_features,
+            num_cells=widths,
+            activation_class=nn.ReLU,
+            activate_last_layer=True,
+        )
+        super().__init__(
+            nn.Sequential(CellOneHot(num_codes), features),
+            nn.Linear(num_features, num_actions),
+            num_features=num_features,
+            policy_quantiles=policy_quantiles,
+        )

@@ -9,9 +9,11 @@ import yaml
 
 from recipes import cli
 from recipes.dqn import DQN
+from recipes.iqn import IQN
 
 CONFIGS = Path(cli.__file__).parent / "configs"
-SHARED = sorted(CONFIGS.glob("*/dqn.yaml"))
+RECIPES = {"dqn": DQN, "iqn": IQN}
+SHARED = sorted(path for name in RECIPES for path in CONFIGS.glob(f"*/{name}.yaml"))
 METHODS = sorted((CONFIGS / "methods").glob("*.yaml"))
 
 REFUSED = {
@@ -58,9 +60,27 @@ def test_bad_value_is_refused_in_one_line_that_names_it(argument, tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("argument", "named"),
+    [
+        ("--algorithm.online_quantiles=0", "online_quantiles is 0"),
+        ("--algorithm.target_quantiles=0", "target_quantiles is 0"),
+        ("--algorithm.policy_quantiles=0", "policy_quantiles is 0"),
+        ("--algorithm.kappa=0", "kappa is 0.0"),
+        ("--algorithm.hidden_features=[]", "hidden_features is"),
+    ],
+)
+def test_bad_value_of_iqn_is_refused_in_one_line_that_names_it(argument, named, monkeypatch):
+    monkeypatch.setattr(cli, "launch", lambda *_: pytest.fail("something was launched"))
+    with pytest.raises(SystemExit) as refusal:
+        cli.run(IQN, [argument])
+    assert named in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
 @pytest.mark.parametrize("path", SHARED + METHODS, ids=lambda path: f"{path.parts[-2]}-{path.stem}")
 def test_every_config_is_accepted(path):
-    parser = cli.build_parser(DQN)
+    parser = cli.build_parser(RECIPES.get(path.stem, DQN))
     config = parser.parse_args([f"--config={path}"])
     settings = parser.instantiate(config)
     cli.check(settings)
@@ -76,14 +96,18 @@ def test_value_on_the_command_line_overrides_the_file():
     assert (settings.env.size, settings.env.max_steps) == (6, 50)
 
 
-def test_help_explains_every_setting(capsys):
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_help_explains_every_setting(recipe, capsys):
+    algorithm = RECIPES[recipe]
     with pytest.raises(SystemExit) as end:
-        cli.build_parser(DQN).parse_args(["--help"])
+        cli.build_parser(algorithm).parse_args(["--help"])
     assert end.value.code == 0
-    text = capsys.readouterr().out
-    for setting in ("--training.updates_per_env_step", "--algorithm.gamma", "--scoring.stride"):
-        assert setting in text
-    assert "Gradient steps per environment step" in " ".join(text.split())
+    text = " ".join(capsys.readouterr().out.split())
+    own = [f"--algorithm.{name}" for name in inspect.signature(algorithm).parameters]
+    for setting in ("--training.updates_per_env_step", "--scoring.stride", *own):
+        assert setting in text or setting == "--algorithm.env"
+    assert "Gradient steps per environment step" in text
+    assert f"python -m recipes.{recipe} --config recipes/configs/doorkey_6x6/{recipe}.yaml" in text
 
 
 @pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)

@@ -11,12 +11,17 @@ from tensordict import TensorDict
 
 from recipes import cli
 from recipes.dqn import DQN
+from recipes.iqn import IQN
 from recipes.metrics import read_rows
 from recipes.tasks import DoorKey
 
 ROOT = Path(cli.__file__).parent.parent
 CONFIGS = ROOT / "recipes" / "configs"
 METHODS = sorted((CONFIGS / "methods").glob("*.yaml"))
+RUNS = [
+    *((DQN, path) for path in METHODS),
+    *((IQN, CONFIGS / "methods" / f"{name}.yaml") for name in ("uer", "per", "vlm_rb")),
+]
 SHORT = [
     "--env.size=5",
     "--training.total_env_steps=1000",
@@ -32,14 +37,21 @@ SHORT = [
 ]
 
 
-def train(tmp_path, name, *arguments):
-    cli.run(DQN, [*arguments, *SHORT, f"--training.log_dir={tmp_path}", f"--training.name={name}"])
+def train(tmp_path, name, *arguments, algorithm=DQN):
+    cli.run(
+        algorithm, [*arguments, *SHORT, f"--training.log_dir={tmp_path}", f"--training.name={name}"]
+    )
     return read_rows(tmp_path / name)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda path: path.stem)
-def test_every_method_trains_over_the_end_of_the_ring_and_writes_its_figures(method, tmp_path):
-    rows = train(tmp_path, "run", f"--config={method}", "--scoring.mode=sync")
+@pytest.mark.parametrize(
+    ("algorithm", "method"), RUNS, ids=[f"{recipe.__name__}-{path.stem}" for recipe, path in RUNS]
+)
+def test_every_method_trains_over_the_end_of_the_ring_and_writes_its_figures(
+    algorithm, method, tmp_path
+):
+    sync = "--scoring.mode=sync"
+    rows = train(tmp_path, "run", f"--config={method}", sync, algorithm=algorithm)
     evaluations = [row for row in rows if "eval/success" in row]
     figures = [row for row in rows if "loss/value" in row]
     assert [row["env_steps"] for row in evaluations] == [512, 1024]
@@ -56,10 +68,11 @@ def test_every_method_trains_over_the_end_of_the_ring_and_writes_its_figures(met
     assert list((tmp_path / "run").glob("events.out.tfevents.*"))
 
 
-def test_synchronous_rerun_is_equal_and_another_seed_is_not(tmp_path):
-    method = f"--config={CONFIGS / 'methods' / 'noisy.yaml'}"
+@pytest.mark.parametrize("algorithm", [DQN, IQN])
+def test_synchronous_rerun_is_equal_and_another_seed_is_not(algorithm, tmp_path):
+    settings = [f"--config={CONFIGS / 'methods' / 'noisy.yaml'}", "--scoring.mode=sync"]
     runs = [
-        train(tmp_path, f"run{i}", method, "--scoring.mode=sync", f"--training.seed={seed}")
+        train(tmp_path, f"run{i}", *settings, f"--training.seed={seed}", algorithm=algorithm)
         for i, seed in enumerate((3, 3, 4))
     ]
     kept = [[(row.get("loss/value"), row.get("eval/return")) for row in rows] for rows in runs]
@@ -77,10 +90,11 @@ def test_judge_that_does_not_load_stops_the_run_in_one_line(tmp_path):
     assert "\n" not in str(refusal.value)
 
 
-def test_training_step_writes_the_absolute_td_error():
-    """With all weights of the last layers at 0, Q is 0 everywhere, so δ = -r."""
+@pytest.mark.parametrize("algorithm", [DQN, IQN])
+def test_training_step_writes_the_absolute_td_error(algorithm):
+    """With all weights at 0, Q is 0 everywhere, and so are all quantiles: δ = r."""
     env = DoorKey(size=5).make(2, seed=0)
-    module = DQN(env)
+    module = algorithm(env)
     with torch.no_grad():
         for params in (module.loss.value_network_params, module.loss.target_value_network_params):
             params.apply(lambda weight: weight.data.zero_())
@@ -102,14 +116,15 @@ def test_training_step_writes_the_absolute_td_error():
     )
     loss = module.training_step(batch, "value")
     assert batch["td_error"].flatten().tolist() == [0.5, 0.25]
-    # Huber below 1: δ²/2, averaged: (0.125 + 0.03125) / 2
-    assert loss.item() == pytest.approx(0.078125)
+    if algorithm is DQN:
+        # Huber below 1: δ²/2, averaged: (0.125 + 0.03125) / 2
+        assert loss.item() == pytest.approx(0.078125)
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-def test_fabric_run_trains_on_cpu_ranks(devices, tmp_path):
+@pytest.mark.parametrize(("recipe", "devices"), [("dqn", 1), ("dqn", 2), ("iqn", 2)])
+def test_fabric_run_trains_on_cpu_ranks(recipe, devices, tmp_path):
     method = CONFIGS / "methods" / "privileged.yaml"
-    script = ROOT / "recipes" / "dqn.py"
+    script = ROOT / "recipes" / f"{recipe}.py"
     command = [str(Path(sys.executable).parent / "fabric"), "run", "--accelerator=cpu"]
     command += ["--strategy=ddp"] if devices > 1 else []
     command += [f"--devices={devices}", str(script), f"--config={method}", *SHORT]
