@@ -44,6 +44,14 @@ def judge() -> EmbeddedJudge:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("seed", range(2))
+def test_asked_something_else_it_is_another_judge() -> None:
+    judge = EmbeddedJudge()
+    door = judge.asking(MINIGRID["door"])
+    assert (judge.questions, door.questions) == (("goal",), ("door",))
+    assert door.fingerprint == EmbeddedJudge("door").fingerprint != judge.fingerprint
+    assert judge.asking("Is it night?").questions == ("Is it night?",)
+
+
 def test_goal_is_seen_in_the_last_frame_and_not_one_frame_earlier(
     judge: EmbeddedJudge, size: int, seed: int
 ) -> None:

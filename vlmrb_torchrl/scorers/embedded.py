@@ -69,7 +69,12 @@ class EmbeddedJudge(HuggingFaceScorer):
             dedup=dedup,
             cache_megabytes=cache_megabytes,
         )
-        self.questions = asked
+
+    @property
+    def questions(self) -> tuple[str, ...]:
+        """What is asked: events by their names, anything else word for word."""
+        names = {prompt: name for name, prompt in MINIGRID.items()}
+        return tuple(names.get(prompt, prompt) for prompt in self.prompts)
 
     def score_prompts(self, tensordict: TensorDictBase) -> Tensor:
         """Judge the clips, as `HuggingFaceScorer.score_prompts`.
