@@ -15,6 +15,7 @@ from tensordict import TensorDict
 from recipes.judge_data import Clip, Episode, FrameTable
 from recipes.judge_policies import Phase, play
 from recipes.judge_rooms import ENDLESS
+from vlmrb_torchrl.prompts import MINIGRID
 from vlmrb_torchrl.scorers import EmbeddedJudge
 from vlmrb_torchrl.scorers.embedded import FOLDER
 
@@ -44,14 +45,6 @@ def judge() -> EmbeddedJudge:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("seed", range(2))
-def test_asked_something_else_it_is_another_judge() -> None:
-    judge = EmbeddedJudge()
-    door = judge.asking(MINIGRID["door"])
-    assert (judge.questions, door.questions) == (("goal",), ("door",))
-    assert door.fingerprint == EmbeddedJudge("door").fingerprint != judge.fingerprint
-    assert judge.asking("Is it night?").questions == ("Is it night?",)
-
-
 def test_goal_is_seen_in_the_last_frame_and_not_one_frame_earlier(
     judge: EmbeddedJudge, size: int, seed: int
 ) -> None:
@@ -117,3 +110,11 @@ def test_card_is_shipped_and_says_what_the_judge_is_not() -> None:
     card = (Path(FOLDER) / "README.md").read_text()
     assert "What it is not" in card
     assert "DoorKey is held out" in card
+
+
+def test_asked_something_else_it_is_another_judge() -> None:
+    judge = EmbeddedJudge()
+    door = judge.asking(MINIGRID["door"])
+    assert (judge.questions, door.questions) == (("goal",), ("door",))
+    assert door.fingerprint == EmbeddedJudge("door").fingerprint != judge.fingerprint
+    assert judge.asking("Is it night?").questions == ("Is it night?",)
