@@ -22,15 +22,17 @@ SHORT = [
 ]
 
 
-def test_plan_goes_seed_by_seed_and_a_finished_run_is_known_by_its_command(tmp_path):
+@pytest.mark.parametrize("recipe", ["dqn", "iqn"])
+def test_plan_goes_seed_by_seed_and_a_finished_run_is_known_by_its_command(recipe, tmp_path):
     task = compare.CONFIGS / "doorkey_6x6"
-    runs = compare.plan(task, "dqn", ["uer", "per"], [5, 6], tmp_path, [])
+    runs = compare.plan(task, recipe, ["uer", "per"], [5, 6], tmp_path, [])
+    assert all(f"recipes.{recipe}" in run.command for run in runs)
     assert [run.name for run in runs] == ["uer_s5", "per_s5", "uer_s6", "per_s6"]
     assert not runs[0].finished()
     runs[0].folder.mkdir()
     (runs[0].folder / "finished.json").write_text(json.dumps(runs[0].identity()))
     assert runs[0].finished()
-    changed = compare.plan(task, "dqn", ["uer"], [5], tmp_path, ["--env.size=8"])
+    changed = compare.plan(task, recipe, ["uer"], [5], tmp_path, ["--env.size=8"])
     assert not changed[0].finished()
 
 

@@ -167,7 +167,8 @@ class IQNLoss(LossModule):
         require(
             delay_value or not double_dqn, "double_dqn", double_dqn, "it needs delay_value=True"
         )
-        space = _find_action_space(action_space or value_network.action_space)
+        given = value_network.action_space if action_space is None else action_space
+        space = _find_action_space(given)
         known = ("categorical", "one_hot")
         require(space in known, "action_space", space, "use categorical or one-hot")
         self.action_space = space
