@@ -55,6 +55,8 @@ def evaluate(
             total += outcome["reward"].squeeze(-1) * alive
             length += alive
             alive &= ~outcome["done"].squeeze(-1)
+    threads = torch.get_num_threads()
     env.close()
+    torch.set_num_threads(threads)  # TorchRL's batched environments raise it when they close
     result = {} if succeeded is None else {"success": success.float().mean().item()}
     return result | {"return": total.mean().item(), "length": length.mean().item()}

@@ -1,0 +1,154 @@
+"""Soft actor-critic (Haarnoja et al. 2018, arXiv 1812.05905), with any replay method.
+
+python -m recipes.sac --env my_module.MyTask --replay Uniform
+fabric run --devices=2 --strategy=ddp_find_unused_parameters_true recipes/sac.py --env …
+"""
+
+from __future__ import annotations
+
+import math
+
+import lightning as L
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModule, TensorDictSequential
+from torch import Tensor
+from torch.optim import Adam, Optimizer
+from torchrl.envs import EnvBase
+from torchrl.modules import EGreedyModule, ProbabilisticActor, TanhNormal
+from torchrl.objectives import SACLoss, SoftUpdate, ValueEstimators
+
+from recipes.arguments import check_arguments
+from recipes.continuous_networks import ActionValue, GaussianPolicy, vector_sizes
+from vlmrb_torchrl import keys
+
+
+class SAC(L.LightningModule):
+    """Soft actor-critic with twin critics and a temperature that is learnt.
+
+    Args:
+        env: Environment whose specs the networks are built for; actions in [-1, 1].
+        hidden_features: Width of each hidden layer, of the actor and of each critic.
+        num_critics: Critics; the target is the least of theirs.
+        critic_layer_norm: Normalise the critics' hidden layers (not in the paper).
+        gamma: Discount factor.
+        learning_rate: Step size of Adam, for critics, actor and temperature.
+        target_update_rate: Polyak rate τ: target ← (1-τ) target + τ online, each update.
+        gradient_clip_norm: Largest norm of each optimizer's gradient; .inf as in the paper.
+        alpha_init: Temperature at the start.
+        target_entropy: Entropy that the temperature steers to, in nats; null: -1 per number of an
+            action, as in the paper.
+        weight_actor_loss: Whether importance weights weight the actor's loss, too.
+    """
+
+    def __init__(
+        self,
+        env: EnvBase,
+        *,
+        hidden_features: tuple[int, ...] = (256, 256),
+        num_critics: int = 2,
+        critic_layer_norm: bool = False,
+        gamma: float = 0.99,
+        learning_rate: float = 3e-4,
+        target_update_rate: float = 0.005,
+        gradient_clip_norm: float = math.inf,
+        alpha_init: float = 1.0,
+        target_entropy: float | None = None,
+        weight_actor_loss: bool = False,
+    ) -> None:
+        super().__init__()
+        check_arguments(
+            hidden_features=hidden_features,
+            num_critics=num_critics,
+            gamma=gamma,
+            learning_rate=learning_rate,
+            target_update_rate=target_update_rate,
+            gradient_clip_norm=gradient_clip_norm,
+            alpha_init=alpha_init,
+        )
+        sizes = vector_sizes(env)
+        action_spec = env.action_spec_unbatched
+        self.actor = ProbabilisticActor(
+            GaussianPolicy(*sizes, hidden_features),
+            in_keys=["loc", "scale"],
+            spec=action_spec,
+            distribution_class=TanhNormal,
+        )
+        self.warmup = EGreedyModule(action_spec, eps_end=0.0, annealing_num_steps=1)
+        self.loss = SACLoss(
+            self.actor,
+            ActionValue(*sizes, hidden_features, critic_layer_norm),
+            num_qvalue_nets=num_critics,
+            deactivate_vmap=True,  # on a core, small critics in turn are cheaper
+            loss_function="l2",
+            alpha_init=alpha_init,
+            action_spec=action_spec,
+            target_entropy="auto" if target_entropy is None else target_entropy,
+        )
+        self.loss.make_value_estimator(ValueEstimators.TD0, gamma=gamma)
+        self.target = SoftUpdate(self.loss, tau=target_update_rate)
+        self.learning_rate, self.gradient_clip_norm = learning_rate, gradient_clip_norm
+        self.weight_actor_loss = weight_actor_loss
+        self.figures: dict[str, Tensor] = {}
+
+    replay_keys = (
+        "observation",
+        "action",
+        ("next", "observation"),
+        ("next", "reward"),
+        ("next", "done"),
+        ("next", "terminated"),
+    )
+    """What the loss reads of a transition, and so what the buffer keeps."""
+
+    @property
+    def policy(self) -> TensorDictModule:
+        """The policy; in an evaluation the tanh of its location."""
+        return self.actor
+
+    @property
+    def behaviour(self) -> TensorDictModule:
+        """The policy that collects: draws of the policy, uniform ones before the first update."""
+        return TensorDictSequential(self.actor, self.warmup)
+
+    def configure_optimizers(self) -> dict[str, Optimizer]:
+        """Build Adam over the critics, the actor and the logarithm of the temperature."""
+        parameters = {
+            "critic": self.loss.qvalue_network_params.parameters(),
+            "actor": self.loss.actor_network_params.parameters(),
+            "temperature": [self.loss.log_alpha],
+        }
+        return {
+            name: Adam(chosen, lr=self.learning_rate, fused=True)
+            for name, chosen in parameters.items()
+        }
+
+    def training_step(self, batch: TensorDictBase, optimizer: str) -> Tensor:
+        """Compute a loss of a batch; the critics' writes |δ| into it, the actor's log π."""
+        loss: Tensor
+        if optimizer == "critic":
+            loss, metadata = self.loss.qvalue_v2_loss(batch)
+            batch.set(keys.TD_ERROR, metadata["td_error"])  # |δ|, the larger of the critics'
+        elif optimizer == "actor":
+            unweighted = batch.exclude(keys.WEIGHT)
+            loss, metadata = self.loss.actor_loss(batch if self.weight_actor_loss else unweighted)
+            batch.set("log_prob", metadata["log_prob"])
+            self.figures["entropy"] = -metadata["log_prob"].mean()
+        else:
+            loss = self.loss.alpha_loss(batch.get("log_prob")).mean()
+            self.figures["alpha"] = self.loss.log_alpha.detach().exp()
+        return loss
+
+    def after_update(self) -> None:
+        """Move the target critics towards the online ones."""
+        self.target.step()
+
+    def after_collection(self, env_steps: int) -> dict[str, float]:
+        """End the uniform actions of the warm-up; return what is worth logging."""
+        self.warmup.step()
+        return {name: float(figure) for name, figure in self.figures.items()}
+
+
+if __name__ == "__main__":
+    from recipes.cli import run
+
+    run(SAC)

@@ -1,0 +1,162 @@
+"""TD3 (Fujimoto et al. 2018, arXiv 1802.09477), with any replay method.
+
+python -m recipes.td3 --env my_module.MyTask --replay Uniform
+fabric run --devices=2 --strategy=ddp_find_unused_parameters_true recipes/td3.py --env …
+"""
+
+from __future__ import annotations
+
+import math
+
+import lightning as L
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModule, TensorDictSequential
+from torch import Tensor
+from torch.optim import Adam, Optimizer
+from torchrl.envs import EnvBase
+from torchrl.modules import AdditiveGaussianModule, EGreedyModule
+from torchrl.objectives import SoftUpdate, TD3Loss, ValueEstimators
+
+from recipes.arguments import check_arguments
+from recipes.continuous_networks import ActionValue, DeterministicPolicy, vector_sizes
+from vlmrb_torchrl import keys
+
+
+class TD3(L.LightningModule):
+    """Twin delayed DDPG: smoothed targets of the lesser critic, an actor that learns more seldom.
+
+    Args:
+        env: Environment whose specs the networks are built for; actions in [-1, 1].
+        hidden_features: Width of each hidden layer, of the actor and of each critic.
+        num_critics: Critics; the target is the least of theirs.
+        critic_layer_norm: Normalise the critics' hidden layers (not in the paper).
+        gamma: Discount factor.
+        learning_rate: Step size of Adam, for critics and actor.
+        target_update_rate: Polyak rate τ: target ← (1-τ) target + τ online, each actor's step.
+        gradient_clip_norm: Largest norm of each optimizer's gradient; .inf as in the paper.
+        policy_delay: Updates of the critics for one of the actor and of the targets.
+        target_noise: Standard deviation of the noise that smooths the target's actions.
+        target_noise_clip: Largest size of that noise.
+        exploration_noise: Standard deviation of the noise on the actions that collect.
+        weight_actor_loss: Whether importance weights weight the actor's loss, too.
+    """
+
+    def __init__(
+        self,
+        env: EnvBase,
+        *,
+        hidden_features: tuple[int, ...] = (256, 256),
+        num_critics: int = 2,
+        critic_layer_norm: bool = False,
+        gamma: float = 0.99,
+        learning_rate: float = 3e-4,
+        target_update_rate: float = 0.005,
+        gradient_clip_norm: float = math.inf,
+        policy_delay: int = 2,
+        target_noise: float = 0.2,
+        target_noise_clip: float = 0.5,
+        exploration_noise: float = 0.1,
+        weight_actor_loss: bool = False,
+    ) -> None:
+        super().__init__()
+        check_arguments(
+            hidden_features=hidden_features,
+            num_critics=num_critics,
+            gamma=gamma,
+            learning_rate=learning_rate,
+            target_update_rate=target_update_rate,
+            gradient_clip_norm=gradient_clip_norm,
+            policy_delay=policy_delay,
+            target_noise=target_noise,
+            target_noise_clip=target_noise_clip,
+            exploration_noise=exploration_noise,
+        )
+        sizes = vector_sizes(env)
+        action_spec = env.action_spec_unbatched
+        self.actor = DeterministicPolicy(*sizes, hidden_features)
+        self.noise = AdditiveGaussianModule(
+            action_spec, sigma_init=exploration_noise, sigma_end=exploration_noise
+        )
+        self.warmup = EGreedyModule(action_spec, eps_end=0.0, annealing_num_steps=1)
+        self.loss = TD3Loss(
+            self.actor,
+            ActionValue(*sizes, hidden_features, critic_layer_norm),
+            num_qvalue_nets=num_critics,
+            deactivate_vmap=True,  # on a core, small critics in turn are cheaper
+            loss_function="l2",
+            action_spec=action_spec,
+            policy_noise=target_noise,
+            noise_clip=target_noise_clip,
+        )
+        self.loss.make_value_estimator(ValueEstimators.TD0, gamma=gamma)
+        self.target = SoftUpdate(self.loss, tau=target_update_rate)
+        self.learning_rate, self.gradient_clip_norm = learning_rate, gradient_clip_norm
+        self.policy_delay, self.updates = policy_delay, 0
+        self.weight_actor_loss = weight_actor_loss
+
+    replay_keys = (
+        "observation",
+        "action",
+        ("next", "observation"),
+        ("next", "reward"),
+        ("next", "done"),
+        ("next", "terminated"),
+    )
+    """What the loss reads of a transition, and so what the buffer keeps."""
+
+    @property
+    def policy(self) -> TensorDictModule:
+        """The policy without noise."""
+        return self.actor
+
+    @property
+    def behaviour(self) -> TensorDictModule:
+        """The policy that collects: with noise; uniform actions before the first update."""
+        return TensorDictSequential(self.actor, self.noise, self.warmup)
+
+    def configure_optimizers(self) -> dict[str, Optimizer]:
+        """Build Adam over the critics and over the actor."""
+        parameters = {
+            "critic": self.loss.qvalue_network_params.parameters(),
+            "actor": self.loss.actor_network_params.parameters(),
+        }
+        return {
+            name: Adam(chosen, lr=self.learning_rate, fused=True)
+            for name, chosen in parameters.items()
+        }
+
+    @property
+    def actor_is_due(self) -> bool:
+        """Whether actor and targets move in this update."""
+        return self.updates % self.policy_delay == 0
+
+    def training_step(self, batch: TensorDictBase, optimizer: str) -> Tensor | None:
+        """Compute a loss of a batch; the critics' writes |δ| into it."""
+        loss: Tensor
+        if optimizer == "critic":
+            loss, metadata = self.loss.value_loss(batch)
+            # TD3Loss knows δ² of each critic; replay priorities are in units of return.
+            batch.set(keys.TD_ERROR, metadata["td_error"].detach().amax(0).sqrt())
+            return loss
+        if not self.actor_is_due:
+            return None
+        unweighted = batch.exclude(keys.WEIGHT)
+        loss, _ = self.loss.actor_loss(batch if self.weight_actor_loss else unweighted)
+        return loss
+
+    def after_update(self) -> None:
+        """Move the target networks towards the online ones, as seldom as the actor."""
+        if self.actor_is_due:
+            self.target.step()
+        self.updates += 1
+
+    def after_collection(self, env_steps: int) -> dict[str, float]:
+        """End the uniform actions of the warm-up; return what is worth logging."""
+        self.warmup.step()
+        return {}
+
+
+if __name__ == "__main__":
+    from recipes.cli import run
+
+    run(TD3)
