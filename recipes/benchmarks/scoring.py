@@ -14,7 +14,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -77,8 +76,8 @@ SHAPES = {
 }
 
 
-def build(shape: Shape, folder: Path, pixels: int = 448) -> Path:
-    """Write a PerceptionLM with random weights and its processor to ``folder``."""
+def build(shape: Shape, pixels: int = 448) -> tuple[Any, Any]:
+    """A PerceptionLM with random weights, and its processor."""
     from transformers import (
         LlamaConfig,
         PerceptionLMConfig,
@@ -114,15 +113,7 @@ def build(shape: Shape, folder: Path, pixels: int = 448) -> Path:
         video_token_id=tokens.video_token_id,
         tie_word_embeddings=True,
     )
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        model = PerceptionLMForConditionalGeneration(config)
-    finally:
-        torch.set_default_dtype(default)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    return PerceptionLMForConditionalGeneration(config), processor
 
 
 def teraflops(shape: Shape, pixels: int, frames: int) -> tuple[float, float]:
@@ -228,7 +219,8 @@ def large(
         table.add_column(column, justify="right")
     shown = doorkey_clips(clips, tile_size=16, window=None).to(device)
     with tempfile.TemporaryDirectory() as folder:
-        path = build(shape, Path(folder), max(resolutions))
+        for part in build(shape, max(resolutions)):
+            part.save_pretrained(folder)
         settings = [(pixels, count) for pixels in resolutions for count in frames]
         for pixels, count in track(settings, "settings", console=console, transient=True):
             options: dict[str, Any] = {
@@ -239,8 +231,8 @@ def large(
                 "batch_clips": batch,
             }
             contestants = ways(
-                HuggingFaceScorer(path, **options),
-                HuggingFaceScorer(path, dedup=False, **options),
+                HuggingFaceScorer(folder, **options),
+                HuggingFaceScorer(folder, dedup=False, **options),
                 shown,
                 batch,
             )

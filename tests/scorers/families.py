@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from recipes.benchmarks.scoring import SHAPES, build
 from recipes.judge_model import build_model, build_processor
 from recipes.judge_questions import PARAPHRASES
 
@@ -88,41 +89,7 @@ def perception_lm() -> tuple[Any, Any]:
 
 def perception_lm_pe() -> tuple[Any, Any]:
     """With the vision tower of the real checkpoints: PE-core, class token, rotary positions."""
-    from transformers import (
-        LlamaConfig,
-        PerceptionLMConfig,
-        PerceptionLMForConditionalGeneration,
-        TimmWrapperConfig,
-    )
-
-    side, patch = 112, 14
-    processor = build_processor()
-    processor.video_processor.size = {"height": side, "width": side}
-    processor.patch_size, processor.pooling_ratio = patch, 2
-    tokens = processor.tokenizer
-    vision = TimmWrapperConfig(
-        architecture="vit_pe_core_large_patch14_336",
-        do_pooling=False,
-        model_args={
-            "embed_dim": 64,
-            "depth": 2,
-            "num_heads": 2,
-            "img_size": [side, side],
-            "global_pool": "",
-            "use_post_transformer_norm": False,
-            "init_values": 0.1,
-            "ref_feat_shape": [side // patch, side // patch],
-        },
-    )
-    config = PerceptionLMConfig(
-        vision_config=vision,
-        text_config=LlamaConfig(**text_config(tokens)),
-        vision_use_cls_token=True,
-        projector_pooling_ratio=2,
-        image_token_id=tokens.image_token_id,
-        video_token_id=tokens.video_token_id,
-    )
-    return PerceptionLMForConditionalGeneration(config), processor
+    return build(SHAPES["tiny"], pixels=112)
 
 
 def smolvlm() -> tuple[Any, Any]:
