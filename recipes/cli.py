@@ -26,21 +26,23 @@ from vlmrb_torchrl.scorers import ClipScorer
 DEFAULT_SCORER = "vlmrb_torchrl.scorers.EmbeddedJudge"
 GUIDE = (
     "A run is set up by YAML files, laid over each other in order, and by arguments, which come "
-    "last: 'python -m recipes.{recipe} --config recipes/configs/doorkey_6x6/{recipe}.yaml "
-    "--config recipes/configs/methods/per.yaml --training.seed 1'. Environment, replay method "
-    "and judge are chosen by class: '--replay Uniform', '--env DoorKey --env.size 8', "
-    "'--scoring.scorer my_module.MyScorer'; '--replay.help VLMGuided' shows the settings of one."
+    "last: 'python -m recipes.{recipe} --config recipes/configs/TASK/{recipe}.yaml "
+    "--config recipes/configs/methods/per.yaml --training.seed 1'; TASK may be {tasks}. "
+    "Environment, replay method and judge are chosen by class: '--replay Uniform', "
+    "'--env my_module.MyTask', '--scoring.scorer my_module.MyScorer'; '--replay.help VLMGuided' "
+    "shows the settings of one."
 )
+CONFIGS = Path(__file__).parent / "configs"
 LAUNCHED_BY_FABRIC_CLI = "LT_CLI_USED"
 
 
 def build_parser(algorithm: type[L.LightningModule]) -> ArgumentParser:
     """Build the parser of a recipe from the signatures of its parts."""
     summary = (algorithm.__doc__ or algorithm.__name__).splitlines()[0]
-    parser = ArgumentParser(
-        description=f"{summary} {GUIDE.format(recipe=algorithm.__name__.lower())}",
-        exit_on_error=False,
-    )
+    recipe = algorithm.__name__.lower()
+    tasks = " or ".join(sorted(path.parent.name for path in CONFIGS.glob(f"*/{recipe}.yaml")))
+    guide = GUIDE.format(recipe=recipe, tasks=tasks or "a folder of your own")
+    parser = ArgumentParser(description=f"{summary} {guide}", exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file; may be given repeatedly.")
     parser.add_subclass_arguments(Task, "env", default=lazy_instance(DoorKey), required=False)
     parser.add_subclass_arguments(
@@ -97,11 +99,12 @@ def check(settings: Namespace) -> None:
 
 
 def check_view(task: Task, scorer: ClipScorer) -> None:
-    """Refuse a camera whose frames the judge does not know."""
+    """Refuse a task without a camera, and a camera whose frames the judge does not know."""
+    renderer = task.renderer()
     if scorer.frame_size is None:
         return
     env = task.make(1, seed=0)
-    height, width = task.renderer()(env.reset()[keys.RENDER_STATE]).shape[-2:]
+    height, width = renderer(env.reset()[keys.RENDER_STATE]).shape[-2:]
     env.close()
     require(
         (height, width) == scorer.frame_size,
