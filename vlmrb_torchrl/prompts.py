@@ -29,6 +29,17 @@ KEY: Final = (
 MINIGRID: Final = MappingProxyType({"goal": GOAL, "door": DOOR, "key": KEY})
 """Prompts of the MiniGrid events: goal reached, door opened, key picked up."""
 
+# VLM-RB, arXiv 2602.01915: its OGBench prompt, verbatim. It names no task.
+OGBENCH_SUCCESS: Final = (
+    "Is there at least one clear instance of goal satisfaction in these frames? "
+    "Look for contact + displacement consistent with the goal (lift off surface, place into "
+    "receptacle, open/close articulation, move to target zone). Do not guess. "
+    "If not visible, answer No. Output exactly Answer: Yes or Answer: No."
+)
+
+OGBENCH: Final = MappingProxyType({"success": OGBENCH_SUCCESS})
+"""Prompts of the OGBench events: success of the task."""
+
 # Not of the paper: what contrastive judges compare a frame with. They match a picture to a caption
 # and answer no question; the baseline is the same caption without the success, as in VLM-RM
 # (arXiv 2310.12921), so that what both say cancels.

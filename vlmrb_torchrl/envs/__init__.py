@@ -13,10 +13,11 @@ from vlmrb_torchrl.envs.base import DemonstratedEnv, JudgedEnv
 
 if TYPE_CHECKING:
     from vlmrb_torchrl.envs.doorkey import DoorKeyEnv
+    from vlmrb_torchrl.envs.ogbench_scene import OGBenchEnv
 
-__all__ = ["DemonstratedEnv", "DoorKeyEnv", "JudgedEnv"]
+__all__ = ["DemonstratedEnv", "DoorKeyEnv", "JudgedEnv", "OGBenchEnv"]
 
-_HOMES = {"DoorKeyEnv": "doorkey"}
+_HOMES = {"DoorKeyEnv": "doorkey", "OGBenchEnv": "ogbench_scene"}
 
 
 def __getattr__(name: str) -> Any:

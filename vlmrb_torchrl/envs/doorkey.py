@@ -22,6 +22,7 @@ from torchrl.envs import EnvBase
 
 from vlmrb_torchrl import keys
 from vlmrb_torchrl.envs.doorkey_demonstrator import DoorKeyDemonstrator
+from vlmrb_torchrl.envs.seeds import episode_seed
 from vlmrb_torchrl.prompts import MINIGRID
 from vlmrb_torchrl.renderers.minigrid import MiniGridRenderer
 
@@ -131,8 +132,7 @@ class DoorKeyEnv(EnvBase):
 
         Training episodes get seeds in [0, 2³¹), held-out ones in [2³¹, 2³²).
         """
-        drawn = np.random.SeedSequence((self._seed, game, episode)).generate_state(1)[0]
-        return int(drawn) >> 1 | self.held_out << 31
+        return episode_seed(self._seed, game, episode, held_out=self.held_out)
 
     def get_extra_state(self) -> dict[str, Any]:
         """For checkpoints: a restored environment goes on with the next episodes."""

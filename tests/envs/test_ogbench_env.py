@@ -1,0 +1,269 @@
+"""OGBench's tasks in a batch are OGBench's tasks, step for step."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.collectors import Collector
+
+from vlmrb_torchrl.envs import DemonstratedEnv, OGBenchEnv
+from vlmrb_torchrl.scorers import PrivilegedScorer
+
+SCENE, CUBE = "scene-singletask-task{}-v0", "cube-single-singletask-task1-v0"
+SUBTASKS = ("cube", "drawer_lock", "window_lock", "drawer", "window")
+
+
+def stock(env_id: str, max_steps: int) -> Any:
+    import ogbench  # noqa: F401
+
+    return gymnasium.make(env_id, max_episode_steps=max_steps, disable_env_checker=True)
+
+
+def successes(game: Any) -> list[bool]:
+    """OGBench's own verdict on each subtask, in its order."""
+    found = game.unwrapped._compute_successes()
+    flat = found if isinstance(found, list) else [*found[0], *found[1], *found[2:]]
+    return [bool(one) for one in flat]
+
+
+@pytest.mark.parametrize(
+    ("env_id", "limit"), [(SCENE.format(1), 70), (SCENE.format(2), 130), (CUBE, 55)]
+)
+def test_every_step_equals_stock_ogbench(env_id: str, limit: int) -> None:
+    """Observation, reward, ends, success and state, over resets, with skilled and random actions.
+
+    The limit of steps makes episodes end both ways; the first game always acts by the oracles, so
+    that locks, of which the games share the joints, are set in one and open in another.
+    """
+    N, steps = 2, 150
+    env = OGBenchEnv(env_id, N, max_steps=limit, seed=5)
+    act, rng = env.demonstrator(), np.random.default_rng(0)
+    games = [stock(env_id, limit) for _ in range(N)]
+    episode = [0] * N
+    for i, game in enumerate(games):
+        game.reset(seed=env.episode_seed(i, 0))
+    td = env.reset()
+    ends = {"terminated": 0, "truncated": 0}
+    for step in range(steps):
+        td = act(td)
+        if step % 3:
+            td["action"][1] = torch.from_numpy(rng.uniform(-1, 1, 5))
+        done_before = [successes(game) for game in games]
+        outcome, td = env.step_and_maybe_reset(td)
+        after = outcome["next"]
+        for i, game in enumerate(games):
+            where = f"step {step}, game {i}"
+            seen, reward, terminated, truncated, info = game.step(outcome["action"][i].numpy())
+            data = game.unwrapped.data
+            assert np.array_equal(after["observation"][i], seen.astype(np.float32)), where
+            assert after["reward"][i].item() == reward, where
+            assert after["terminated"][i].item() == terminated, where
+            assert after["truncated"][i].item() == truncated, where
+            assert after["done"][i].item() == (terminated or truncated), where
+            assert after["events"][i, 0].item() == info["success"], where
+            new = [n and not b for n, b in zip(successes(game), done_before[i], strict=True)]
+            assert after["events"][i, 1:].tolist() == new, where
+            state = after["render_state"][i].numpy()
+            assert np.array_equal(state[: data.qpos.nbytes].view(np.float64), data.qpos), where
+            ends["terminated"] += terminated
+            ends["truncated"] += truncated
+            if terminated or truncated:
+                episode[i] += 1
+                seen, _ = game.reset(seed=env.episode_seed(i, episode[i]))
+                assert np.array_equal(td["observation"][i], seen.astype(np.float32)), where
+    assert min(ends.values()) > 0
+
+
+def solve(env: OGBenchEnv, steps: int, noise: float = 0.0) -> TensorDict:
+    """Demonstrations ``[N, steps]``: each game goes on until all are done."""
+    act = env.demonstrator()
+
+    def policy(td: TensorDict) -> TensorDict:
+        action = act(td)["action"]
+        return td.set("action", (action + noise * torch.randn_like(action)).clamp(-1, 1))
+
+    torch.manual_seed(0)
+    return env.rollout(steps, policy, break_when_any_done=False, break_when_all_done=True)
+
+
+def happened(td: TensorDict, env: OGBenchEnv, game: int = 0) -> list[str]:
+    """Names of the events of a game's first episode, in the order in which they happened."""
+    end = td["next", "done"][game].flatten().tolist().index(True)
+    columns = td["next", "events"][game, : end + 1].nonzero()[:, 1].tolist()
+    return [env.event_names[column] for column in columns]
+
+
+@pytest.mark.parametrize("task", [1, 2, 3, 4, 5])
+def test_demonstrator_solves_every_task(task: int) -> None:
+    """What each task asks for, by its definition; success is the last event and terminates."""
+    env = OGBenchEnv(SCENE.format(task), 2, seed=1)
+    assert isinstance(env, DemonstratedEnv)
+    td = solve(env, 400)
+    asked = {
+        1: {"drawer", "window"},
+        2: {"drawer", "window", "drawer_lock", "window_lock"},
+        3: {"cube", "window_lock", "drawer", "window"},
+        4: {"cube", "drawer_lock"},
+        5: {"cube", "window"},
+    }[task]
+    for game in range(2):
+        events = happened(td, env, game)
+        assert events[-1] == "success"
+        assert asked <= set(events)
+        end = td["next", "done"][game].flatten().tolist().index(True)
+        assert td["next", "terminated"][game, end]
+        assert td["next", "reward"][game, end] == 0  # every subtask is done
+
+
+def test_demonstrator_stands_noise_and_lays_the_cube_down() -> None:
+    env = OGBenchEnv(CUBE, 4, seed=1)
+    td = solve(env, 200, noise=0.3)
+    assert td["next", "events"][..., 0].any(1).all()
+    assert {"cube", "success"} == set(happened(td, env))
+
+
+def test_privileged_judge_sees_a_subtask_completed_within_the_clip() -> None:
+    env = OGBenchEnv(SCENE.format(1), 1, seed=3)
+    events = solve(env, 100)["next", "events"]
+    judge = PrivilegedScorer(env.event_names, ("drawer", "window"))
+    at = events[0, :, [4, 5]].any(1).nonzero().flatten()
+    clips = torch.stack([events[0, : at[0]].any(0), events[0, at[0] : at[0] + 1].any(0)])
+    assert judge(TensorDict({"events": clips}, [2]))["score"].tolist() == [0, 1]
+
+
+def test_time_limit_truncates_and_does_not_terminate() -> None:
+    assert OGBenchEnv(SCENE.format(1), 1).max_steps == 750
+    assert OGBenchEnv(CUBE, 1).max_steps == 200
+    last = OGBenchEnv(CUBE, 2, max_steps=3).rollout(10)["next"][:, -1]
+    assert last.shape == (2,)
+    assert last["truncated"].all()
+    assert last["done"].all()
+    assert not last["terminated"].any()
+
+
+def test_success_on_the_last_step_terminates_and_truncates() -> None:
+    steps = solve(OGBenchEnv(CUBE, 1, seed=4), 200).shape[1]
+    last = solve(OGBenchEnv(CUBE, 1, seed=4, max_steps=steps), 200)["next"][0, -1]
+    assert last["terminated"]
+    assert last["truncated"]
+    assert last["events"][0]
+
+
+def starts(env: OGBenchEnv, episodes: int) -> torch.Tensor:
+    return torch.stack([env.reset()["render_state"] for _ in range(episodes)])
+
+
+def test_same_seed_plays_the_same_episodes_for_any_number_of_games() -> None:
+    few, many = (starts(OGBenchEnv(CUBE, n, seed=5), 3) for n in (2, 4))
+    assert torch.equal(few, many[:, :2])
+    assert not torch.equal(few, starts(OGBenchEnv(CUBE, 2, seed=6), 3))
+    assert not torch.equal(few, starts(OGBenchEnv(CUBE, 2, seed=5, held_out=True), 3))
+    assert not torch.equal(many[:, 0], many[:, 1])
+    assert not torch.equal(many[0], many[1])
+
+
+def test_restored_environment_goes_on_with_the_next_episodes() -> None:
+    env = OGBenchEnv(CUBE, 2, seed=3)
+    starts(env, 2)
+    state = env.state_dict()
+    following = starts(env, 2)
+    other = OGBenchEnv(CUBE, 2)
+    other.load_state_dict(state)
+    assert torch.equal(starts(other, 2), following)
+
+
+def test_partial_reset_and_step_leave_the_other_games_alone() -> None:
+    env = OGBenchEnv(CUBE, 2)
+    td = env.rand_step(env.reset())["next"].clone()
+    fresh = env.reset(td.clone().set("_reset", torch.tensor([[False], [True]])))
+    assert torch.equal(fresh["render_state"][0], td["render_state"][0])
+    assert not torch.equal(fresh["render_state"][1], td["render_state"][1])
+    after = env.rand_step(fresh.set("_step", torch.tensor([True, False])))["next"]
+    assert not torch.equal(after["render_state"][0], td["render_state"][0])
+    assert torch.equal(after["render_state"][1], fresh["render_state"][1])
+
+
+def test_what_was_returned_never_changes_afterwards() -> None:
+    env = OGBenchEnv(CUBE, 2)
+    td = env.rand_step(env.reset())
+    kept = td.clone()
+    env.rollout(10)
+    assert (td == kept).all()
+
+
+def test_collector_starts_a_new_episode_after_each_end() -> None:
+    env = OGBenchEnv(CUBE, 2, max_steps=5, seed=1)
+    collector = Collector(lambda: env, None, frames_per_batch=24, total_frames=24)
+    data = next(iter(collector))
+    follows = torch.zeros(2, 12, dtype=torch.bool)
+    follows[:, 1:] = data["next", "done"].squeeze(-1)[:, :-1]
+    assert follows.sum() == 4  # 12 steps of each game, an end after every 5th
+    goes_on = (data["next", "render_state"][:, :-1] == data["render_state"][:, 1:]).all(-1)
+    assert torch.equal(goes_on, ~follows[:, 1:])
+    assert not data["events"][follows].any()
+
+
+def test_games_in_other_processes_play_the_same() -> None:
+    """Three games over two processes, the second with one: the rollout of one process."""
+
+    def play(workers: int) -> TensorDict:
+        env = OGBenchEnv(SCENE.format(4), 3, workers=workers, seed=2, max_steps=8)
+        env.action_spec.seed = 0
+        torch.manual_seed(0)
+        rollout = env.rollout(12, auto_reset=True, break_when_any_done=False)
+        env.close()
+        return rollout
+
+    assert (play(1) == play(2)).all()
+
+
+def test_death_of_a_process_is_one_line() -> None:
+    env = OGBenchEnv(CUBE, 2, workers=2)
+    env._remote[0]._process.terminate()
+    with pytest.raises(RuntimeError, match="process of games has died") as refusal:
+        env.reset()
+    assert "\n" not in str(refusal.value)
+    env.close()
+
+
+def test_nothing_of_mujoco_is_imported_unless_it_is_used() -> None:
+    """Nothing of ours: torchrl.envs itself imports mujoco where that is installed."""
+    program = (
+        "import sys; sys.modules['mujoco'] = None; "
+        "import vlmrb_torchrl.envs.ogbench_scene, vlmrb_torchrl.renderers.mujoco, recipes.tasks; "
+        "assert not {'ogbench', 'dm_control'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_missing_ogbench_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "vlmrb_torchrl.envs.ogbench_games", raising=False)
+    for module in [name for name in sys.modules if name.split(".")[0] == "ogbench"]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "ogbench", None)
+    with pytest.raises(ImportError, match=r"pip install 'vlmrb-torchrl\[ogbench\]'") as refusal:
+        OGBenchEnv(CUBE)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"env_id": "puzzle-3x3-singletask-task1-v0"}, "scene-singletask-task1-v0 to task5"),
+        ({"env_id": "scene-singletask-task6-v0"}, "scene-singletask-task6-v0"),
+        ({"num_envs": 0}, "num_envs=0"),
+        ({"max_steps": 0}, "max_steps=0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"num_envs": 2, "workers": 3}, r"workers=3.*\(2\)"),
+    ],
+)
+def test_impossible_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OGBenchEnv(**arguments)

@@ -1,0 +1,194 @@
+"""OGBench's simulators, as `OGBenchEnv` plays them: compiled once, many games on one model.
+
+The dynamics are OGBench's own code. Added is what a batch of games needs: they share a compiled
+model (64 MB each otherwise), what OGBench computes three times in a step is computed once, and
+the actions that OGBench itself draws at a reset follow the seed.
+
+N: games, D: numbers observed, S: bytes of a render state, E: events.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, NamedTuple, Self
+
+import gymnasium
+import mujoco
+import numpy as np
+from numpy.typing import NDArray
+from ogbench.manipspace.envs.cube_env import CubeEnv
+from ogbench.manipspace.envs.scene_env import SceneEnv
+
+
+class Outcome(NamedTuple):
+    """Where N games are, and what happened on the way."""
+
+    observation: NDArray[np.float32]  # [N, D]
+    render_state: NDArray[np.uint8]  # [N, S]
+    events: NDArray[np.bool_]  # [N, E]
+    reward: NDArray[np.float32]  # [N]
+    terminated: NDArray[np.bool_]  # [N]
+
+
+class _Game:
+    """What is added to OGBench's environments, by inheritance before them."""
+
+    first_task: str
+    _actions = gymnasium.spaces.Box(-1.0, 1.0, (5,), np.float32)
+    _damping: NDArray[np.float64]
+    _info: dict[str, Any] | None = None
+    _model: Any
+    _data: Any
+
+    @property
+    def action_space(self) -> gymnasium.spaces.Box:
+        """One space for all: OGBench makes a new one, unseeded, for each action that it draws."""
+        return self._actions
+
+    def begin(self, seed: int) -> None:
+        """Reset to the episode that belongs to ``seed``."""
+        self._actions.seed(seed)
+        self.observed, _ = self.reset(seed=seed)  # type: ignore[attr-defined]
+        self.events = np.zeros(1 + len(self.subtasks()), bool)
+        self.reward, self.terminated = 0.0, False
+        self._damping = self._model.dof_damping.copy()
+
+    def play(self, action: NDArray[np.float32]) -> None:
+        """One step; a subtask's event is that it was not done before, and is now."""
+        before = self.subtasks()
+        # Locks are joints with a large damping, in the model that all games share.
+        self._model.dof_damping[:] = self._damping
+        self.observed, self.reward, self.terminated, _, info = self.step(action)  # type: ignore[attr-defined]
+        self._damping = self._model.dof_damping.copy()
+        self.events[0] = info["success"]
+        self.events[1:] = self.subtasks() & ~before
+
+    def twin(self, own_model: bool) -> Self:
+        """Another game of the same task, on this model or on a copy of it."""
+        other = copy.copy(self)
+        if own_model:
+            other._model = copy.copy(self._model)
+        other._data = mujoco.MjData(other._model)
+        return other
+
+    def subtasks(self) -> NDArray[np.bool_]:
+        """Which subtasks are done, bool ``[E - 1]``."""
+        raise NotImplementedError
+
+    def pack(self) -> NDArray[np.uint8]:
+        """The render state, uint8 ``[S]``: see `OGBenchEnv`."""
+        parts = (self._data.qpos, self._data.qvel.astype(np.float32), self._buttons())
+        return np.concatenate([part.view(np.uint8) for part in parts])
+
+    def pose(self, state: NDArray[np.uint8]) -> None:
+        """Put the scene into a render state, as OGBench would have drawn it."""
+        nq, nv = 8 * self._model.nq, 4 * self._model.nv
+        qpos, qvel, buttons = np.split(state, [nq, nq + nv])
+        self._restore(qpos.view(np.float64), qvel.view(np.float32), buttons)
+        colours: Any = self._cube_colors  # type: ignore[attr-defined]
+        if self.subtasks()[0]:
+            colours = self._cube_success_colors  # type: ignore[attr-defined]
+        for geom in self._cube_geom_ids_list[0]:  # type: ignore[attr-defined]
+            self._model.geom_rgba[geom, :3] = colours[0, :3]
+
+    def _buttons(self) -> NDArray[np.uint8]:
+        return np.zeros(0, np.uint8)
+
+    def _restore(self, qpos: Any, qvel: Any, buttons: Any) -> None:
+        self.set_state(qpos, qvel)  # type: ignore[attr-defined]
+
+    # What OGBench computes before, in and after a step does not change in between: kept here.
+
+    def compute_ob_info(self) -> dict[str, Any]:
+        if self._info is None:
+            self._info = super().compute_ob_info()  # type: ignore[misc]
+        return self._info
+
+    def pre_step(self) -> None:
+        super().pre_step()  # type: ignore[misc]
+        self._info = None
+
+    def initialize_arm(self) -> None:
+        self._info = None
+        super().initialize_arm()  # type: ignore[misc]
+
+
+class _SceneGame(_Game, SceneEnv):  # type: ignore[misc]
+    first_task = "scene-singletask-task1-v0"
+
+    def subtasks(self) -> NDArray[np.bool_]:
+        cubes, buttons, drawer, window = self._compute_successes()
+        return np.array([*cubes, *buttons, drawer, window], bool)
+
+    def _buttons(self) -> NDArray[np.uint8]:
+        return np.asarray(self._cur_button_states, np.uint8)
+
+    def _restore(self, qpos: Any, qvel: Any, buttons: Any) -> None:
+        self.set_state(qpos, qvel, buttons)
+
+
+class _CubeGame(_Game, CubeEnv):  # type: ignore[misc]
+    first_task = "cube-single-singletask-task1-v0"
+
+    def subtasks(self) -> NDArray[np.bool_]:
+        return np.array(self._compute_successes(), bool)
+
+
+@lru_cache
+def _prototype(kind: type[_Game]) -> _Game:
+    """A compiled scene: a second and a half and 0.1 GB, once in a process for all its tasks."""
+    compiled: _Game = kind(**gymnasium.spec(kind.first_task).kwargs)  # type: ignore[call-arg]
+    compiled.begin(0)
+    return compiled
+
+
+def game(env_id: str) -> Any:
+    """One game of a task, with a model of its own."""
+    arguments = gymnasium.spec(env_id).kwargs
+    kind = {"scene": _SceneGame, "single": _CubeGame}[arguments["env_type"]]
+    first: Any = _prototype(kind).twin(own_model=True)
+    first._reward_task_id = arguments["reward_task_id"]
+    first.begin(0)
+    return first
+
+
+class Games:
+    """N games of one task, stepped one after the other.
+
+    Args:
+        env_id: A registered task of OGBench.
+        num_games: N.
+    """
+
+    def __init__(self, env_id: str, num_games: int) -> None:
+        first = game(env_id)
+        self._games = [first, *(first.twin(own_model=False) for _ in range(num_games - 1))]
+        self.begin(dict.fromkeys(range(num_games), 0))
+
+    def begin(self, seeds: Mapping[int, int]) -> Outcome:
+        """Reset games to the episodes that belong to their seeds; the others wait."""
+        for i, game in enumerate(self._games):
+            if i in seeds:
+                game.begin(seeds[i])
+        return self._outcome()
+
+    def play(self, actions: Mapping[int, NDArray[np.float32]]) -> Outcome:
+        """Step games by their actions; the others wait: their reward is 0, nothing happens."""
+        for i, game in enumerate(self._games):
+            if i in actions:
+                game.play(actions[i])
+            else:
+                game.reward, game.events = 0.0, np.zeros_like(game.events)
+        return self._outcome()
+
+    def _outcome(self) -> Outcome:
+        games = self._games
+        return Outcome(
+            np.stack([game.observed for game in games]).astype(np.float32),
+            np.stack([game.pack() for game in games]),
+            np.stack([game.events for game in games]),
+            np.array([game.reward for game in games], np.float32),
+            np.array([game.terminated for game in games], bool),
+        )
