@@ -63,6 +63,15 @@ def test_network_acts_by_the_mean_over_distorted_midpoints(distortion, phi):
     assert "tau" not in out
 
 
+def test_acting_is_the_mean_over_quantiles_whether_the_head_is_linear_or_not():
+    """The double below hides that its head is linear, and takes the long way round."""
+    network = by_hand(policy_quantiles=5)
+    expected = network(state(tau=network.policy_tau.expand(2, 5)))["quantiles"].mean(-2)
+    torch.testing.assert_close(network(state())["action_value"], expected)
+    network.head = nn.Sequential(network.head)
+    torch.testing.assert_close(network(state())["action_value"], expected)
+
+
 def test_acting_draws_no_random_number():
     network, before = by_hand(), torch.get_rng_state()
     network(state())

@@ -106,10 +106,11 @@ class QuantileNetwork(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write ``"action_value"``, and ``"quantiles"`` where ``"tau"`` is given."""
         tau = tensordict.get("tau", None)
-        embedded = torch.cos(
-            (self.policy_tau if tau is None else tau).unsqueeze(-1) * self.frequencies
-        )
-        phi = torch.relu(self.embedding(embedded))
+        fractions = self.policy_tau if tau is None else tau
+        phi = torch.relu(self.embedding(torch.cos(fractions.unsqueeze(-1) * self.frequencies)))
+        if tau is None and isinstance(self.head, nn.Linear):
+            # The mean over quantiles commutes with a linear f: one pass instead of K.
+            phi = phi.mean(-2, keepdim=True)
         psi = self.features(tensordict.get(self.in_keys[0])).unsqueeze(-2)
         quantiles = self.head(psi * phi)
         if tau is not None:
