@@ -1,0 +1,269 @@
+"""SAC and TD3: what each step trains, how actions are explored, what is refused."""
+
+import math
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.data import Bounded, Composite, Unbounded
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from recipes import cli
+from recipes.sac import SAC
+from recipes.td3 import TD3
+from tests.recipes.chain import ChainEnv
+
+BOTH = pytest.mark.parametrize("algorithm", [SAC, TD3])
+
+
+def module(algorithm, **arguments):
+    torch.manual_seed(0)
+    return algorithm(ChainEnv(2, discrete=False), **({"hidden_features": (8,)} | arguments))
+
+
+def batch(size=4):
+    return TensorDict(
+        {
+            "observation": torch.randn(size, 2),
+            "action": torch.rand(size, 1) * 2 - 1,
+            "next": {
+                "observation": torch.randn(size, 2),
+                "reward": torch.randn(size, 1),
+                "done": torch.zeros(size, 1, dtype=torch.bool),
+                "terminated": torch.zeros(size, 1, dtype=torch.bool),
+            },
+        },
+        [size],
+    )
+
+
+def copied(params):
+    return params.data.clone()
+
+
+def unchanged(params, before):
+    return bool((params.data == before).all())
+
+
+def step(trained, optimizers, drawn):
+    """One update of the loop; returns the optimizers that stepped."""
+    stepped = []
+    for name, optimizer in optimizers.items():
+        loss = trained.training_step(drawn, name)
+        if loss is not None:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            stepped.append(name)
+    trained.after_update()
+    return stepped
+
+
+@BOTH
+def test_each_trained_weight_has_one_optimizer_and_the_critics_come_first(algorithm):
+    trained = module(algorithm)
+    optimizers = trained.configure_optimizers()
+    groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
+    stepped = [id(weight) for group in groups for weight in group["params"]]
+    assert sorted(stepped) == sorted(id(weight) for weight in trained.loss.parameters())
+    assert next(iter(optimizers)) == "critic"
+
+
+@BOTH
+def test_a_step_changes_the_weights_of_its_own_optimizer_alone(algorithm):
+    trained = module(algorithm)
+    optimizers = trained.configure_optimizers()
+    drawn = batch()
+    trained.training_step(drawn, "critic")
+    actor, critic = trained.loss.actor_network_params, trained.loss.qvalue_network_params
+    before = copied(actor), copied(critic)
+    trained.training_step(drawn, "actor").backward()
+    optimizers["actor"].step()
+    assert not unchanged(actor, before[0])
+    assert unchanged(critic, before[1])
+    assert all(weight.grad is None for weight in critic.parameters())
+
+
+@BOTH
+def test_importance_weights_weight_the_critics_and_not_the_actor_unless_asked(algorithm):
+    """With one critic its loss is Σ w δ² / Σ w."""
+    weights = torch.tensor([0.1, 1.0, 0.5, 0.2])
+    drawn = batch()
+    actor_loss = {}
+    for asked in (False, True):
+        trained = module(algorithm, num_critics=1, weight_actor_loss=asked)
+        for weight in (torch.ones(4), weights):
+            drawn.set("priority_weight", weight)
+            critic_loss = trained.training_step(drawn, "critic").item()
+            expected = (weight * drawn["td_error"] ** 2).sum() / weight.sum()
+            assert critic_loss == pytest.approx(expected.item())
+            torch.manual_seed(1)
+            weighted = weight is weights
+            actor_loss[asked, weighted] = trained.training_step(drawn, "actor").item()
+    assert (
+        actor_loss[False, True]
+        == actor_loss[False, False]
+        == pytest.approx(actor_loss[True, False])
+    )
+    assert actor_loss[True, True] != pytest.approx(actor_loss[True, False])
+
+
+@BOTH
+def test_target_critics_follow_by_the_polyak_rate(algorithm):
+    trained = module(algorithm, target_update_rate=0.25)
+    online, target = trained.loss.qvalue_network_params, trained.loss.target_qvalue_network_params
+    online.apply(lambda weight: weight.data.fill_(5.0))
+    target.apply(lambda weight: weight.data.fill_(1.0))
+    trained.after_update()
+    assert all((weight == 2.0).all() for weight in target.values(True, True))
+
+
+def test_td3_moves_actor_and_targets_once_in_policy_delay_updates():
+    trained = module(TD3, policy_delay=3)
+    optimizers = trained.configure_optimizers()
+    moving = (trained.loss.actor_network_params, trained.loss.target_qvalue_network_params)
+    stepped, moved = [], []
+    for _ in range(7):
+        before = [copied(params) for params in moving]
+        stepped.append("actor" in step(trained, optimizers, batch()))
+        moved.append([not unchanged(*pair) for pair in zip(moving, before, strict=True)])
+    due = [True, False, False] * 2 + [True]
+    assert stepped == due
+    assert moved == [[is_due, is_due] for is_due in due]
+
+
+def test_td3_target_actions_are_smoothed_by_clipped_noise():
+    """Target critics say Q(s, a) = a, the target actor 0, the critics 0, and γ is 0.5.
+
+    Noise of 1000 is always clipped, to ±0.3: |δ| is 0.5 x 0.3.
+    """
+    trained = module(TD3, hidden_features=(), gamma=0.5, target_noise=1e3, target_noise_clip=0.3)
+    for params in (
+        trained.loss.qvalue_network_params,
+        trained.loss.target_qvalue_network_params,
+        trained.loss.target_actor_network_params,
+    ):
+        params.apply(lambda weight: weight.data.zero_())
+    trained.loss.target_qvalue_network_params["mlp", "0", "weight"].data[..., -1] = 1.0
+    drawn = batch(64)
+    drawn["next", "reward"].zero_()
+    trained.training_step(drawn, "critic")
+    assert drawn["td_error"].tolist() == pytest.approx([0.15] * 64)
+
+
+def test_sac_temperature_rises_below_the_target_entropy_and_falls_above():
+    for entropy, sign in ((-2.0, 1), (2.0, -1)):
+        trained = module(SAC, target_entropy=0.5, alpha_init=0.2)
+        drawn = TensorDict({"log_prob": torch.full((4,), -entropy)}, [4])
+        loss = trained.training_step(drawn, "temperature")
+        # -log α (log π + target), the mean
+        assert loss.item() == pytest.approx(-math.log(0.2) * (-entropy + 0.5))
+        loss.backward()
+        trained.configure_optimizers()["temperature"].step()
+        assert sign * (trained.loss.log_alpha.exp().item() - 0.2) > 0
+
+
+def test_sac_target_entropy_is_minus_one_per_number_of_an_action():
+    assert module(SAC).loss.target_entropy == -1.0
+
+
+def test_sac_values_the_entropy_of_what_it_would_do_next():
+    """Critics say 0, γ is 0.5 and α 2: δ is -0.5 x -2 log π(a'|s'), with a' drawn anew."""
+    trained = module(SAC, gamma=0.5, alpha_init=2.0)
+    for params in (trained.loss.qvalue_network_params, trained.loss.target_qvalue_network_params):
+        params.apply(lambda weight: weight.data.zero_())
+    drawn = batch()
+    drawn["next", "reward"].zero_()
+    torch.manual_seed(3)
+    trained.training_step(drawn, "critic")
+    torch.manual_seed(3)
+    policy = trained.actor[0](drawn["next"].clone())
+    loc, scale = policy["loc"], policy["scale"]
+    raw = loc + scale * torch.randn(4, 1)
+    log_prob = torch.distributions.Normal(loc, scale).log_prob(raw) - (1 - raw.tanh() ** 2).log()
+    assert drawn["td_error"].tolist() == pytest.approx(log_prob.flatten().abs().tolist(), rel=1e-4)
+
+
+@BOTH
+def test_actions_are_uniform_in_the_warm_up_and_the_policy_s_afterwards(algorithm):
+    trained = module(algorithm)
+    state = TensorDict({"observation": torch.zeros(4000, 2)}, [4000])
+    with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
+        uniform = trained.behaviour(state.clone())["action"]
+        trained.after_collection(8)
+        after = trained.behaviour(state.clone())["action"]
+    # Uniform on [-1, 1]: variance 1/3, its estimate's standard deviation sqrt(4/45/4000) = 0.005.
+    assert uniform.var().item() == pytest.approx(1 / 3, abs=0.025)
+    assert uniform.mean().item() == pytest.approx(0, abs=0.05)
+    if algorithm is TD3:  # the policy's action and noise of 0.1, whose estimate is 0.1 ± 0.0011
+        assert after.std().item() == pytest.approx(0.1, abs=0.006)
+    assert after.abs().max() <= 1
+
+
+@BOTH
+def test_policy_without_exploration_gives_the_same_action_again(algorithm):
+    trained = module(algorithm)
+    state = TensorDict({"observation": torch.randn(16, 2)}, [16])
+    with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+        first, again = (trained.policy(state.clone())["action"] for _ in range(2))
+    assert first.tolist() == again.tolist()
+    if algorithm is SAC:
+        assert torch.allclose(first, trained.actor[0](state.clone())["loc"].tanh())
+
+
+@BOTH
+def test_layer_norm_is_the_critics_alone(algorithm):
+    trained = module(algorithm, critic_layer_norm=True)
+    # in 3 x 8 + 8, norm 8 + 8, out 8 + 1, of two critics
+    assert sum(w.numel() for w in trained.loss.qvalue_network_params.parameters()) == 2 * 57
+
+
+REFUSED = {
+    "--algorithm.gamma=1": ("algorithm.gamma", "1"),
+    "--algorithm.num_critics=0": ("algorithm.num_critics", "0"),
+    "--algorithm.gradient_clip_norm=0": ("algorithm.gradient_clip_norm", "0"),
+    "--algorithm.no_such_key=1": ("no_such_key",),
+    "--env.discrete=true": ("action_spec", "Categorical", "choose another env"),
+    "--replay=VLMGuided": ("Chain", "renderer", "--replay Uniform"),
+}
+
+
+@pytest.mark.parametrize("argument", REFUSED)
+@BOTH
+def test_bad_value_is_refused_in_one_line_that_names_it(algorithm, argument, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "launch", lambda *_: pytest.fail("something was launched"))
+    chain = ["--env=tests.recipes.chain.Chain", "--replay=Uniform"]
+    with pytest.raises(SystemExit) as refusal:
+        cli.run(algorithm, [*chain, argument, f"--training.log_dir={tmp_path}"])
+    text = str(refusal.value)
+    assert "\n" not in text
+    for part in REFUSED[argument]:
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("observed", "acted", "remedy"),
+    [
+        (torch.float64, 1.0, "DoubleToFloat"),
+        (torch.float32, 2.0, "ActionScaling"),
+    ],
+)
+@BOTH
+def test_environment_of_other_numbers_is_refused_with_the_transform_that_helps(
+    algorithm, observed, acted, remedy
+):
+    env = ChainEnv(2, discrete=False)
+    env.observation_spec = Composite({"observation": Unbounded((2, 2), dtype=observed)}, shape=(2,))
+    env.action_spec = Bounded(-acted, acted, (2, 1), dtype=torch.float32)
+    with pytest.raises(ValueError, match=remedy):
+        algorithm(env)
+
+
+@BOTH
+def test_help_explains_every_setting(algorithm, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.build_parser(algorithm).parse_args(["--help"])
+    assert end.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Whether importance weights weight the actor's loss, too" in text
+    assert f"python -m recipes.{algorithm.__name__.lower()} --config" in text
