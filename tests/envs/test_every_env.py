@@ -55,7 +55,12 @@ def test_judge_can_be_asked_about_its_events(make: type[EnvBase]) -> None:
 def test_render_states_are_drawn(make: type[EnvBase]) -> None:
     env = make()
     states = env.rollout(3)["next", keys.RENDER_STATE]
-    frames = env.renderer()(states)
+    try:
+        frames = env.renderer()(states)
+    except RuntimeError as error:
+        if "apt-get install" in str(error):  # the renderer says what the system lacks
+            pytest.skip(str(error))
+        raise
     assert frames.dtype == torch.uint8
     assert frames.shape[:-2] == (*env.batch_size, 3, 3)
     again = pickle.loads(pickle.dumps(env.renderer()))(states)

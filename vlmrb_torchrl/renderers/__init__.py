@@ -7,10 +7,12 @@ from vlmrb_torchrl.renderers.minigrid import (
     SwappedSprites,
     minigrid_render_state,
 )
+from vlmrb_torchrl.renderers.mujoco import MuJoCoRenderer
 
 __all__ = [
     "AbstractSprites",
     "MiniGridRenderer",
+    "MuJoCoRenderer",
     "Renderer",
     "SwappedSprites",
     "minigrid_render_state",

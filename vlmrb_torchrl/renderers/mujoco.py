@@ -8,10 +8,12 @@ for a pixel: hence the defaults here.
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import lru_cache
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -21,7 +23,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _MAX_GEOMS = 10_000  # as in mujoco.Renderer
-_BACKENDS = ("egl", "osmesa")
+_TRIAL = """
+import mujoco, mujoco.{0} as graphics
+context = graphics.GLContext(8, 8)
+context.make_current()
+mujoco.MjrContext(mujoco.MjModel.from_xml_string("<mujoco/>"), 100)
+"""
 _REMEDY = "apt-get install libegl1 libgl1 libgl1-mesa-dri (or libosmesa6)"
 
 
@@ -152,7 +159,7 @@ class _Canvas:
         self._scene = mujoco.MjvScene(model, _MAX_GEOMS)
         self._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = options.shadows
         self._option, self._size = mujoco.MjvOption(), mujoco.MjrRect(0, 0, width, height)
-        self._gl = _open_gl(width, height)
+        self._gl = import_module(f"mujoco.{_graphics()}").GLContext(width, height)
         with self._gl.as_current():
             self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150.value)
             mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._context)
@@ -186,22 +193,21 @@ def _camera(model: Any, name: str) -> int:
     return cameras.index(name)
 
 
-def _open_gl(width: int, height: int) -> Any:
-    """A context of the first graphics library that works.
+@lru_cache
+def _graphics() -> str:
+    """The first graphics library that works: ``MUJOCO_GL``'s, else EGL, else OSMesa.
+
+    Each is tried in a process of its own. One that fails leaves behind what no other works with.
 
     Raises:
         RuntimeError: None does.
     """
     asked = os.environ.get("MUJOCO_GL", "").lower()
     problems = []
-    for backend in (asked,) if asked in (*_BACKENDS, "glfw") else _BACKENDS:
-        platform = os.environ.get("PYOPENGL_PLATFORM")
-        try:
-            return import_module(f"mujoco.{backend}").GLContext(width, height)
-        except Exception as error:  # whatever a graphics driver's loader meets
-            problems.append(f"{backend}: {' '.join(str(error).split())[:100]}")
-            if platform is None:  # PyOpenGL was bound to this library just now: let it go
-                os.environ.pop("PYOPENGL_PLATFORM", None)
-                for module in [m for m in sys.modules if m.split(".")[0] == "OpenGL"]:
-                    del sys.modules[module]
+    for backend in (asked,) if asked in ("egl", "osmesa", "glfw") else ("egl", "osmesa"):
+        command = [sys.executable, "-c", _TRIAL.format(backend)]
+        trial = subprocess.run(command, capture_output=True, text=True, check=False)
+        if trial.returncode == 0:
+            return backend
+        problems.append(f"{backend}: {(trial.stderr.strip().splitlines() or ['it crashes'])[-1]}")
     raise RuntimeError(f"MuJoCo cannot draw here ({'; '.join(problems)}): {_REMEDY}.")
