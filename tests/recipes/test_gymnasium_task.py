@@ -1,0 +1,139 @@
+"""An environment from outside, in one file, trains without an edit to the package."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torchrl.envs.utils import check_env_specs
+
+from recipes import cli
+from recipes.evaluation import evaluate
+from recipes.metrics import read_rows
+from recipes.sac import SAC
+from recipes.settings import Training
+from recipes.td3 import TD3
+from tests.recipes.gymnasium_task import Gymnasium
+
+ROOT = Path(cli.__file__).parent.parent
+SHORT = [
+    "--env=tests.recipes.gymnasium_task.Gymnasium",
+    "--replay.batch_size=32",
+    "--algorithm.hidden_features=[32]",
+    "--training.num_envs=2",
+    "--training.warmup_env_steps=100",
+    "--training.total_env_steps=300",
+    "--training.updates_per_env_step=0.5",
+    "--training.eval_every_env_steps=150",
+    "--training.eval_episodes=2",
+    "--training.log_every_env_steps=150",
+    "--training.progress=false",
+]
+BOTH = pytest.mark.parametrize("algorithm", [SAC, TD3])
+
+
+def train(algorithm, tmp_path, name, *arguments):
+    folder = [f"--training.log_dir={tmp_path}", f"--training.name={name}"]
+    cli.run(algorithm, [*SHORT, *arguments, *folder])
+    return read_rows(tmp_path / name)
+
+
+def test_task_builds_environments_that_keep_torchrl_s_word():
+    check_env_specs(Gymnasium().make(2, seed=0))
+
+
+def test_episodes_follow_from_the_seed_and_evaluation_has_its_own():
+    task = Gymnasium()
+    first, again, held_out = (
+        task.make(2, seed=0, held_out=held_out).reset()["observation"]
+        for held_out in (False, False, True)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, held_out)
+
+
+@pytest.mark.parametrize("replay", ["Uniform", "Prioritized"])
+@BOTH
+def test_task_without_judge_or_success_trains_and_returns_are_measured(algorithm, replay, tmp_path):
+    rows = train(algorithm, tmp_path, "run", f"--replay={replay}")
+    evaluations = [row for row in rows if "eval/return" in row]
+    figures = [row for row in rows if "loss/critic" in row]
+    assert len(evaluations) == 2
+    # A step of InvertedPendulum pays 1 but for the last, which ends it.
+    assert all(row["eval/return"] == row["eval/length"] - 1 for row in evaluations)
+    assert not any("success" in name for row in rows for name in row)
+    expected = {"loss/actor", "gradient_norm/critic", "train/return", "speed/updates_per_s"}
+    expected |= {"loss/temperature", "train/alpha", "train/entropy"} if algorithm is SAC else set()
+    assert all(math.isfinite(figures[-1][name]) for name in expected)
+
+
+@BOTH
+def test_rerun_is_equal(algorithm, tmp_path):
+    runs = [train(algorithm, tmp_path, f"run{i}", "--replay=Prioritized") for i in range(2)]
+    kept = [
+        [(row.get("loss/critic"), row.get("loss/actor"), row.get("eval/return")) for row in rows]
+        for rows in runs
+    ]
+    assert kept[0] == kept[1]
+
+
+@BOTH
+def test_continuous_policy_is_evaluated_without_chance_and_torch_keeps_its_threads(algorithm):
+    task = Gymnasium()
+    module = algorithm(task.make(1, seed=0))
+    training = Training(eval_episodes=2, eval_epsilon=1.0)
+    torch.set_num_threads(1)
+    first, again = (evaluate(module.policy, task, training, number=0) for _ in range(2))
+    assert first == again
+    assert set(first) == {"return", "length"}
+    assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize("algorithm", [pytest.param(SAC, marks=pytest.mark.slow), TD3])
+def test_two_ranks_train_together(algorithm, tmp_path):
+    """DDP is told that an optimizer's step leaves the weights of the others alone."""
+    command = [str(Path(sys.executable).parent / "fabric"), "run", "--accelerator=cpu"]
+    command += ["--strategy=ddp_find_unused_parameters_true", "--devices=2"]
+    command += [str(ROOT / "recipes" / f"{algorithm.__name__.lower()}.py"), *SHORT]
+    command += ["--replay=Uniform", f"--training.log_dir={tmp_path}", "--training.name=run"]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert any("loss/actor" in row for row in read_rows(tmp_path / "run"))
+
+
+@pytest.mark.slow
+@BOTH
+def test_pendulum_is_solved_in_10k_steps(algorithm, tmp_path):
+    """Published agents balance it at about -150; a random policy gets about -1200."""
+    cli.run(
+        algorithm,
+        [
+            "--env=tests.recipes.gymnasium_task.Gymnasium",
+            "--env.id=Pendulum-v1",
+            "--replay=Uniform",
+            "--replay.batch_size=256",
+            "--algorithm.learning_rate=1e-3",
+            "--training.num_envs=1",
+            "--training.steps_per_collection=1",
+            "--training.updates_per_env_step=1",
+            "--training.warmup_env_steps=1000",
+            "--training.total_env_steps=10000",
+            "--training.eval_every_env_steps=10000",
+            "--training.eval_episodes=10",
+            "--training.progress=false",
+            f"--training.log_dir={tmp_path}",
+            "--training.name=run",
+        ],
+    )
+    assert read_rows(tmp_path / "run")[-1]["eval/return"] > -200
