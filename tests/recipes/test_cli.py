@@ -107,7 +107,8 @@ def test_help_explains_every_setting(recipe, capsys):
     for setting in ("--training.updates_per_env_step", "--scoring.stride", *own):
         assert setting in text or setting == "--algorithm.env"
     assert "Gradient steps per environment step" in text
-    assert f"python -m recipes.{recipe} --config recipes/configs/doorkey_6x6/{recipe}.yaml" in text
+    assert f"python -m recipes.{recipe} --config recipes/configs/TASK/{recipe}.yaml" in text
+    assert all(path.parent.name in text for path in SHARED if path.stem == recipe)
 
 
 @pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
