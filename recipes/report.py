@@ -30,29 +30,31 @@ class Outcome:
 
     Args:
         env_steps: ``[P]`` environment steps at the P evaluations.
-        success: ``[S, P]`` success rate at each evaluation of each of S seeds.
+        curves: ``[S, P]`` success rate, or return, at each evaluation of each of S seeds.
         speed: ``[S]`` environment steps per second of training, evaluations left out.
+        measure: What ``curves`` holds, ``"success"`` or ``"return"``.
     """
 
     env_steps: Array
-    success: Array
+    curves: Array
     speed: Array
+    measure: str = "success"
 
     @property
     def final(self) -> Array:
-        """Success rate at the last evaluation, ``[S]``."""
-        return self.success[:, -1]
+        """Success rate, or return, at the last evaluation, ``[S]``."""
+        return self.curves[:, -1]
 
     @property
     def area(self) -> Array:
-        """Area under the curve: mean success over the evaluations, ``[S]``."""
-        area: Array = self.success.mean(axis=1)
+        """Area under the curve: mean over the evaluations, ``[S]``."""
+        area: Array = self.curves.mean(axis=1)
         return area
 
     @property
     def steps_to_level(self) -> Array:
         """Env steps to the first evaluation at ``SUCCESS_LEVEL``, ``[S]``; inf if never."""
-        reached = self.success >= SUCCESS_LEVEL
+        reached = self.curves >= SUCCESS_LEVEL
         steps = self.env_steps[reached.argmax(axis=1)]
         return np.where(reached.any(axis=1), steps, np.inf)
 
@@ -75,18 +77,20 @@ def interval(values: Array, statistic: Callable[..., Any] = np.mean) -> tuple[fl
 
 
 def read_outcome(folders: list[Path]) -> Outcome:
-    """Read the metrics of one method's runs."""
-    curves, speeds, env_steps = [], [], []
+    """Read the metrics of one method's runs; a task that knows no success is told by its return."""
+    curves, speeds, env_steps, measure = [], [], [], "success"
     for folder in folders:
         rows = read_rows(folder)
-        evaluations = [row for row in rows if "eval/success" in row]
+        evaluations = [row for row in rows if "eval/return" in row]
         require(
             bool(evaluations), f"the evaluations of {folder}", 0, "let it evaluate once at least"
         )
-        curves.append([row["eval/success"] for row in evaluations])
+        measure = "success" if "eval/success" in evaluations[0] else "return"
+        curves.append([row[f"eval/{measure}"] for row in evaluations])
         env_steps = [row["env_steps"] for row in evaluations]
         speeds.append(rows[-1]["env_steps"] / rows[-1]["seconds"])
-    return Outcome(np.array(env_steps, float), np.array(curves, float), np.array(speeds))
+    speed = np.array(speeds)
+    return Outcome(np.array(env_steps, float), np.array(curves, float), speed, measure)
 
 
 def cell(values: Array, digits: int = 2) -> str:
@@ -119,11 +123,15 @@ Rows = list[list[str]]
 
 def outcome_rows(outcomes: dict[str, Outcome]) -> Rows:
     """Build the table of outcomes, header first: a row per method."""
-    rows = [["method", "final success", "area under curve", "steps to 80 %", "env steps/s"]]
+    rows = []
     for method, outcome in outcomes.items():
-        figures = [cell(outcome.final), cell(outcome.area), steps_cell(outcome)]
-        rows.append([method, *figures, cell(outcome.speed, 0)])
-    return rows
+        row = {"method": method, f"final {outcome.measure}": cell(outcome.final)}
+        row["area under curve"] = cell(outcome.area)
+        if outcome.measure == "success":
+            row["steps to 80 %"] = steps_cell(outcome)
+        row["env steps/s"] = cell(outcome.speed, 0)
+        rows.append(row)
+    return [list(rows[0]), *(list(row.values()) for row in rows)]
 
 
 def difference_rows(outcomes: dict[str, Outcome]) -> Rows:
@@ -169,14 +177,14 @@ def draw_curves(outcomes: dict[str, Outcome], path: Path) -> None:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     for method, outcome in outcomes.items():
-        bounds = np.array([interval(column) for column in outcome.success.T])
+        bounds = np.array([interval(column) for column in outcome.curves.T])
         (line,) = axes.plot(outcome.env_steps, bounds[:, 0], label=method)
         axes.fill_between(
             outcome.env_steps, bounds[:, 1], bounds[:, 2], color=line.get_color(), alpha=0.2
         )
-    axes.set(
-        xlabel="environment steps", ylabel="success rate on held-out seeds", ylim=(-0.02, 1.02)
-    )
+    axes.set(xlabel="environment steps", ylabel=f"{outcome.measure} on held-out seeds")
+    if outcome.measure == "success":
+        axes.set_ylim(-0.02, 1.02)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=140)

@@ -59,6 +59,7 @@ def test_report_writes_table_and_curves_and_pairs_differences_by_seed(tmp_path):
             folder.mkdir()
             rows = [
                 {"env_steps": steps, "seconds": 2.0, "eval/success": 0.2 * seed + lift}
+                | {"eval/return": 0.0}
                 for steps in (100, 200)
             ]
             rows.append({"env_steps": 200, "seconds": 2.0, "train/success": 0.5})
@@ -73,6 +74,18 @@ def test_report_writes_table_and_curves_and_pairs_differences_by_seed(tmp_path):
     assert "0.20 [0.00, 0.40]" in table  # mean of 0, 0.2, 0.4
     assert (tmp_path / "curves.png").stat().st_size > 0
     assert "tensorboard --logdir" in console.file.getvalue()
+
+
+def test_task_that_knows_no_success_is_reported_by_its_return(tmp_path):
+    rows = [
+        {"env_steps": steps, "seconds": 1.0, "eval/return": value}
+        for steps, value in ((100, -300.0), (200, -150.0))
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    report({"uer": [tmp_path]}, tmp_path, Console(file=io.StringIO(), width=200))
+    header, _, row = (tmp_path / "table.md").read_text().splitlines()[2:5]
+    assert header == "| method | final return | area under curve | env steps/s |"
+    assert row == "| uer | -150.00 [nan, nan] | -225.00 [nan, nan] | 200 [nan, nan] |"
 
 
 def test_runs_that_lost_clips_are_named(tmp_path):
