@@ -16,7 +16,7 @@ from torchrl.modules import EGreedyModule, QValueActor
 from torchrl.objectives import SoftUpdate, ValueEstimators
 
 from recipes.arguments import check_arguments
-from recipes.networks import GridQuantileNetwork
+from recipes.networks import GridQuantileNetwork, grid_sizes
 from vlmrb_torchrl.objectives import IQNLoss
 
 
@@ -68,12 +68,9 @@ class IQN(L.LightningModule):
             epsilon_final=epsilon_final,
             epsilon_env_steps=epsilon_env_steps,
         )
-        observation = env.observation_spec["observation"]
         action_spec = env.action_spec_unbatched
         network = GridQuantileNetwork(
-            num_cells=observation.shape[-1] - 1,
-            num_codes=int(observation.space.high.max()) + 1,
-            num_actions=action_spec.space.n,
+            *grid_sizes(env),
             hidden_features=hidden_features,
             policy_quantiles=policy_quantiles,
         )

@@ -9,10 +9,29 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 from torch.nn import functional
+from torchrl.data import Categorical
+from torchrl.envs import EnvBase
 from torchrl.modules import MLP
 
 from vlmrb_torchrl.checks import require
 from vlmrb_torchrl.objectives import QuantileNetwork
+
+
+def grid_sizes(env: EnvBase) -> tuple[int, int, int]:
+    """Return cells, codes and actions of an environment, or refuse one that shows no grid.
+
+    Raises:
+        ConfigError: Unless it observes uint8 cell codes and a flag, and acts by number.
+    """
+    observation, action = env.observation_spec["observation"], env.action_spec_unbatched
+    require(
+        isinstance(action, Categorical) and observation.dtype == torch.uint8,
+        "env's observation and action_spec",
+        f"{observation.dtype} and {type(action).__name__}",
+        "this algorithm's network reads uint8 grids and acts by number, choose another env or "
+        "recipe",
+    )
+    return observation.shape[-1] - 1, int(observation.space.high.max()) + 1, action.space.n
 
 
 class CellOneHot(nn.Module):

@@ -9,6 +9,8 @@ from torchrl.data import Bounded, Composite, Unbounded
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from recipes import cli
+from recipes.dqn import DQN
+from recipes.iqn import IQN
 from recipes.sac import SAC
 from recipes.td3 import TD3
 from tests.recipes.chain import ChainEnv
@@ -257,6 +259,13 @@ def test_environment_of_other_numbers_is_refused_with_the_transform_that_helps(
     env.action_spec = Bounded(-acted, acted, (2, 1), dtype=torch.float32)
     with pytest.raises(ValueError, match=remedy):
         algorithm(env)
+
+
+@pytest.mark.parametrize("algorithm", [DQN, IQN])
+def test_grid_algorithm_refuses_continuous_actions_in_one_line(algorithm, tmp_path):
+    with pytest.raises(SystemExit, match=r"BoundedContinuous.*choose another env") as refusal:
+        cli.run(algorithm, ["--env=tests.recipes.chain.Chain", "--replay=Uniform"])
+    assert "\n" not in str(refusal.value)
 
 
 @BOTH
