@@ -85,6 +85,7 @@ class SAC(L.LightningModule):
             target_entropy="auto" if target_entropy is None else target_entropy,
         )
         self.loss.make_value_estimator(ValueEstimators.TD0, gamma=gamma)
+        _ = self.loss.target_entropy  # a buffer made when first asked for; checkpoints hold it
         self.target = SoftUpdate(self.loss, tau=target_update_rate)
         self.learning_rate, self.gradient_clip_norm = learning_rate, gradient_clip_norm
         self.weight_actor_loss = weight_actor_loss

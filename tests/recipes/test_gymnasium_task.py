@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torchrl.envs.utils import check_env_specs
+from torchrl.envs.utils import ExplorationType, check_env_specs, set_exploration_type
 
 from recipes import cli
 from recipes.evaluation import evaluate
 from recipes.metrics import read_rows
+from recipes.policies import TrainedPolicy
 from recipes.sac import SAC
 from recipes.settings import Training
 from recipes.td3 import TD3
@@ -79,6 +80,20 @@ def test_rerun_is_equal(algorithm, tmp_path):
         for rows in runs
     ]
     assert kept[0] == kept[1]
+
+
+@BOTH
+def test_saved_policy_plays_again_without_noise(algorithm, tmp_path, monkeypatch):
+    built = []
+    build = cli.build_algorithm
+    monkeypatch.setattr(cli, "build_algorithm", lambda *a: built.append(build(*a)) or built[-1])
+    train(algorithm, tmp_path, "run", "--replay=Uniform")
+    state = Gymnasium().make(2, seed=0).reset()
+    policy = TrainedPolicy(tmp_path / "run" / "policy.ckpt", algorithm)
+    with torch.no_grad():
+        action = policy(state.clone())["action"]
+        with set_exploration_type(ExplorationType.DETERMINISTIC):
+            assert torch.equal(action, built[0].policy(state.clone())["action"])
 
 
 @BOTH
