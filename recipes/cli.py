@@ -14,6 +14,7 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, lazy_instance
 from lightning.fabric import Fabric
 
+from recipes.demonstrations import Demonstrations
 from recipes.off_policy import train
 from recipes.replay import Replay, VLMGuided
 from recipes.settings import Scoring, Training
@@ -50,6 +51,7 @@ def build_parser(algorithm: type[L.LightningModule]) -> ArgumentParser:
     )
     parser.add_class_arguments(Scoring, "scoring")
     parser.set_defaults({"scoring.scorer": {"class_path": DEFAULT_SCORER}})
+    parser.add_class_arguments(Demonstrations, "demonstrations")
     parser.add_class_arguments(algorithm, "algorithm", skip={"env"}, instantiate=False)
     parser.add_class_arguments(Training, "training")
     return parser
@@ -185,7 +187,14 @@ def launch(
     try:
         with Telemetry(fabric, settings.env, training, folder) as telemetry:
             train(
-                fabric, module, settings.env, settings.replay, settings.scoring, training, telemetry
+                fabric,
+                module,
+                settings.env,
+                settings.replay,
+                settings.scoring,
+                settings.demonstrations,
+                training,
+                telemetry,
             )
     except ConfigError as error:
         sys.exit(str(error))

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torchrl.collectors import Collector
 
+from recipes.demonstrations import Batches, Demonstrations
 from recipes.evaluation import evaluate
 from recipes.replay import Replay
 from recipes.settings import Scoring, Training
@@ -87,16 +88,29 @@ def wait_for_judge(scoring: AsyncScorer, settings: Scoring) -> None:
         )
 
 
+def store(
+    data: TensorDictBase,
+    replay_keys: Sequence[NestedKey],
+    buffer: VLMReplayBuffer,
+    scoring: AsyncScorer | None,
+) -> None:
+    """Take transitions into the buffer, and hand them to the judge."""
+    # The judge's render states wait beside the buffer, not in it: draws stay small.
+    index = buffer.extend(data.select(*replay_keys).reshape(-1))
+    if scoring is not None:
+        scoring.submit(data, index)
+
+
 def update(
     fabric: Fabric,
     algorithm: Any,
     optimizers: dict[str, Optimizer],
-    buffer: VLMReplayBuffer,
+    batches: Batches,
     replay: Replay,
     telemetry: Telemetry,
 ) -> None:
     """Learn from one batch: sample, a gradient step of each optimizer, re-prioritise."""
-    batch = buffer.sample().to(fabric.device)
+    batch = batches.sample().to(fabric.device)
     for name, optimizer in optimizers.items():
         loss = algorithm.training_step(batch, name)
         if loss is None:
@@ -107,9 +121,10 @@ def update(
         optimizer.step()
         telemetry.stepped(name, loss, norm)
     algorithm.after_update()
+    replayed = batches.replayed(batch)
     if replay.uses_td_error:
-        buffer.update_tensordict_priority(batch)
-    telemetry.updated(batch)
+        batches.buffer.update_tensordict_priority(replayed)
+    telemetry.updated(replayed)
 
 
 def train(
@@ -118,6 +133,7 @@ def train(
     task: Task,
     replay: Replay,
     scoring_settings: Scoring,
+    demonstrations: Demonstrations,
     training: Training,
     telemetry: Telemetry,
 ) -> None:
@@ -129,6 +145,7 @@ def train(
         task: The environment's factory.
         replay: The replay method.
         scoring_settings: How clips are cut and judged, for methods that use scores.
+        demonstrations: Scripted episodes to begin with, whatever the method.
         training: Lengths, ratios and seeds.
         telemetry: Where figures go.
     """
@@ -163,19 +180,22 @@ def train(
             with telemetry.paused():
                 wait_for_judge(scoring, scoring_settings)
 
+        with telemetry.paused():
+            batches = demonstrations.batches(buffer, replay, task, module.replay_keys, seed)
+        telemetry.note(batches.figures)
+        for episode in batches.prefill:
+            store(episode, module.replay_keys, buffer, scoring)
+
         for data in collector:
             env_steps += new_env_steps
-            # The judge's render states wait beside the buffer, not in it: draws stay small.
-            index = buffer.extend(data.select(*module.replay_keys).reshape(-1))
-            if scoring is not None:
-                scoring.submit(data, index)
+            store(data, module.replay_keys, buffer, scoring)
             telemetry.collected(data)
 
             if env_steps > training.warmup_env_steps:
                 updates_due += new_env_steps * training.updates_per_env_step
                 while updates_due >= 1:
                     updates_due -= 1
-                    update(fabric, algorithm, optimizers, buffer, replay, telemetry)
+                    update(fabric, algorithm, optimizers, batches, replay, telemetry)
                 telemetry.note(module.after_collection(new_env_steps))
                 for scheduler in schedulers:
                     scheduler.step()

@@ -13,8 +13,9 @@ from torchrl.envs import EnvBase
 
 from vlmrb_torchrl import keys
 from vlmrb_torchrl.checks import ConfigError, require
-from vlmrb_torchrl.envs import DoorKeyEnv
-from vlmrb_torchrl.renderers import MiniGridRenderer, Renderer
+from vlmrb_torchrl.envs import DoorKeyEnv, OGBenchEnv
+from vlmrb_torchrl.envs.ogbench_scene import event_names, ogbench_renderer
+from vlmrb_torchrl.renderers import MiniGridRenderer, MuJoCoRenderer, Renderer
 
 
 class Task(ABC):
@@ -99,3 +100,66 @@ class DoorKey(Task):
     def renderer(self) -> MiniGridRenderer:
         """Build the tile renderer."""
         return MiniGridRenderer(self.tile_size, self.window)
+
+
+class Scene(Task):
+    """OGBench's scene: a robot arm, a cube, a drawer, a window and the buttons that lock them.
+
+    Args:
+        task: 1 open, 2 unlock and lock, 3 rearrange (medium), 4 put in drawer, 5 rearrange (hard).
+        max_steps: Steps until an episode is truncated; null: OGBench's own 750.
+        workers: Processes that the physics is spread over, at most one for each environment.
+            Evaluations, which build their environments anew, are played in one.
+        width: Of the judge's frames, in pixels.
+        height: Of the judge's frames, in pixels.
+    """
+
+    success_event = OGBenchEnv.success_event
+    _family = "scene"
+
+    def __init__(
+        self,
+        task: int = 1,
+        max_steps: int | None = None,
+        workers: int = 1,
+        width: int = 200,
+        height: int = 200,
+    ) -> None:
+        require(1 <= task <= 5, "env.task", task, "use 1 to 5")
+        require(max_steps is None or max_steps >= 1, "env.max_steps", max_steps, "use 1 or more")
+        for name, value in (("workers", workers), ("width", width), ("height", height)):
+            require(value >= 1, f"env.{name}", value, "use at least 1")
+        self.env_id = f"{self._family}-singletask-task{task}-v0"
+        self.max_steps, self.workers = max_steps, workers
+        self.width, self.height = width, height
+        self.event_names = event_names(self.env_id)
+        self.name = f"{type(self).__name__.lower()}_task{task}"
+
+    def make(self, num_envs: int, seed: int, *, held_out: bool = False) -> OGBenchEnv:
+        """Build ``num_envs`` games."""
+        return OGBenchEnv(
+            self.env_id,
+            num_envs,
+            max_steps=self.max_steps,
+            seed=seed,
+            held_out=held_out,
+            workers=1 if held_out else min(self.workers, num_envs),
+        )
+
+    def renderer(self) -> MuJoCoRenderer:
+        """Build the renderer of the front camera, without shadows."""
+        return ogbench_renderer(self.env_id, self.width, self.height)
+
+
+class Cube(Scene):
+    """OGBench's single cube: a robot arm brings a cube to its place.
+
+    Args:
+        task: 1 horizontal, 2 and 3 vertical, 4 and 5 diagonal.
+        max_steps: Steps until an episode is truncated; null: OGBench's own 200.
+        workers: As of ``Scene``.
+        width: Of the judge's frames, in pixels.
+        height: Of the judge's frames, in pixels.
+    """
+
+    _family = "cube-single"

@@ -50,8 +50,12 @@ def simulator() -> Any:
         raise ImportError(f"OGBench's tasks need OGBench ({error}): {INSTALL}") from error
 
 
-def stage(env_id: str) -> Stage:
-    """The scene of a task, for a renderer to pose."""
+def ogbench_renderer(env_id: str, width: int, height: int, **options: Any) -> MuJoCoRenderer:
+    """A renderer of a task's render states; see ``MuJoCoRenderer`` for the arguments."""
+    return MuJoCoRenderer(partial(_stage, env_id), width, height, **options)
+
+
+def _stage(env_id: str) -> Stage:
     scene: Stage = simulator().game(env_id)
     return scene
 
@@ -146,20 +150,13 @@ class OGBenchEnv(EnvBase):
         self,
         width: int = 200,
         height: int = 200,
-        *,
         camera: str = "front",
         shadows: bool = False,
         samples: int = 0,
     ) -> MuJoCoRenderer:
         """A renderer of ``render_state``; see ``MuJoCoRenderer`` for the arguments."""
-        return MuJoCoRenderer(
-            partial(stage, self.env_id),
-            width,
-            height,
-            camera=camera,
-            shadows=shadows,
-            samples=samples,
-        )
+        options = {"camera": camera, "shadows": shadows, "samples": samples}
+        return ogbench_renderer(self.env_id, width, height, **options)
 
     def demonstrator(self) -> OGBenchDemonstrator:
         """A policy that does one subtask after the other, by OGBench's own oracles."""

@@ -1,0 +1,192 @@
+"""Episodes that the environment's own demonstrator plays before training, for all methods alike.
+
+They go into the replay buffer once, before the first step, or fill a fixed share of every batch
+from a memory of their own. Which they are follows from the task, the seed and these settings, not
+from the replay method, and drawing them leaves no other random numbers changed.
+
+T: transitions, B: transitions of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.data import Categorical
+from torchrl.envs import EnvBase
+
+from recipes.replay import Replay
+from recipes.tasks import Task
+from vlmrb_torchrl import VLMReplayBuffer, keys
+from vlmrb_torchrl.checks import require
+from vlmrb_torchrl.envs import DemonstratedEnv
+
+_SEED_OFFSET = 1 << 40
+"""Beyond every seed of a run: demonstrations start where training does not."""
+_LONGEST = 1 << 20  # steps; the environment's own time limit ends episodes long before
+
+
+@dataclass
+class Demonstrations:
+    """Scripted episodes that every replay method is given; their steps count in no budget.
+
+    Args:
+        episodes: Episodes played before training; those without success are left out.
+        batch_share: Share of each batch that is drawn from them, uniformly; 0: they are put into
+            the replay buffer before the first step, and judged and drawn like what follows.
+        action_noise: Standard deviation of the noise on the demonstrator's actions; share of
+            random actions if they are discrete.
+    """
+
+    episodes: int = 0
+    batch_share: float = 0.0
+    action_noise: float = 0.1
+
+    def __post_init__(self) -> None:
+        episodes, share, noise = self.episodes, self.batch_share, self.action_noise
+        require(episodes >= 0, "demonstrations.episodes", episodes, "use 0 or more")
+        require(0 <= share < 1, "demonstrations.batch_share", share, "use a number in [0, 1)")
+        require(
+            share == 0 or episodes > 0,
+            "demonstrations.episodes",
+            episodes,
+            f"with a batch_share of {share} play at least 1",
+        )
+        require(noise >= 0, "demonstrations.action_noise", noise, "use 0 or more")
+
+    def play(self, task: Task, seed: int) -> list[TensorDictBase]:
+        """Play the episodes.
+
+        Args:
+            task: Its environments must have a ``demonstrator`` and know success.
+            seed: Of the run.
+
+        Returns:
+            Successful episodes, each ``[T]`` and done in its last transition.
+
+        Raises:
+            ConfigError: The environment has no demonstrator, or no episode succeeded.
+        """
+        if not self.episodes:
+            return []
+        env = task.make(self.episodes, seed=_SEED_OFFSET + seed)
+        require(
+            isinstance(env, DemonstratedEnv),
+            "demonstrations.episodes",
+            self.episodes,
+            f"{type(task).__name__} has no demonstrator, use 0",
+        )
+        rollout = self._rollout(env, seed)
+        env.close()
+        success = task.success(rollout["next"])
+        ends = rollout["next", "done"].squeeze(-1)
+        played = [
+            rollout[game, : int(ends[game].int().argmax()) + 1]
+            for game in range(self.episodes)
+            if success is not None and success[game].any()
+        ]
+        require(bool(played), "demonstrations.episodes", self.episodes, "none of them succeeded")
+        return played
+
+    def batches(
+        self,
+        buffer: VLMReplayBuffer,
+        replay: Replay,
+        task: Task,
+        replay_keys: Sequence[NestedKey],
+        seed: int,
+    ) -> Batches:
+        """Play the episodes, and say how batches are made of them; arguments as of both."""
+        episodes = self.play(task, seed)
+        return Batches(buffer, replay.batch_size, episodes, self.batch_share, replay_keys, seed)
+
+    def _rollout(self, env: EnvBase, seed: int) -> TensorDictBase:
+        demonstrator, spec = env.demonstrator(), env.action_spec
+        random = torch.Generator().manual_seed(seed)
+
+        def act(tensordict: TensorDictBase) -> TensorDictBase:
+            action: Tensor = demonstrator(tensordict).get("action")
+            if isinstance(spec, Categorical):
+                wild = torch.rand(action.shape, generator=random) < self.action_noise
+                anything = torch.randint(spec.space.n, action.shape, generator=random)
+                return tensordict.set("action", torch.where(wild, anything, action))
+            noise = torch.randn(action.shape, generator=random)
+            return tensordict.set("action", spec.project(action + self.action_noise * noise))
+
+        with torch.no_grad():
+            return env.rollout(_LONGEST, act, break_when_any_done=False, break_when_all_done=True)
+
+
+class Batches:
+    """Batches of an update: drawn from the replay buffer, then, as many each time, demonstrations.
+
+    A demonstration has an importance weight of 1 and no slot (its index is -1): it has no
+    priority.
+
+    Args:
+        buffer: The replay buffer.
+        batch_size: B.
+        episodes: Demonstrations; may be none.
+        share: Share of a batch that they fill; 0 if they are to lie in the buffer.
+        replay_keys: What the loss reads of a transition.
+        seed: Of the draws.
+
+    Attributes:
+        prefill: Episodes for the buffer to hold before the first step.
+        figures: What the log says about demonstrations: nothing, where there are none.
+
+    Example:
+        >>> batches = Batches(buffer, 64, episodes, 0.5, ("observation", "action"))
+        >>> batches.sample().shape, batches.replayed(batches.sample()).shape
+        (torch.Size([64]), torch.Size([32]))
+    """
+
+    def __init__(
+        self,
+        buffer: VLMReplayBuffer,
+        batch_size: int,
+        episodes: Sequence[TensorDictBase] = (),
+        share: float = 0.0,
+        replay_keys: Sequence[NestedKey] = (),
+        seed: int = 0,
+    ) -> None:
+        self.buffer = buffer
+        self._shown = round(batch_size * share)
+        self._replayed = batch_size - self._shown
+        require(
+            (self._shown > 0) == (share > 0) and self._replayed > 0,
+            "demonstrations.batch_share",
+            share,
+            f"of replay.batch_size ({batch_size}) it leaves nothing for one of the two",
+        )
+        self.prefill = () if self._shown else tuple(episodes)
+        self.figures: dict[str, float] = {}
+        if episodes:
+            self.figures = {
+                "demonstration_episodes": len(episodes),
+                "demonstration_transitions": sum(len(episode) for episode in episodes),
+                "demonstration_batch_share": share,
+            }
+        if self._shown:
+            self._random = torch.Generator().manual_seed(seed)
+            self._memory = TensorDict.cat([episode.select(*replay_keys) for episode in episodes])
+
+    def sample(self) -> TensorDictBase:
+        """Draw ``[B]`` transitions, the replayed ones first."""
+        drawn = self.buffer.sample(self._replayed)
+        if not self._shown:
+            return drawn
+        chosen = torch.randint(len(self._memory), (self._shown,), generator=self._random)
+        shown: TensorDictBase = self._memory[chosen]
+        for key in drawn.keys(include_nested=True, leaves_only=True):
+            if key not in shown.keys(include_nested=True):
+                like = drawn[key][:1].expand(self._shown, *drawn[key].shape[1:])
+                shown.set(key, torch.full_like(like, 1 if key == keys.WEIGHT else -1))
+        return torch.cat([drawn, shown])
+
+    def replayed(self, batch: TensorDictBase) -> TensorDictBase:
+        """The part of a batch that came from the buffer."""
+        return batch[: self._replayed] if self._shown else batch

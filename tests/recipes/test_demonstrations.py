@@ -1,0 +1,195 @@
+"""Demonstrations: the same for every method, whole and successful, at their place in a batch."""
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.data import LazyTensorStorage, PrioritizedSampler
+
+from recipes import cli
+from recipes.demonstrations import Batches, Demonstrations
+from recipes.dqn import DQN
+from recipes.metrics import read_rows
+from recipes.sac import SAC
+from recipes.tasks import Cube, DoorKey, Scene
+from vlmrb_torchrl import VLMReplayBuffer
+from vlmrb_torchrl.checks import ConfigError
+
+SHORT = [
+    "--training.total_env_steps=300",
+    "--training.warmup_env_steps=100",
+    "--training.eval_every_env_steps=0",
+    "--training.log_every_env_steps=100",
+    "--training.strip_every_env_steps=0",
+    "--training.num_envs=2",
+    "--training.progress=false",
+    "--replay.batch_size=16",
+    "--scoring.mode=sync",
+]
+
+
+def train(tmp_path, name, *arguments, algorithm=DQN):
+    folder = [f"--training.log_dir={tmp_path}", f"--training.name={name}"]
+    cli.run(algorithm, [*SHORT, *arguments, *folder])
+    return read_rows(tmp_path / name)
+
+
+@pytest.mark.parametrize("task", [DoorKey(5), Cube(max_steps=100)], ids=lambda task: task.name)
+def test_every_episode_is_whole_and_succeeds(task):
+    played = Demonstrations(3).play(task, seed=1)
+    assert len(played) == 3
+    for episode in played:
+        done = episode["next", "done"].flatten().tolist()
+        assert done == [False] * (len(episode) - 1) + [True]
+        assert task.success(episode["next"])[-1]
+
+
+def test_they_follow_from_the_seed_and_leave_other_draws_alone():
+    def actions(seed):
+        return [episode["action"] for episode in Demonstrations(2).play(DoorKey(6), seed)]
+
+    torch.manual_seed(0)
+    first = actions(1)
+    drawn = torch.rand(3)
+    torch.manual_seed(0)
+    assert torch.equal(torch.rand(3), drawn)
+    again, other = actions(1), actions(2)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert [len(a) for a in first] != [len(b) for b in other]
+
+
+def test_noise_changes_continuous_actions_within_their_bounds():
+    quiet, noisy = (Demonstrations(1, action_noise=x).play(Cube(), 0)[0] for x in (0.0, 0.3))
+    assert noisy["action"].abs().max() == 1
+    # Both start in the same state: the first action differs by a draw of the noise, clamped.
+    assert torch.equal(quiet["observation"][0], noisy["observation"][0])
+    assert not torch.equal(quiet["action"][0], noisy["action"][0])
+
+
+def test_failed_episodes_are_left_out_and_none_at_all_is_refused():
+    """Only random actions, in 9 steps: the goal of 5x5 is too far away."""
+    with pytest.raises(ConfigError, match=r"demonstrations.episodes is 4: none of them"):
+        Demonstrations(4, action_noise=1.0).play(DoorKey(5, max_steps=9), seed=0)
+
+
+def filled(buffer, slots):
+    rows = {"x": torch.arange(slots, dtype=torch.float32), "next": {"y": torch.zeros(slots)}}
+    buffer.extend(TensorDict(rows, [slots]))
+    return buffer
+
+
+def episodes():
+    def of(first, steps):
+        rows = {"x": torch.arange(first, first + steps).float(), "next": {"y": torch.ones(steps)}}
+        return TensorDict({**rows, "events": torch.zeros(steps, 3)}, [steps])
+
+    return [of(1000, 3), of(2000, 2)]
+
+
+def test_share_of_a_batch_comes_from_them_with_weight_one_and_no_slot():
+    sampler = PrioritizedSampler(8, alpha=1.0, beta=1.0)
+    buffer = VLMReplayBuffer(storage=LazyTensorStorage(8), sampler=sampler, batch_size=8)
+    batches = Batches(filled(buffer, 8), 8, episodes(), 0.25, ("x", ("next", "y")), seed=0)
+    assert batches.prefill == ()
+    seen = set()
+    for _ in range(40):
+        batch = batches.sample()
+        assert batch.shape == (8,)
+        assert batch["x"][:6].max() < 8
+        assert batch["next", "y"].tolist() == [0.0] * 6 + [1.0] * 2
+        assert batch["priority_weight"][6:].tolist() == [1.0, 1.0]
+        assert batch["index"][6:].tolist() == [-1, -1]
+        seen |= set(batch["x"][6:].tolist())
+    assert seen == {1000, 1001, 1002, 2000, 2001}
+    replayed = batches.replayed(batch)
+    assert replayed["x"].tolist() == replayed["index"].float().tolist()
+    replayed["td_error"] = torch.full((6,), 3.0)
+    buffer.update_tensordict_priority(replayed)
+    tree = sampler._sum_tree[torch.arange(8)]
+    assert (tree[replayed["index"]] - 3.0).abs().max() < 1e-3
+
+
+def test_without_a_share_they_are_for_the_buffer_and_batches_are_the_buffer_s():
+    buffer = VLMReplayBuffer(storage=LazyTensorStorage(8), batch_size=4)
+    batches = Batches(filled(buffer, 8), 4, episodes())
+    assert [len(episode) for episode in batches.prefill] == [3, 2]
+    assert batches.figures["demonstration_transitions"] == 5
+    batch = batches.sample()
+    assert batches.replayed(batch) is batch
+    assert batch["x"].max() < 8
+
+
+@pytest.mark.parametrize("share", ["0", "0.5"])
+@pytest.mark.parametrize("method", ["uer", "per", "privileged"])
+def test_every_method_trains_with_the_same_ones_and_logs_them(method, share, tmp_path):
+    rows = train(
+        tmp_path,
+        "run",
+        f"--config={cli.CONFIGS}/methods/{method}.yaml",
+        "--env.size=5",
+        "--replay.capacity=2000",
+        "--demonstrations.episodes=4",
+        f"--demonstrations.batch_share={share}",
+    )
+    shown = sum(len(episode) for episode in Demonstrations(4).play(DoorKey(5), seed=0))
+    last = rows[-1]
+    assert last["train/demonstration_episodes"] == 4
+    assert last["train/demonstration_transitions"] == shown
+    assert last["train/demonstration_batch_share"] == float(share)
+    in_buffer = shown if share == "0" else 0
+    assert last["replay/transitions"] == last["env_steps"] + in_buffer
+    if method == "privileged" and share == "0":
+        assert last["scoring/clips_positive"] >= 4
+
+
+def test_sac_trains_on_the_cube_with_half_of_each_batch_shown(tmp_path):
+    rows = train(
+        tmp_path,
+        "run",
+        "--env=Cube",
+        "--env.max_steps=60",
+        "--replay=Uniform",
+        "--replay.batch_size=16",
+        "--demonstrations.episodes=2",
+        "--demonstrations.batch_share=0.5",
+        "--training.eval_every_env_steps=300",
+        "--training.eval_episodes=2",
+        algorithm=SAC,
+    )
+    assert any(0 <= row.get("eval/success", -1) <= 1 for row in rows)
+    assert any("loss/critic" in row for row in rows)
+
+
+def test_scene_is_chosen_on_the_command_line_and_names_its_events():
+    parser = cli.build_parser(SAC)
+    settings = parser.parse_args(["--env=Scene", "--env.task=4", "--env.max_steps=300"])
+    task = parser.instantiate(settings).env
+    assert isinstance(task, Scene)
+    assert task.name == "scene_task4"
+    env = task.make(2, seed=0)
+    assert env.event_names == task.event_names
+    assert env.max_steps == 300
+    assert Cube().event_names == ("success", "cube")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--demonstrations.episodes=-1"], "demonstrations.episodes is -1"),
+        (["--demonstrations.batch_share=0.5"], "with a batch_share of 0.5 play at least 1"),
+        (["--demonstrations.episodes=1", "--demonstrations.batch_share=1"], r"\[0, 1\)"),
+        (["--demonstrations.action_noise=-1"], "demonstrations.action_noise is -1"),
+        (["--env=Scene", "--env.task=6"], "env.task is 6: use 1 to 5"),
+        (["--env=Cube", "--env.workers=0"], "env.workers is 0"),
+    ],
+)
+def test_impossible_settings_are_refused_in_one_line(arguments, message):
+    with pytest.raises(SystemExit, match=message) as refusal:
+        cli.run(DQN, arguments)
+    assert "\n" not in str(refusal.value)
+
+
+def test_share_too_small_for_one_row_is_refused():
+    buffer = VLMReplayBuffer(storage=LazyTensorStorage(8), batch_size=4)
+    for share in (0.01, 0.99):
+        with pytest.raises(ConfigError, match="leaves nothing"):
+            Batches(buffer, 4, episodes(), share, ("x",))
