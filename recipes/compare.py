@@ -153,9 +153,10 @@ def show(progress: Progress, run: Run) -> None:
     """Move the bar of a run."""
     row = last_row(run.folder)
     if row and run.bar is not None:
-        success = f"success {row['train/success']:.2f}" if "train/success" in row else ""
+        measure = "success" if "train/success" in row else "return"
+        note = f"{measure} {row[f'train/{measure}']:.2f}" if f"train/{measure}" in row else ""
         progress.update(
-            run.bar, completed=row["env_steps"], total=row.get("total_env_steps"), note=success
+            run.bar, completed=row["env_steps"], total=row.get("total_env_steps"), note=note
         )
 
 

@@ -24,7 +24,8 @@ class Training:
         seed: Seed of the networks, the environments and the draws.
         eval_every_env_steps: Distance of two evaluations, in environment steps; 0 for none.
         eval_episodes: Episodes of an evaluation, on seeds that training never sees.
-        eval_epsilon: Share of random actions in an evaluation; it breaks endless loops.
+        eval_epsilon: Share of random actions in an evaluation, if actions are discrete; it breaks
+            endless loops.
         log_every_env_steps: Distance of two rows of training figures.
         strip_every_env_steps: Distance of two pictures of scored clips; 0 for none.
         log_dir: Folder for TensorBoard logs and metrics.
