@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlmrb_torchrl.scorers.embeddings import FrameEmbeddings
 from vlmrb_torchrl.scorers.pretrained import answer_ids, read_pretrained, weights_revision
@@ -68,6 +69,7 @@ class VisionLanguageModel:
         )
         self.revision = weights_revision(name, self.model)
         self.model = self.model.to(device).eval().requires_grad_(False)
+        _fold_batch_norms(self.model)
         self.device, self.dtype, self.fps, self.resolution = device, dtype, fps, resolution
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = "left"  # the answer is read off the last position
@@ -250,6 +252,17 @@ class VisionLanguageModel:
         names = ("image_token_id", "video_token_id")
         places = [getattr(self.model.config, name, None) for name in names]
         return any(bool((tokens == place).any()) for place in places if place is not None)
+
+
+def _fold_batch_norms(model: nn.Module) -> None:
+    """Put batch norms into the convolutions before them: a pass less over the pixels, same sums."""
+    for chain in model.modules():
+        if not isinstance(chain, nn.Sequential):
+            continue
+        for k, (first, second) in enumerate(pairwise(chain)):
+            if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
+                chain[k] = nn.utils.fuse_conv_bn_eval(first, second)
+                chain[k + 1] = nn.Identity()
 
 
 def _common_prefix(turns: Sequence[Tensor]) -> int:
