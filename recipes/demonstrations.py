@@ -91,6 +91,21 @@ class Demonstrations:
         require(bool(played), "demonstrations.episodes", self.episodes, "none of them succeeded")
         return played
 
+    def rows(self, batch_size: int) -> int:
+        """How many of a batch's transitions are demonstrations that are not in the buffer.
+
+        Raises:
+            ConfigError: None, though there is a share for them; or all.
+        """
+        rows = round(batch_size * self.batch_share)
+        require(
+            (rows > 0) == (self.batch_share > 0) and rows < batch_size,
+            "demonstrations.batch_share",
+            self.batch_share,
+            f"of replay.batch_size ({batch_size}) it leaves nothing for one of the two",
+        )
+        return rows
+
     def batches(
         self,
         buffer: VLMReplayBuffer,
@@ -99,9 +114,9 @@ class Demonstrations:
         replay_keys: Sequence[NestedKey],
         seed: int,
     ) -> Batches:
-        """Play the episodes, and say how batches are made of them; arguments as of both."""
+        """Play the episodes, and say how batches are made of them."""
         episodes = self.play(task, seed)
-        return Batches(buffer, replay.batch_size, episodes, self.batch_share, replay_keys, seed)
+        return Batches(buffer, episodes, self.rows(replay.batch_size), replay_keys, seed)
 
     def _rollout(self, env: EnvBase, seed: int) -> TensorDictBase:
         demonstrator, spec = env.demonstrator(), env.action_spec
@@ -127,10 +142,9 @@ class Batches:
     priority.
 
     Args:
-        buffer: The replay buffer.
-        batch_size: B.
+        buffer: The replay buffer; its batch size is that of the replayed part.
         episodes: Demonstrations; may be none.
-        share: Share of a batch that they fill; 0 if they are to lie in the buffer.
+        rows: Transitions of a batch that they are; 0 if they are to lie in the buffer.
         replay_keys: What the loss reads of a transition.
         seed: Of the draws.
 
@@ -139,54 +153,45 @@ class Batches:
         figures: What the log says about demonstrations: nothing, where there are none.
 
     Example:
-        >>> batches = Batches(buffer, 64, episodes, 0.5, ("observation", "action"))
-        >>> batches.sample().shape, batches.replayed(batches.sample()).shape
-        (torch.Size([64]), torch.Size([32]))
+        >>> batches = Batches(buffer, episodes, 32, ("observation", "action"))
+        >>> len(batches.sample()) == buffer.batch_size + 32
+        True
     """
 
     def __init__(
         self,
         buffer: VLMReplayBuffer,
-        batch_size: int,
         episodes: Sequence[TensorDictBase] = (),
-        share: float = 0.0,
+        rows: int = 0,
         replay_keys: Sequence[NestedKey] = (),
         seed: int = 0,
     ) -> None:
-        self.buffer = buffer
-        self._shown = round(batch_size * share)
-        self._replayed = batch_size - self._shown
-        require(
-            (self._shown > 0) == (share > 0) and self._replayed > 0,
-            "demonstrations.batch_share",
-            share,
-            f"of replay.batch_size ({batch_size}) it leaves nothing for one of the two",
-        )
-        self.prefill = () if self._shown else tuple(episodes)
+        self.buffer, self._rows = buffer, rows
+        self.prefill = () if rows else tuple(episodes)
         self.figures: dict[str, float] = {}
         if episodes:
             self.figures = {
                 "demonstration_episodes": len(episodes),
                 "demonstration_transitions": sum(len(episode) for episode in episodes),
-                "demonstration_batch_share": share,
+                "demonstration_rows": rows,
             }
-        if self._shown:
+        if rows:
             self._random = torch.Generator().manual_seed(seed)
             self._memory = TensorDict.cat([episode.select(*replay_keys) for episode in episodes])
 
     def sample(self) -> TensorDictBase:
         """Draw ``[B]`` transitions, the replayed ones first."""
-        drawn = self.buffer.sample(self._replayed)
-        if not self._shown:
+        drawn = self.buffer.sample()
+        if not self._rows:
             return drawn
-        chosen = torch.randint(len(self._memory), (self._shown,), generator=self._random)
+        chosen = torch.randint(len(self._memory), (self._rows,), generator=self._random)
         shown: TensorDictBase = self._memory[chosen]
         for key in drawn.keys(include_nested=True, leaves_only=True):
             if key not in shown.keys(include_nested=True):
-                like = drawn[key][:1].expand(self._shown, *drawn[key].shape[1:])
+                like = drawn[key][:1].expand(self._rows, *drawn[key].shape[1:])
                 shown.set(key, torch.full_like(like, 1 if key == keys.WEIGHT else -1))
         return torch.cat([drawn, shown])
 
     def replayed(self, batch: TensorDictBase) -> TensorDictBase:
         """The part of a batch that came from the buffer."""
-        return batch[: self._replayed] if self._shown else batch
+        return batch[: -self._rows] if self._rows else batch

@@ -154,7 +154,7 @@ def train(
     optimizers = dict(zip(optimizers, prepared, strict=True))
     algorithm.mark_forward_method("training_step")
     seed = training.seed * fabric.world_size + fabric.global_rank
-    buffer = replay.buffer()
+    buffer = replay.buffer(demonstrations.rows(replay.batch_size))
     buffer.set_rng(torch.Generator().manual_seed(seed))
     collector = Collector(
         task.make(training.num_envs, seed=seed),

@@ -55,12 +55,16 @@ class Replay(ABC):
         """
         return []
 
-    def buffer(self) -> VLMReplayBuffer:
-        """Build the replay buffer: memory on the CPU, one row per transition."""
+    def buffer(self, other_rows: int = 0) -> VLMReplayBuffer:
+        """Build the replay buffer: memory on the CPU, one row per transition.
+
+        Args:
+            other_rows: Transitions of a batch that come from elsewhere.
+        """
         return VLMReplayBuffer(
             storage=LazyTensorStorage(self.capacity),
             sampler=self.sampler(),
-            batch_size=self.batch_size,
+            batch_size=self.batch_size - other_rows,
             priority_key="td_error",
         )
 

@@ -87,8 +87,8 @@ def episodes():
 
 def test_share_of_a_batch_comes_from_them_with_weight_one_and_no_slot():
     sampler = PrioritizedSampler(8, alpha=1.0, beta=1.0)
-    buffer = VLMReplayBuffer(storage=LazyTensorStorage(8), sampler=sampler, batch_size=8)
-    batches = Batches(filled(buffer, 8), 8, episodes(), 0.25, ("x", ("next", "y")), seed=0)
+    buffer = VLMReplayBuffer(storage=LazyTensorStorage(8), sampler=sampler, batch_size=6)
+    batches = Batches(filled(buffer, 8), episodes(), 2, ("x", ("next", "y")), seed=0)
     assert batches.prefill == ()
     seen = set()
     for _ in range(40):
@@ -110,7 +110,7 @@ def test_share_of_a_batch_comes_from_them_with_weight_one_and_no_slot():
 
 def test_without_a_share_they_are_for_the_buffer_and_batches_are_the_buffer_s():
     buffer = VLMReplayBuffer(storage=LazyTensorStorage(8), batch_size=4)
-    batches = Batches(filled(buffer, 8), 4, episodes())
+    batches = Batches(filled(buffer, 8), episodes())
     assert [len(episode) for episode in batches.prefill] == [3, 2]
     assert batches.figures["demonstration_transitions"] == 5
     batch = batches.sample()
@@ -134,7 +134,7 @@ def test_every_method_trains_with_the_same_ones_and_logs_them(method, share, tmp
     last = rows[-1]
     assert last["train/demonstration_episodes"] == 4
     assert last["train/demonstration_transitions"] == shown
-    assert last["train/demonstration_batch_share"] == float(share)
+    assert last["train/demonstration_rows"] == float(share) * 16
     in_buffer = shown if share == "0" else 0
     assert last["replay/transitions"] == last["env_steps"] + in_buffer
     if method == "privileged" and share == "0":
@@ -188,8 +188,9 @@ def test_impossible_settings_are_refused_in_one_line(arguments, message):
     assert "\n" not in str(refusal.value)
 
 
-def test_share_too_small_for_one_row_is_refused():
-    buffer = VLMReplayBuffer(storage=LazyTensorStorage(8), batch_size=4)
+def test_share_fills_whole_rows_and_leaves_some_for_both():
+    assert Demonstrations(1, batch_share=0.25).rows(64) == 16
+    assert Demonstrations(1).rows(64) == 0
     for share in (0.01, 0.99):
         with pytest.raises(ConfigError, match="leaves nothing"):
-            Batches(buffer, 4, episodes(), share, ("x",))
+            Demonstrations(1, batch_share=share).rows(4)
