@@ -115,6 +115,7 @@ def test_continuous_policy_is_evaluated_without_chance_and_torch_keeps_its_threa
     task = Gymnasium()
     module = algorithm(task.make(1, seed=0))
     training = Training(eval_episodes=2, eval_epsilon=1.0)
+    torch.set_num_threads(1)
     first, again = (evaluate(module.policy, task, training, number=0) for _ in range(2))
     assert first == again
     assert set(first) == {"return", "length"}
