@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from functools import lru_cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from xxhash import xxh3_128_digest
 
 
 @lru_cache(maxsize=1024)
@@ -47,6 +47,10 @@ def thin(clips: Tensor, frames: int | None) -> Tensor:
 
 
 def frame_digests(frames: Tensor) -> list[bytes]:
-    """A 128-bit digest of each frame of uint8 ``[N, ...]``: equal frames, equal digests."""
+    """A 128-bit digest of each frame of uint8 ``[N, ...]``: equal frames, equal digests.
+
+    XXH3: a tenth of a cryptographic digest's time, which was 6 % of the embedded judge's. Frames
+    come from a renderer and not from an adversary.
+    """
     arrays = frames.cpu().contiguous().numpy()
-    return [hashlib.blake2b(frame, digest_size=16).digest() for frame in arrays]
+    return [xxh3_128_digest(frame) for frame in arrays]

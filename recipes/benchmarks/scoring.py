@@ -254,7 +254,7 @@ def main(
     resolutions: tuple[int, ...] = (448, 224, 112),
     frames: tuple[int, ...] = (32, 16, 8),
     clips: int = 256,
-    batch_clips: int = 32,
+    batch_clips: int = 16,
     rounds: int = 5,
     peak_teraflops: float = 0.0,
 ) -> None:

@@ -159,7 +159,8 @@ def test_the_bound_is_kept_and_what_is_asked_for_stays(tmp_path: Path) -> None:
         scores(scorer, wanted)
         assert scorer._cache.volume() <= bound
     assert judge.asked == 8 + 40 * 64
-    assert bound / 2 < (tmp_path / "cache.db").stat().st_size <= bound
+    page = 4096  # in which SQLite's file grows
+    assert bound / 2 < (tmp_path / "cache.db").stat().st_size <= bound + page
     assert 300 < len(scorer._cache) < 2560
 
 
