@@ -5,7 +5,7 @@ simulator can report.
 
 | key | dtype, shape | unit | written by | read by |
 |---|---|---|---|---|
-| ``render_state`` | set by the environment; MiniGrid: uint8 ``[B, W, H, 4]`` | cell codes | environment (root and next) | renderer |
+| ``render_state`` | set by the environment; MiniGrid: uint8 ``[B, W, H, 4]``, OGBench: uint8 ``[B, 298]`` | cell codes; bytes of the physics | environment (root and next) | renderer |
 | ``("next", "events")`` | bool ``[B, E]`` | happened in this transition | environment | privileged scorer, logging |
 | ``index`` | int64 ``[B]`` | slot | buffer | clip cutter, priority updates |
 | ``index_generation`` | int64 ``[B]`` | times the slot was rewritten | buffer | late writes |
