@@ -171,6 +171,22 @@ def test_scene_is_chosen_on_the_command_line_and_names_its_events():
     assert Cube().event_names == ("success", "cube")
 
 
+@pytest.mark.parametrize("judge", ["privileged", "noisy"])
+@pytest.mark.parametrize("task", ["scene", "cube"])
+def test_configurations_judge_the_events_of_their_task(task, judge):
+    parser = cli.build_parser(SAC)
+    files = [f"{task}_task1/sac.yaml", f"ogbench/{task}_{judge}.yaml"]
+    settings = parser.instantiate(
+        parser.parse_args([f"--config={cli.CONFIGS / file}" for file in files])
+    )
+    scorer = settings.scoring.scorer
+    privileged = scorer if judge == "privileged" else scorer.scorer
+    assert privileged.event_names == privileged.events == settings.env.event_names
+    assert settings.replay.td_boost
+    assert settings.replay.batch_size == 128
+    assert settings.demonstrations.rows(128) == 64
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
