@@ -1,7 +1,7 @@
 """Soft actor-critic (Haarnoja et al. 2018, arXiv 1812.05905), with any replay method.
 
-python -m recipes.sac --env my_module.MyTask --replay Uniform
-fabric run --devices=2 --strategy=ddp_find_unused_parameters_true recipes/sac.py --env …
+python -m recipes.sac --config recipes/configs/scene_task1/sac.yaml
+fabric run --devices=2 --strategy=ddp_find_unused_parameters_true recipes/sac.py --config …
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """TD3 (Fujimoto et al. 2018, arXiv 1802.09477), with any replay method.
 
-python -m recipes.td3 --env my_module.MyTask --replay Uniform
-fabric run --devices=2 --strategy=ddp_find_unused_parameters_true recipes/td3.py --env …
+python -m recipes.td3 --config tests/recipes/configs/pendulum/td3.yaml
+fabric run --devices=2 --strategy=ddp_find_unused_parameters_true recipes/td3.py --config …
 """
 
 from __future__ import annotations
