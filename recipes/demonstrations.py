@@ -24,8 +24,7 @@ from vlmrb_torchrl import VLMReplayBuffer, keys
 from vlmrb_torchrl.checks import require
 from vlmrb_torchrl.envs import DemonstratedEnv
 
-_SEED_OFFSET = 1 << 40
-"""Beyond every seed of a run: demonstrations start where training does not."""
+_SEED_OFFSET = 1 << 30  # beyond the seed of any run: demonstrations start where training does not
 _LONGEST = 1 << 20  # steps; the environment's own time limit ends episodes long before
 
 

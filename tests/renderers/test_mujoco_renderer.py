@@ -151,3 +151,15 @@ def test_unknown_camera_is_refused_with_those_that_there_are() -> None:
     env = OGBenchEnv(CUBE, 1)
     with pytest.raises(ValueError, match=r"camera='back'.* front, front_pixels"):
         env.renderer(camera="back")(env.reset()["render_state"])
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (torch.zeros(2, 248), r"float32 \[248\]"),
+        (torch.zeros(2, 298, dtype=torch.uint8), r"uint8 \[298\]: pass uint8 \[\*B, 248\]"),
+    ],
+)
+def test_what_is_no_render_state_is_refused(state: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OGBenchEnv(CUBE, 1).renderer(WIDTH, HEIGHT)(state)

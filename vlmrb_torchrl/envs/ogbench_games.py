@@ -38,6 +38,7 @@ class _Game:
     first_task: str
     _actions = gymnasium.spaces.Box(-1.0, 1.0, (5,), np.float32)
     _damping: NDArray[np.float64]
+    _done: NDArray[np.bool_]  # subtasks
     _info: dict[str, Any] | None = None
     _model: Any
     _data: Any
@@ -51,19 +52,19 @@ class _Game:
         """Reset to the episode that belongs to ``seed``."""
         self._actions.seed(seed)
         self.observed, _ = self.reset(seed=seed)  # type: ignore[attr-defined]
-        self.events = np.zeros(1 + len(self.subtasks()), bool)
+        self._done = self.subtasks()
+        self.events = np.zeros(1 + len(self._done), bool)
         self.reward, self.terminated = 0.0, False
         self._damping = self._model.dof_damping.copy()
 
     def play(self, action: NDArray[np.float32]) -> None:
         """One step; a subtask's event is that it was not done before, and is now."""
-        before = self.subtasks()
         # Locks are joints with a large damping, in the model that all games share.
         self._model.dof_damping[:] = self._damping
         self.observed, self.reward, self.terminated, _, info = self.step(action)  # type: ignore[attr-defined]
         self._damping = self._model.dof_damping.copy()
-        self.events[0] = info["success"]
-        self.events[1:] = self.subtasks() & ~before
+        before, self._done = self._done, self.subtasks()
+        self.events = np.array([info["success"], *(self._done & ~before)], bool)
 
     def twin(self, own_model: bool) -> Self:
         """Another game of the same task, on this model or on a copy of it."""
@@ -84,8 +85,12 @@ class _Game:
 
     def pose(self, state: NDArray[np.uint8]) -> None:
         """Put the scene into a render state, as OGBench would have drawn it."""
-        nq, nv = 8 * self._model.nq, 4 * self._model.nv
-        qpos, qvel, buttons = np.split(state, [nq, nq + nv])
+        cuts = 8 * self._model.nq, 8 * self._model.nq + 4 * self._model.nv
+        length = cuts[1] + len(self._buttons())
+        if state.dtype != np.uint8 or state.shape != (length,):
+            got = f"{state.dtype} {list(state.shape)}"
+            raise ValueError(f"render_state is {got}: pass uint8 [*B, {length}].")
+        qpos, qvel, buttons = np.split(state, cuts)
         self._restore(qpos.view(np.float64), qvel.view(np.float32), buttons)
         colours: Any = self._cube_colors  # type: ignore[attr-defined]
         if self.subtasks()[0]:

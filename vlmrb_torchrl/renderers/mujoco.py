@@ -110,7 +110,7 @@ class MuJoCoRenderer:
         Raises:
             RuntimeError: No graphics library works here; the text names what to install.
         """
-        states = render_state.reshape(-1, render_state.shape[-1]).cpu().numpy()
+        states = render_state.reshape(-1, render_state.shape[-1]).contiguous().cpu().numpy()
         frames = np.empty((len(states), self.height, self.width, 3), np.uint8)
         with self._lock:
             if len(states) and self._canvas is None:
