@@ -1,7 +1,7 @@
 """OGBench's simulators, as `OGBenchEnv` plays them: compiled once, many games on one model.
 
 The dynamics are OGBench's own code. Added is what a batch of games needs: they share a compiled
-model (64 MB each otherwise), what OGBench computes three times in a step is computed once, and
+model (64 MB each otherwise), what OGBench computes again and again in a step is kept, and
 the actions that OGBench itself draws at a reset follow the seed.
 
 N: games, D: numbers observed, S: bytes of a render state, E: events.
@@ -39,7 +39,8 @@ class _Game:
     _actions = gymnasium.spaces.Box(-1.0, 1.0, (5,), np.float32)
     _damping: NDArray[np.float64]
     _done: NDArray[np.bool_]  # subtasks
-    _info: dict[str, Any] | None = None
+    _info: dict[str, Any] | None = None  # of the observation
+    _found: Any = None  # OGBench's verdict on the subtasks
     _model: Any
     _data: Any
 
@@ -91,6 +92,7 @@ class _Game:
             got = f"{state.dtype} {list(state.shape)}"
             raise ValueError(f"render_state is {got}: pass uint8 [*B, {length}].")
         qpos, qvel, buttons = np.split(state, cuts)
+        self._found = None
         self._restore(qpos.view(np.float64), qvel.view(np.float32), buttons)
         colours: Any = self._cube_colors  # type: ignore[attr-defined]
         if self.subtasks()[0]:
@@ -111,12 +113,17 @@ class _Game:
             self._info = super().compute_ob_info()  # type: ignore[misc]
         return self._info
 
+    def _compute_successes(self) -> Any:
+        if self._found is None:
+            self._found = super()._compute_successes()  # type: ignore[misc]
+        return self._found
+
     def pre_step(self) -> None:
         super().pre_step()  # type: ignore[misc]
-        self._info = None
+        self._info = self._found = None
 
     def initialize_arm(self) -> None:
-        self._info = None
+        self._info = self._found = None
         super().initialize_arm()  # type: ignore[misc]
 
 
