@@ -80,13 +80,9 @@ class Demonstrations:
         )
         rollout = self._rollout(env, seed)
         env.close()
-        success = task.success(rollout["next"])
-        ends = rollout["next", "done"].squeeze(-1)
-        played = [
-            rollout[game, : int(ends[game].int().argmax()) + 1]
-            for game in range(self.episodes)
-            if success is not None and success[game].any()
-        ]
+        ends = rollout["next", "done"].squeeze(-1).int().argmax(-1).tolist()
+        whole = [rollout[game, : end + 1] for game, end in enumerate(ends)]
+        played = [episode for episode in whole if _succeeds(task, episode)]
         require(bool(played), "demonstrations.episodes", self.episodes, "none of them succeeded")
         return played
 
@@ -132,6 +128,11 @@ class Demonstrations:
 
         with torch.no_grad():
             return env.rollout(_LONGEST, act, break_when_any_done=False, break_when_all_done=True)
+
+
+def _succeeds(task: Task, episode: TensorDictBase) -> bool:
+    success = task.success(episode["next"])
+    return success is not None and bool(success.any())
 
 
 class Batches:
