@@ -23,6 +23,7 @@ def environments() -> list[type[EnvBase]]:
         for member in vars(import_module(f"{envs.__name__}.{module.name}")).values()
         if inspect.isclass(member)
         and issubclass(member, EnvBase)
+        and not inspect.isabstract(member)
         and member.__module__.startswith(envs.__name__)
     }
     return sorted(found, key=lambda env: env.__name__)

@@ -18,11 +18,10 @@ from minigrid.envs.doorkey import DoorKeyEnv as MiniGridDoorKey
 from numpy.typing import NDArray
 from tensordict import TensorDict, TensorDictBase
 from torchrl.data import Binary, Bounded, Categorical, Composite, Unbounded
-from torchrl.envs import EnvBase
 
 from vlmrb_torchrl import keys
 from vlmrb_torchrl.envs.doorkey_demonstrator import DoorKeyDemonstrator
-from vlmrb_torchrl.envs.seeds import episode_seed
+from vlmrb_torchrl.envs.seeds import SeededEpisodes
 from vlmrb_torchrl.prompts import MINIGRID
 from vlmrb_torchrl.renderers.minigrid import MiniGridRenderer
 
@@ -52,7 +51,7 @@ class _Game(MiniGridDoorKey):  # type: ignore[misc]
         return {}
 
 
-class DoorKeyEnv(EnvBase):
+class DoorKeyEnv(SeededEpisodes):
     """N games of MiniGrid DoorKey: fetch the key, open the door, reach the goal.
 
     N: games, S: ``size``, n = S - 2: cells inside the walls.
@@ -126,30 +125,6 @@ class DoorKeyEnv(EnvBase):
     def demonstrator(self) -> DoorKeyDemonstrator:
         """A policy that takes the shortest way to the goal."""
         return DoorKeyDemonstrator()
-
-    def episode_seed(self, game: int, episode: int) -> int:
-        """Seed that MiniGrid's ``reset`` gets for episode ``episode`` of game ``game``.
-
-        Training episodes get seeds in [0, 2³¹), held-out ones in [2³¹, 2³²).
-        """
-        return episode_seed(self._seed, game, episode, held_out=self.held_out)
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """For checkpoints: a restored environment goes on with the next episodes."""
-        return {"seed": self._seed, "episodes": list(self._episodes)}
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Continue from ``get_extra_state``; takes effect when the games are next reset."""
-        self._set_seed(state["seed"])
-        self._episodes = list(state["episodes"])
-
-    def _set_seed(self, seed: int | None) -> None:
-        if seed is None:
-            seed = int(torch.randint(2**31, ()))
-        if seed < 0:
-            raise ValueError(f"seed={seed}: take 0 or more.")
-        self._seed = seed
-        self._episodes = [0] * self.num_envs  # begun so far, per game
 
     def _make_specs(self) -> None:
         N, S, device = self.num_envs, self.size, self.device

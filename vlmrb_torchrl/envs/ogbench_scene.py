@@ -17,11 +17,10 @@ import torch
 from numpy.typing import NDArray
 from tensordict import TensorDict, TensorDictBase
 from torchrl.data import Binary, Bounded, Categorical, Composite, Unbounded
-from torchrl.envs import EnvBase
 
 from vlmrb_torchrl import keys
 from vlmrb_torchrl.envs.ogbench_workers import RemoteGames
-from vlmrb_torchrl.envs.seeds import episode_seed
+from vlmrb_torchrl.envs.seeds import SeededEpisodes
 from vlmrb_torchrl.prompts import OGBENCH
 from vlmrb_torchrl.renderers.mujoco import MuJoCoRenderer, Stage
 
@@ -75,7 +74,7 @@ def event_names(env_id: str) -> tuple[str, ...]:
     return ("success", *SUBTASKS[match[1]])
 
 
-class OGBenchEnv(EnvBase):
+class OGBenchEnv(SeededEpisodes):
     """N games of one OGBench task: a robot arm brings a cube, drawer, window and locks into place.
 
     N: games, D: 40 for the scene, 28 for the cube, S: 298 and 248, E: 6 and 2.
@@ -164,19 +163,6 @@ class OGBenchEnv(EnvBase):
 
         return OGBenchDemonstrator(self.env_id)
 
-    def episode_seed(self, game: int, episode: int) -> int:
-        """Seed that OGBench's ``reset`` gets for episode ``episode`` of game ``game``."""
-        return episode_seed(self._seed, game, episode, held_out=self.held_out)
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """For checkpoints: a restored environment goes on with the next episodes."""
-        return {"seed": self._seed, "episodes": list(self._episodes)}
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Continue from ``get_extra_state``; takes effect when the games are next reset."""
-        self._set_seed(state["seed"])
-        self._episodes = list(state["episodes"])
-
     def close(self, *, raise_if_closed: bool = True) -> None:
         """End the processes of games."""
         super().close(raise_if_closed=raise_if_closed)
@@ -216,14 +202,6 @@ class OGBenchEnv(EnvBase):
         local: Outcome = getattr(self._local, method)(mine)
         answers = [local, *(remote.receive() for remote in self._remote)]
         return type(local)(*(np.concatenate(parts) for parts in zip(*answers, strict=True)))
-
-    def _set_seed(self, seed: int | None) -> None:
-        if seed is None:
-            seed = int(torch.randint(2**31, ()))
-        if seed < 0:
-            raise ValueError(f"seed={seed}: take 0 or more.")
-        self._seed = seed
-        self._episodes = [0] * self.num_envs  # begun so far, per game
 
     def _make_specs(self, first: Outcome) -> None:
         N, device = self.num_envs, self.device
