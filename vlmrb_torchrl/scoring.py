@@ -19,7 +19,7 @@ from vlmrb_torchrl.cutting import ClipCutter
 from vlmrb_torchrl.keys import CLIP, GENERATION, INDEX
 from vlmrb_torchrl.scorers.base import SeededScorer
 from vlmrb_torchrl.scoring_backends import Mode, choose_mode
-from vlmrb_torchrl.scoring_dispatcher import Dispatcher
+from vlmrb_torchrl.scoring_dispatcher import Dispatcher, check_buffer
 from vlmrb_torchrl.scoring_ledger import Ledger
 from vlmrb_torchrl.scoring_process import ProcessBackend, make_backend
 
@@ -104,7 +104,7 @@ class AsyncScorer:
         seed: int = 0,
     ) -> None:
         needs_frames = CLIP in scorer.in_keys
-        _check_buffer(buffer, clip_transitions)
+        check_buffer(buffer, clip_transitions)
         if needs_frames and transform is None:
             raise ValueError(f"{scorer!r} reads frames; pass ClipRenderTransform(renderer).")
         self._buffer, self._transform, self._scorer = buffer, transform, scorer
@@ -281,24 +281,3 @@ class AsyncScorer:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _check_buffer(buffer: VLMReplayBuffer, clip_transitions: int) -> None:
-    if not hasattr(buffer, "write_scores"):
-        raise TypeError(f"buffer is a {type(buffer).__name__}; scores go to a VLMReplayBuffer.")
-    if not hasattr(buffer.sampler, "update_score"):
-        raise TypeError(
-            f"The buffer's {type(buffer.sampler).__name__} takes no scores; "
-            "build the buffer with sampler=VLMPrioritizedSampler(capacity)."
-        )
-    storage = buffer.storage
-    if storage.ndim > 1:
-        raise ValueError(
-            f"The buffer's storage has {storage.ndim} dimensions; clips are cut from flat slots: "
-            "leave ndim at 1 and insert data.reshape(-1)."
-        )
-    if clip_transitions > storage.max_size:
-        raise ValueError(
-            f"clip_transitions is {clip_transitions}, but the buffer holds {storage.max_size} "
-            "transitions; choose shorter clips or a larger buffer."
-        )

@@ -245,3 +245,30 @@ class Dispatcher:
         self._faults_in_a_row = min(self._faults_in_a_row + 1, 30)
         with self._changed:
             self._changed.wait_for(lambda: self._closed, pause_s)
+
+
+def check_buffer(buffer: Any, clip_transitions: int) -> None:
+    """Refuse a buffer that cannot take the scores of clips.
+
+    Raises:
+        TypeError: It, or its sampler, takes no scores.
+        ValueError: It has other than flat slots, or fewer than a clip covers.
+    """
+    if not hasattr(buffer, "write_scores"):
+        raise TypeError(f"buffer is a {type(buffer).__name__}; scores go to a VLMReplayBuffer.")
+    if not hasattr(buffer.sampler, "update_score"):
+        raise TypeError(
+            f"The buffer's {type(buffer.sampler).__name__} takes no scores; "
+            "build the buffer with sampler=VLMPrioritizedSampler(capacity)."
+        )
+    storage = buffer.storage
+    if storage.ndim > 1:
+        raise ValueError(
+            f"The buffer's storage has {storage.ndim} dimensions; clips are cut from flat slots: "
+            "leave ndim at 1 and insert data.reshape(-1)."
+        )
+    if clip_transitions > storage.max_size:
+        raise ValueError(
+            f"clip_transitions is {clip_transitions}, but the buffer holds {storage.max_size} "
+            "transitions; choose shorter clips or a larger buffer."
+        )
