@@ -1,19 +1,21 @@
-"""Clips per second of a judge, and what its learner keeps of its speed.
+"""Clips per second of a judge, and what the learner keeps of its speed beside it.
 
     python -m recipes.benchmarks.scoring                             # the embedded judge, one core
     python -m recipes.benchmarks.scoring --model 1b --device cuda    # Perception-LM-1B's shape
+    python -m recipes.benchmarks.scoring --model 1b --device cuda --training_pairs 3
 
 The second builds a PerceptionLM of the 1B configuration with random weights: its speed is that of
 the real one, its answers are noise.  Its figures are given as a share of what the GPU's peak
-would allow, from the operations that the model needs.
+would allow, from the operations that the model needs.  The third then trains DQN on the same
+device, with that judge and without, in turn.
 """
 
 from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -24,8 +26,9 @@ from rich.table import Table
 from tensordict import TensorDict
 from torch import Tensor
 
+from recipes.benchmarks.perception_lm import SHAPES, Shape, build, teraflops
 from recipes.benchmarks.timing import rates
-from recipes.judge_model import build_processor
+from recipes.benchmarks.training import training
 from vlmrb_torchrl.checks import ConfigError, require
 from vlmrb_torchrl.clips import ClipRenderTransform
 from vlmrb_torchrl.envs import DoorKeyEnv
@@ -33,112 +36,6 @@ from vlmrb_torchrl.judge.collection import collect
 from vlmrb_torchrl.judge.settings import Settings
 from vlmrb_torchrl.keys import CLIP
 from vlmrb_torchrl.scorers import EmbeddedJudge, HuggingFaceScorer
-
-PATCH, POOL = 14, 2
-TOKENS_OF_WORDS = 40
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Widths and depths of a PerceptionLM.
-
-    Source of the 1B: facebook/Perception-LM-1B's configuration (PE-core L/14 at 448 pixels, its
-    last layer left out, and Llama 3.2 1B).
-    """
-
-    vision_width: int = 1024
-    vision_layers: int = 23
-    vision_heads: int = 16
-    width: int = 2048
-    inner_width: int = 8192
-    layers: int = 16
-    heads: int = 32
-    key_heads: int = 8
-    vocabulary: int = 128_256
-
-    def tower(self, pixels: int) -> dict[str, Any]:
-        """Arguments of timm's vision tower."""
-        return {
-            "embed_dim": self.vision_width,
-            "depth": self.vision_layers,
-            "num_heads": self.vision_heads,
-            "img_size": [pixels, pixels],
-            "global_pool": "",
-            "use_post_transformer_norm": False,
-            "init_values": 0.1,
-            "ref_feat_shape": [pixels // PATCH, pixels // PATCH],
-        }
-
-
-SHAPES = {
-    "1b": Shape(),
-    "tiny": Shape(64, 2, 4, 128, 256, 2, 4, 4, 512),
-}
-
-
-def build(shape: Shape, pixels: int = 448) -> tuple[Any, Any]:
-    """A PerceptionLM with random weights, and its processor."""
-    from transformers import (
-        LlamaConfig,
-        PerceptionLMConfig,
-        PerceptionLMForConditionalGeneration,
-        TimmWrapperConfig,
-    )
-
-    processor = build_processor()
-    processor.video_processor.size = {"height": pixels, "width": pixels}
-    processor.patch_size, processor.pooling_ratio = PATCH, POOL
-    tokens = processor.tokenizer
-    text = LlamaConfig(
-        hidden_size=shape.width,
-        intermediate_size=shape.inner_width,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.key_heads,
-        vocab_size=shape.vocabulary,
-        max_position_embeddings=16_384,
-        tie_word_embeddings=True,
-        pad_token_id=tokens.pad_token_id,
-    )
-    config = PerceptionLMConfig(
-        vision_config=TimmWrapperConfig(
-            architecture="vit_pe_core_large_patch14_336",
-            do_pooling=False,
-            model_args=shape.tower(pixels),
-        ),
-        text_config=text,
-        vision_use_cls_token=True,
-        projector_pooling_ratio=POOL,
-        image_token_id=tokens.image_token_id,
-        video_token_id=tokens.video_token_id,
-        tie_word_embeddings=True,
-    )
-    return PerceptionLMForConditionalGeneration(config), processor
-
-
-def teraflops(shape: Shape, pixels: int, frames: int) -> tuple[float, float]:
-    """Operations that a clip needs, in 10^12: of the vision tower and of the language model.
-
-    A multiplication with its addition counts twice, as in a GPU's peak; attention is counted
-    without its mask's halving.
-    """
-    import timm
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with torch.device("meta"):
-        tower = timm.create_model(
-            "vit_pe_core_large_patch14_336", num_classes=0, **shape.tower(pixels)
-        )
-        with FlopCounterMode(display=False) as counter:
-            tower.forward_features(torch.empty(1, 3, pixels, pixels))
-    tokens = (pixels // PATCH // POOL) ** 2 * frames + TOKENS_OF_WORDS
-    keys = shape.width * shape.key_heads // shape.heads
-    weights = shape.layers * (
-        2 * shape.width**2 + 2 * shape.width * keys + 3 * shape.width * shape.inner_width
-    )
-    attention = 2 * tokens**2 * shape.width * shape.layers
-    vision: int = counter.get_total_flops()
-    return frames * vision / 1e12, (2 * weights * tokens + attention) / 1e12
 
 
 def doorkey_clips(count: int, tile_size: int, window: int | None) -> Tensor:
@@ -200,52 +97,71 @@ def embedded(clips: int, batch: int, rounds: int, device: str, console: Console)
     console.print(table)
 
 
-def large(
-    model: str,
+def race(
+    folder: str,
+    shape: Shape,
     device: str,
-    resolutions: tuple[int, ...],
-    frames: tuple[int, ...],
+    settings: Sequence[tuple[int, int]],
     clips: int,
     batch: int,
     rounds: int,
     peak_teraflops: float,
     console: Console,
 ) -> None:
-    """A PerceptionLM with random weights, by resolution and frames."""
-    shape = SHAPES[model]
-    table = Table(title=f"PerceptionLM {model}, random weights, batches of {batch}, {device}")
+    """The PerceptionLM in ``folder``, by pixels and frames."""
+    table = Table(title=f"PerceptionLM, random weights, batches of {batch}, {device}")
     columns = ("pixels", "frames", "TFLOP a clip", "clips/s", "share of peak", "deduplicated", "x")
     for column in columns:
         table.add_column(column, justify="right")
     shown = doorkey_clips(clips, tile_size=16, window=None).to(device)
-    with tempfile.TemporaryDirectory() as folder:
-        for part in build(shape, max(resolutions)):
-            part.save_pretrained(folder)
-        settings = [(pixels, count) for pixels in resolutions for count in frames]
-        for pixels, count in track(settings, "settings", console=console, transient=True):
-            options: dict[str, Any] = {
-                "device": device,
-                "dtype": "bfloat16",
-                "resolution": pixels,
-                "frames": count,
-                "batch_clips": batch,
-            }
-            contestants = ways(
-                HuggingFaceScorer(folder, **options),
-                HuggingFaceScorer(folder, dedup=False, **options),
-                shown,
-                batch,
-            )
-            del contestants["equal frames of a batch once"], contestants["all embeddings kept"]
-            speeds = rates(contestants, rounds, seconds=0.0)
-            plain, kept = speeds["every frame"], speeds["embeddings kept, from none on"]
-            needed = sum(teraflops(shape, pixels, count))
-            share = f"{plain.median * needed / peak_teraflops:.0%}" if peak_teraflops else "-"
-            table.add_row(
-                str(pixels), str(count), f"{needed:.2f}", str(plain), share, str(kept),
-                str(kept / plain),
-            )  # fmt: skip
+    for pixels, count in track(settings, "settings", console=console, transient=True):
+        options: dict[str, Any] = {
+            "device": device,
+            "dtype": "bfloat16",
+            "resolution": pixels,
+            "frames": count,
+            "batch_clips": batch,
+        }
+        contestants = ways(
+            HuggingFaceScorer(folder, **options),
+            HuggingFaceScorer(folder, dedup=False, **options),
+            shown,
+            batch,
+        )
+        del contestants["equal frames of a batch once"], contestants["all embeddings kept"]
+        speeds = rates(contestants, rounds, seconds=0.0)
+        plain, kept = speeds["every frame"], speeds["embeddings kept, from none on"]
+        needed = sum(teraflops(shape, pixels, count))
+        share = f"{plain.median * needed / peak_teraflops:.0%}" if peak_teraflops else "-"
+        figures = (f"{needed:.2f}", str(plain), share, str(kept), str(kept / plain))
+        table.add_row(str(pixels), str(count), *figures)
     console.print(table)
+
+
+def beside_learner(
+    folder: str, device: str, view: tuple[int, int], pairs: int, env_steps: int, duty_cycle: float
+) -> None:
+    """DQN on ``device`` with the judge in ``folder`` and, in turn, with PER instead."""
+    judge = {
+        "model": folder,
+        "device": device,
+        "dtype": "bfloat16",
+        "resolution": view[0],
+        "frames": view[1],
+    }
+    training(
+        pairs=pairs,
+        env_steps=env_steps,
+        extra=[
+            f"--training.accelerator={torch.device(device).type}",
+            "--env.tile_size=16",
+            "--env.window=null",
+            f"--scoring.duty_cycle={duty_cycle}",
+            "--scoring.scorer=HuggingFaceScorer",
+            *(f"--scoring.scorer.{name}={value}" for name, value in judge.items()),
+        ],
+        out=Path(folder) / "runs",
+    )
 
 
 def main(
@@ -257,6 +173,9 @@ def main(
     batch_clips: int = 16,
     rounds: int = 5,
     peak_teraflops: float = 0.0,
+    training_pairs: int = 0,
+    training_env_steps: int = 60_000,
+    duty_cycle: float = 1.0,
 ) -> None:
     """Clips per second of a judge, with and without encoding equal frames once.
 
@@ -270,16 +189,27 @@ def main(
         rounds: Repetitions, in turn for all, in one run.
         peak_teraflops: The device's peak in bfloat16 without sparsity (H200 and H100 SXM: 989,
             A100: 312), for the share of it that is reached; 0: not shown.
+        training_pairs: DQN runs with that judge, at the least resolution and frames, and as many
+            with PER instead, on the same device; 0: none. Not for the embedded judge, which
+            ``recipes.benchmarks.training`` has.
+        training_env_steps: Length of such a run.
+        duty_cycle: Share of the time that the judge may compute beside the learner.
     """
     require(clips >= 1, "clips", clips, "use at least 1")
     require(rounds >= 1, "rounds", rounds, "use at least 1")
     console = Console()
     if model == "embedded":
         embedded(clips, batch_clips, rounds, device, console)
-    else:
-        large(
-            model, device, resolutions, frames, clips, batch_clips, rounds, peak_teraflops, console
-        )
+        return
+    settings = [(pixels, count) for pixels in resolutions for count in frames]
+    shape = SHAPES[model]
+    with tempfile.TemporaryDirectory() as folder:
+        for part in build(shape, max(resolutions)):
+            part.save_pretrained(folder)
+        race(folder, shape, device, settings, clips, batch_clips, rounds, peak_teraflops, console)
+        if training_pairs:
+            view = min(resolutions), min(frames)
+            beside_learner(folder, device, view, training_pairs, training_env_steps, duty_cycle)
 
 
 if __name__ == "__main__":

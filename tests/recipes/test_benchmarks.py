@@ -2,7 +2,7 @@
 
 import pytest
 
-from recipes.benchmarks import environment, rendering, sampler, scene, training
+from recipes.benchmarks import environment, rendering, sampler, scene, scoring, training
 from recipes.benchmarks.timing import Spread
 
 SCENE = "scene-singletask-task1-v0"
@@ -22,13 +22,27 @@ def test_ratio_is_taken_round_by_round():
         (lambda _: environment.main(size=5, num_envs=(2,), rounds=1, seconds=0.01), "Collector"),
         (lambda _: sampler.main(slots=(100,), batch_sizes=(8,), rounds=1, seconds=0.01), "100"),
         (lambda _: scene.main(SCENE, 1, (1,), (32,), rounds=1, seconds=0.0), "with shadows"),
+        (lambda _: scoring.main(clips=8, rounds=1), "all embeddings kept"),
+        pytest.param(
+            lambda _: scoring.main(
+                model="tiny",
+                resolutions=(56,),
+                frames=(4,),
+                clips=8,
+                rounds=1,
+                training_pairs=1,
+                training_env_steps=3000,
+            ),
+            "vlm_rb ÷ per",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             lambda out: training.training(pairs=1, env_steps=3000, out=out),
             "vlm_rb ÷ per",
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["rendering", "environment", "sampler", "scene", "training"],
+    ids=["rendering", "environment", "sampler", "scene", "scoring", "beside", "training"],
 )
 def test_benchmark_prints_its_table(run, expected, tmp_path, capsys):
     run(tmp_path)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from recipes.benchmarks.scoring import SHAPES, build
+from recipes.benchmarks.perception_lm import SHAPES, build
 from recipes.judge_model import build_model, build_processor
 from recipes.judge_questions import PARAPHRASES
 
