@@ -2,8 +2,8 @@
 
 collect → extend → score → sample → update → re-prioritise → log.  Every recipe runs it; what
 differs between algorithms is in their LightningModule, what differs between replay methods is
-in the sampler.  A judge is built and waited for before the first step; in the loop itself one line
-knows of it: ``scoring.submit``.
+in the sampler.  A judge is built and waited for before the first step; afterwards one line knows of
+it: ``scoring.submit``.
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ def thin(clips: Tensor, frames: int | None) -> Tensor:
 def frame_digests(frames: Tensor) -> list[bytes]:
     """A 128-bit digest of each frame of uint8 ``[N, ...]``: equal frames, equal digests.
 
-    XXH3: a tenth of a cryptographic digest's time, which was 6 % of the embedded judge's. Frames
-    come from a renderer and not from an adversary.
+    XXH3: a cryptographic digest of each frame is felt in the embedded judge's time, and frames come
+    from a renderer, not from an adversary.
     """
     arrays = frames.cpu().contiguous().numpy()
     return [xxh3_128_digest(frame) for frame in arrays]

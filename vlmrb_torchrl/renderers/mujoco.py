@@ -1,8 +1,7 @@
 """MuJoCo frames from stored states: without a window, on the GPU or on the CPU.
 
-What a picture costs is its options. On a CPU's core, at 200 by 200 pixels, OGBench's scene is
-drawn at 2.4 frames/s as OGBench draws it, at 10 without shadows and at 28 with a single sample
-for a pixel: hence the defaults here.
+What a picture costs on a CPU is its options: shadows first, then the samples of a pixel, hence the
+defaults here; ``python -m recipes.benchmarks.scene`` times them.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ _Result = TypeVar("_Result")
 
 
 class RequestRefusedError(RuntimeError):
-    """A server will never answer this request: HTTP's ``status``, and its own ``words``."""
+    """A server does not answer this very request: HTTP's ``status``, and its own ``words``."""
 
     def __init__(self, message: str, status: int, words: str) -> None:
         super().__init__(message)

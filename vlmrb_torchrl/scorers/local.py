@@ -17,7 +17,7 @@ from vlmrb_torchrl.keys import CLIP
 from vlmrb_torchrl.scorers.base import PromptedScorer
 from vlmrb_torchrl.scorers.pretrained import checked_dtype, checked_model
 
-_LOGGER = logging.getLogger("vlmrb_torchrl.scoring")
+_LOGGER = logging.getLogger("vlmrb_torchrl.scorers")
 
 
 class LocalScorer(PromptedScorer):

@@ -1,4 +1,4 @@
-"""Reading a vision-language model from a folder or the hub, and what Yes and No are to it."""
+"""Reading a model from a folder or the hub, and what Yes and No are to it."""
 
 from __future__ import annotations
 
