@@ -15,6 +15,8 @@ _COUNT: Rule = (lambda x: x >= 1, "use >= 1")
 _RULES: dict[str, Rule] = {
     "hidden_features": (lambda x: all(width >= 1 for width in x), "use 1 or more each"),
     "gamma": (lambda x: 0 <= x < 1, "use a number in [0, 1)"),
+    "n_steps": _COUNT,
+    "reward_scale": _POSITIVE,
     "target_update_rate": (lambda x: 0 < x <= 1, "use a number in (0, 1]"),
     "learning_rate": _POSITIVE,
     "adam_eps": _POSITIVE,

@@ -9,17 +9,18 @@ T: transitions, B: transitions of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import Categorical
 from torchrl.envs import EnvBase
 
 from recipes.replay import Replay
 from recipes.tasks import Task
+from recipes.transitions import Transitions
 from vlmrb_torchrl import VLMReplayBuffer, keys
 from vlmrb_torchrl.checks import require
 from vlmrb_torchrl.envs import DemonstratedEnv
@@ -106,12 +107,12 @@ class Demonstrations:
         buffer: VLMReplayBuffer,
         replay: Replay,
         task: Task,
-        replay_keys: Sequence[NestedKey],
+        transitions: Transitions,
         seed: int,
     ) -> Batches:
         """Play the episodes, and say how batches are made of them."""
         episodes = self.play(task, seed)
-        return Batches(buffer, episodes, self.rows(replay.batch_size), replay_keys, seed)
+        return Batches(buffer, episodes, self.rows(replay.batch_size), transitions, seed)
 
     def _rollout(self, env: EnvBase, seed: int) -> TensorDictBase:
         demonstrator, spec = env.demonstrator(), env.action_spec
@@ -145,7 +146,7 @@ class Batches:
         buffer: The replay buffer; its batch size is that of the replayed part.
         episodes: Demonstrations; may be none.
         rows: Transitions of a batch that they are; 0 if they are to lie in the buffer.
-        replay_keys: What the loss reads of a transition.
+        transitions: What is kept of their steps.
         seed: Of the draws.
 
     Attributes:
@@ -153,7 +154,7 @@ class Batches:
         figures: What the log says about demonstrations: nothing, where there are none.
 
     Example:
-        >>> batches = Batches(buffer, episodes, 32, ("observation", "action"))
+        >>> batches = Batches(buffer, episodes, 32, Transitions(gamma=0.98))
         >>> len(batches.sample()) == buffer.batch_size + 32
         True
     """
@@ -163,7 +164,7 @@ class Batches:
         buffer: VLMReplayBuffer,
         episodes: Sequence[TensorDictBase] = (),
         rows: int = 0,
-        replay_keys: Sequence[NestedKey] = (),
+        transitions: Callable[[TensorDictBase], TensorDictBase] = lambda steps: steps,
         seed: int = 0,
     ) -> None:
         self.buffer, self._rows = buffer, rows
@@ -177,7 +178,7 @@ class Batches:
             }
         if rows:
             self._random = torch.Generator().manual_seed(seed)
-            self._memory = TensorDict.cat([episode.select(*replay_keys) for episode in episodes])
+            self._memory = TensorDict.cat([transitions(episode) for episode in episodes])
 
     def sample(self) -> TensorDictBase:
         """Draw ``[B]`` transitions, the replayed ones first."""

@@ -17,6 +17,7 @@ from torchrl.objectives import DQNLoss, SoftUpdate, ValueEstimators
 
 from recipes.arguments import check_arguments
 from recipes.networks import GridQNetwork, grid_sizes
+from recipes.transitions import Transitions
 from vlmrb_torchrl import keys
 
 
@@ -27,6 +28,8 @@ class DQN(L.LightningModule):
         env: Environment whose specs the networks are built for.
         hidden_features: Width of each hidden layer.
         gamma: Discount factor.
+        n_steps: Steps of reward that a transition carries before the value is bootstrapped.
+        reward_scale: Factor of the rewards that are learnt from.
         learning_rate: Step size of Adam.
         adam_eps: Adam's ε; larger than its default, since the gradients are small.
         target_update_rate: Polyak rate τ: target ← (1-τ) target + τ online, each update.
@@ -41,6 +44,8 @@ class DQN(L.LightningModule):
         *,
         hidden_features: tuple[int, ...] = (128, 128),
         gamma: float = 0.95,
+        n_steps: int = 1,
+        reward_scale: float = 1.0,
         learning_rate: float = 1e-3,
         adam_eps: float = 1e-5,
         target_update_rate: float = 0.01,
@@ -52,6 +57,8 @@ class DQN(L.LightningModule):
         check_arguments(
             hidden_features=hidden_features,
             gamma=gamma,
+            n_steps=n_steps,
+            reward_scale=reward_scale,
             learning_rate=learning_rate,
             adam_eps=adam_eps,
             target_update_rate=target_update_rate,
@@ -76,19 +83,10 @@ class DQN(L.LightningModule):
             delay_value=True,
         )
         self.loss.make_value_estimator(ValueEstimators.TD0, gamma=gamma)
+        self.transitions = Transitions(gamma, n_steps, reward_scale)
         self.target = SoftUpdate(self.loss, tau=target_update_rate)
         self.learning_rate, self.adam_eps = learning_rate, adam_eps
         self.gradient_clip_norm = gradient_clip_norm
-
-    replay_keys = (
-        "observation",
-        "action",
-        ("next", "observation"),
-        ("next", "reward"),
-        ("next", "done"),
-        ("next", "terminated"),
-    )
-    """What the loss reads of a transition, and so what the buffer keeps."""
 
     @property
     def policy(self) -> TensorDictModule:

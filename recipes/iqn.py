@@ -17,6 +17,7 @@ from torchrl.objectives import SoftUpdate, ValueEstimators
 
 from recipes.arguments import check_arguments
 from recipes.networks import GridQuantileNetwork, grid_sizes
+from recipes.transitions import Transitions
 from vlmrb_torchrl.objectives import IQNLoss
 
 
@@ -32,6 +33,8 @@ class IQN(L.LightningModule):
         policy_quantiles: Fractions that an action is chosen by, the paper's K.
         kappa: Huber threshold κ, in units of return.
         gamma: Discount factor.
+        n_steps: Steps of reward that a transition carries before the value is bootstrapped.
+        reward_scale: Factor of the rewards that are learnt from.
         learning_rate: Step size of Adam.
         adam_eps: Adam's ε; larger than its default, since the gradients are small.
         target_update_rate: Polyak rate τ: target ← (1-τ) target + τ online, each update.
@@ -50,6 +53,8 @@ class IQN(L.LightningModule):
         policy_quantiles: int = 32,
         kappa: float = 1.0,
         gamma: float = 0.95,
+        n_steps: int = 1,
+        reward_scale: float = 1.0,
         learning_rate: float = 1e-3,
         adam_eps: float = 1e-5,
         target_update_rate: float = 0.01,
@@ -61,6 +66,8 @@ class IQN(L.LightningModule):
         check_arguments(
             hidden_features=hidden_features,
             gamma=gamma,
+            n_steps=n_steps,
+            reward_scale=reward_scale,
             learning_rate=learning_rate,
             adam_eps=adam_eps,
             target_update_rate=target_update_rate,
@@ -88,19 +95,10 @@ class IQN(L.LightningModule):
             delay_value=True,
         )
         self.loss.make_value_estimator(ValueEstimators.TD0, gamma=gamma)
+        self.transitions = Transitions(gamma, n_steps, reward_scale)
         self.target = SoftUpdate(self.loss, tau=target_update_rate)
         self.learning_rate, self.adam_eps = learning_rate, adam_eps
         self.gradient_clip_norm = gradient_clip_norm
-
-    replay_keys = (
-        "observation",
-        "action",
-        ("next", "observation"),
-        ("next", "reward"),
-        ("next", "done"),
-        ("next", "terminated"),
-    )
-    """What the loss reads of a transition, and so what the buffer keeps."""
 
     @property
     def policy(self) -> TensorDictModule:

@@ -8,13 +8,12 @@ it: ``scoring.submit``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, Protocol
 
 import torch
 from lightning.fabric import Fabric
-from tensordict import NestedKey, TensorDictBase
+from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torch.optim import Optimizer
@@ -26,6 +25,7 @@ from recipes.replay import Replay
 from recipes.settings import Scoring, Training
 from recipes.tasks import Task
 from recipes.telemetry import Telemetry
+from recipes.transitions import Transitions
 from vlmrb_torchrl import AsyncScorer, ClipRenderTransform, VLMReplayBuffer
 from vlmrb_torchrl.checks import ConfigError
 
@@ -34,7 +34,7 @@ class Algorithm(Protocol):
     """What the loop asks of a LightningModule."""
 
     gradient_clip_norm: float
-    replay_keys: Sequence[NestedKey]
+    transitions: Transitions
     policy: TensorDictModuleBase
     behaviour: TensorDictModuleBase
 
@@ -90,13 +90,13 @@ def wait_for_judge(scoring: AsyncScorer, settings: Scoring) -> None:
 
 def store(
     data: TensorDictBase,
-    replay_keys: Sequence[NestedKey],
+    transitions: Transitions,
     buffer: VLMReplayBuffer,
     scoring: AsyncScorer | None,
 ) -> None:
     """Take transitions into the buffer, and hand them to the judge."""
     # The judge's render states wait beside the buffer, not in it: draws stay small.
-    index = buffer.extend(data.select(*replay_keys).reshape(-1))
+    index = buffer.extend(transitions(data).reshape(-1))
     if scoring is not None:
         scoring.submit(data, index)
 
@@ -181,14 +181,14 @@ def train(
                 wait_for_judge(scoring, scoring_settings)
 
         with telemetry.paused():
-            batches = demonstrations.batches(buffer, replay, task, module.replay_keys, seed)
+            batches = demonstrations.batches(buffer, replay, task, module.transitions, seed)
         telemetry.note(batches.figures)
         for episode in batches.prefill:
-            store(episode, module.replay_keys, buffer, scoring)
+            store(episode, module.transitions, buffer, scoring)
 
         for data in collector:
             env_steps += new_env_steps
-            store(data, module.replay_keys, buffer, scoring)
+            store(data, module.transitions, buffer, scoring)
             telemetry.collected(data)
 
             if env_steps > training.warmup_env_steps:

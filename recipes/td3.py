@@ -19,6 +19,7 @@ from torchrl.objectives import SoftUpdate, TD3Loss, ValueEstimators
 
 from recipes.arguments import check_arguments
 from recipes.continuous_networks import ActionValue, DeterministicPolicy, vector_sizes
+from recipes.transitions import Transitions
 from vlmrb_torchrl import keys
 
 
@@ -31,6 +32,8 @@ class TD3(L.LightningModule):
         num_critics: Critics; the target is the least of theirs.
         critic_layer_norm: Normalise the critics' hidden layers (not in the paper).
         gamma: Discount factor.
+        n_steps: Steps of reward that a transition carries before the value is bootstrapped.
+        reward_scale: Factor of the rewards that are learnt from.
         learning_rate: Step size of Adam, for critics and actor.
         target_update_rate: Polyak rate τ: target ← (1-τ) target + τ online, each actor's step.
         gradient_clip_norm: Largest norm of each optimizer's gradient; .inf as in the paper.
@@ -49,6 +52,8 @@ class TD3(L.LightningModule):
         num_critics: int = 2,
         critic_layer_norm: bool = False,
         gamma: float = 0.99,
+        n_steps: int = 1,
+        reward_scale: float = 1.0,
         learning_rate: float = 3e-4,
         target_update_rate: float = 0.005,
         gradient_clip_norm: float = math.inf,
@@ -63,6 +68,8 @@ class TD3(L.LightningModule):
             hidden_features=hidden_features,
             num_critics=num_critics,
             gamma=gamma,
+            n_steps=n_steps,
+            reward_scale=reward_scale,
             learning_rate=learning_rate,
             target_update_rate=target_update_rate,
             gradient_clip_norm=gradient_clip_norm,
@@ -89,20 +96,11 @@ class TD3(L.LightningModule):
             noise_clip=target_noise_clip,
         )
         self.loss.make_value_estimator(ValueEstimators.TD0, gamma=gamma)
+        self.transitions = Transitions(gamma, n_steps, reward_scale)
         self.target = SoftUpdate(self.loss, tau=target_update_rate)
         self.learning_rate, self.gradient_clip_norm = learning_rate, gradient_clip_norm
         self.policy_delay, self.updates = policy_delay, 0
         self.weight_actor_loss = weight_actor_loss
-
-    replay_keys = (
-        "observation",
-        "action",
-        ("next", "observation"),
-        ("next", "reward"),
-        ("next", "done"),
-        ("next", "terminated"),
-    )
-    """What the loss reads of a transition, and so what the buffer keeps."""
 
     @property
     def policy(self) -> TensorDictModule:

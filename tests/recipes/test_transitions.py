@@ -1,0 +1,118 @@
+"""n-step transitions in closed form: rewards, where they lead, and that nothing is bootstrapped
+from a terminal state."""
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+from recipes import cli
+from recipes.dqn import DQN
+from recipes.iqn import IQN
+from recipes.metrics import read_rows
+from recipes.sac import SAC
+from recipes.td3 import TD3
+from recipes.transitions import Transitions
+
+
+def played(done, terminated, games=2):
+    """Rewards 1, 2, 4, …; the observation counts steps, over the end of episodes too."""
+    steps = len(done)
+
+    def column(values):
+        return torch.tensor(values).repeat(games, 1).unsqueeze(-1)
+
+    return TensorDict(
+        {
+            "observation": column([float(t) for t in range(steps)]),
+            "action": column([0.0] * steps),
+            "events": column([False] * steps),
+            "next": {
+                "observation": column([float(t + 1) for t in range(steps)]),
+                "reward": column([2.0**t for t in range(steps)]),
+                "done": column([bool(end) for end in done]),
+                "terminated": column([bool(end) for end in terminated]),
+            },
+        },
+        [games, steps],
+    )
+
+
+def row(transitions, *key):
+    return transitions[key].squeeze(-1)[0].tolist()
+
+
+def test_three_steps_end_where_the_episode_or_the_batch_does():
+    data = played([0, 0, 0, 1, 0, 0], [0, 0, 0, 1, 0, 0])
+    kept = Transitions(gamma=0.5, n_steps=3, reward_scale=2.0)(data)
+    # γ = 1/2 and rewards that double: each step of a span adds as much as its first.
+    assert row(kept, "next", "reward") == [6, 12, 16, 16, 64, 64]
+    assert row(kept, "next", "observation") == [3, 4, 4, 4, 6, 6]
+    assert row(kept, "next", "terminated") == [False, True, True, True, False, False]
+    assert row(kept, "steps_to_next_obs") == [3, 3, 2, 1, 2, 1]
+    assert row(kept, "observation") == row(data, "observation")
+    assert row(data, "next", "reward") == [1, 2, 4, 8, 16, 32]
+
+
+def test_time_limit_ends_a_span_and_is_bootstrapped():
+    kept = Transitions(gamma=0.5, n_steps=2)(played([0, 1, 0], [0, 0, 0]))
+    assert row(kept, "next", "done") == [True, True, False]
+    assert row(kept, "next", "terminated") == [False, False, False]
+    assert row(kept, "next", "observation") == [2, 2, 3]
+
+
+@pytest.mark.parametrize("n_steps", [1, 3])
+def test_episode_alone_is_as_in_a_batch(n_steps):
+    data = played([0, 0, 0, 1], [0, 0, 0, 1], games=1)
+    transitions = Transitions(gamma=0.9, n_steps=n_steps)
+    assert (transitions(data[0]) == transitions(data)[0]).all()
+
+
+def test_one_step_keeps_what_the_loss_reads_and_nothing_else():
+    data = played([0, 1], [0, 1])
+    kept = Transitions(gamma=0.9)(data)
+    assert (kept == data.exclude("events")).all()
+    assert kept.get("steps_to_next_obs", None) is None
+
+
+CONTINUOUS = ["--env=tests.recipes.gymnasium_task.Gymnasium", "--env.id=Pendulum-v1"]
+DISCRETE = ["--env.size=5"]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "task"),
+    [(DQN, DISCRETE), (IQN, DISCRETE), (SAC, CONTINUOUS), (TD3, CONTINUOUS)],
+    ids=lambda case: getattr(case, "__name__", ""),
+)
+def test_value_of_a_spanned_transition_is_discounted_by_its_steps(algorithm, task):
+    """|δ| of a zero critic whose target says 1 everywhere: r + γ^n; γ^0 would be γ itself."""
+    settings = cli.build_parser(algorithm).parse_args([*task, "--algorithm.n_steps=3"])
+    made = cli.build_parser(algorithm).instantiate(settings)
+    module = cli.build_algorithm(algorithm, made)
+    data = made.env.make(1, seed=0).rollout(3)
+    data["next", "reward"] = torch.zeros_like(data["next", "reward"])
+    data["next", "terminated"] = torch.zeros_like(data["next", "terminated"])
+    batch = module.transitions(data).reshape(-1)
+    discrete = task is DISCRETE
+    names = ("value_network", "target_value_network") if discrete else ()
+    names = names or ("qvalue_network", "target_qvalue_network")
+    with torch.no_grad():
+        for name in names:
+            getattr(module.loss, f"{name}_params").apply(lambda weight: weight.data.zero_())
+        target = getattr(module.loss, f"{names[1]}_params")
+        last = sorted(key for key in target.keys(True, True) if key[-1] == "bias")[-1]
+        target[last].data.fill_(1.0)
+        if algorithm is SAC:
+            module.loss.log_alpha.fill_(-40.0)  # no entropy in the value
+    module.training_step(batch, "value" if discrete else "critic")
+    gamma = settings.algorithm.gamma
+    expected = [gamma**3, gamma**2, gamma]
+    assert batch["td_error"].flatten().tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_run_with_three_steps_trains(tmp_path):
+    arguments = ["--env.size=5", "--replay=Uniform", "--algorithm.n_steps=3"]
+    arguments += ["--training.total_env_steps=400", "--training.warmup_env_steps=100"]
+    arguments += ["--training.eval_every_env_steps=0", "--training.log_every_env_steps=200"]
+    arguments += ["--training.progress=false", f"--training.log_dir={tmp_path}"]
+    cli.run(DQN, [*arguments, "--training.name=run"])
+    assert read_rows(tmp_path / "run")[-1]["loss/value"] > 0
