@@ -107,6 +107,8 @@ def plan(
     shared = configs / f"{algorithm}.yaml"
     require(shared.is_file(), "configs", configs, f"it should hold {shared.name}")
     known = sorted(path.stem for path in METHODS.glob("*.yaml"))
+    names = [Path(method).stem for method in methods]
+    require(len(set(names)) == len(names), "methods", methods, "give each another file name")
     runs = []
     for seed in seeds:
         for method in methods:
@@ -118,7 +120,7 @@ def plan(
             command += ["--config", str(shared), "--config", str(overlay)]
             command += [f"--training.seed={seed}", f"--training.log_dir={out}"]
             command += [f"--training.name={folder.name}", "--training.progress=false", *extra]
-            runs.append(Run(method, seed, command, folder))
+            runs.append(Run(overlay.stem, seed, command, folder))
     return runs
 
 
@@ -176,7 +178,8 @@ def compare(
         configs: Folder of a task, whose ``<algorithm>.yaml`` holds what all methods share.
         algorithm: Recipe to run.
         methods: Names in ``recipes/configs/methods``, or paths of YAML files of one's own, laid
-            over the task's; differences are taken against ``uer`` and ``per``.
+            over the task's and named by their stems; differences are taken against ``uer`` and
+            ``per``.
         seeds: Runs per method.
         first_seed: The seeds are ``first_seed``, ``first_seed + 1``, …
         jobs: Runs at a time; null: one for each core.
@@ -203,7 +206,10 @@ def compare(
     )
     with Progress(*columns, console=console) as progress:
         execute(runs, jobs, progress)
-    report({m: [r.folder for r in runs if r.method == m] for m in methods}, out, console)
+    folders: dict[str, list[Path]] = {}
+    for run in runs:
+        folders.setdefault(run.method, []).append(run.folder)
+    report(folders, out, console)
 
 
 def main(argv: list[str] | None = None) -> None:

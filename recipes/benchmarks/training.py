@@ -1,6 +1,8 @@
-"""What scoring costs: environment steps per second of whole training runs, VLM-RB over PER.
+"""What a replay method costs: speeds of whole training runs, by default VLM-RB over PER.
 
     python -m recipes.benchmarks.training --pairs 5
+    python -m recipes.benchmarks.training --algorithm sac --configs recipes/configs/scene_task1 \
+        --method mixture --peer torchrl_per                 # no judge, against TorchRL's own parts
 
 The two methods are trained in turn, A B A B …, each alone on the machine, so that the ratio of
 a pair does not see the machine's drift.  Evaluations are left out of the time.
@@ -21,6 +23,8 @@ from recipes.compare import CONFIGS, Run, plan
 from recipes.metrics import last_row
 from vlmrb_torchrl.checks import ConfigError, require
 
+PEERS = Path(__file__).parent / "replay"
+
 
 def measure(run: Run) -> dict[str, float]:
     """Train once; return the last row of training figures."""
@@ -33,6 +37,7 @@ def measure(run: Run) -> dict[str, float]:
 
 def training(
     configs: Path = CONFIGS / "doorkey_6x6",
+    algorithm: str = "dqn",
     method: str = "vlm_rb",
     peer: str = "per",
     pairs: int = 5,
@@ -44,8 +49,11 @@ def training(
 
     Args:
         configs: Folder of a task's YAML files, as for ``recipes.compare``.
-        method: Method that scores clips.
-        peer: Method to divide by.
+        algorithm: Recipe to run.
+        method: A method of ``recipes.compare``, or ``mixture``: VLM-RB's buffer and sampler with TD
+            boost and no judge.
+        peer: Method to divide by: such a one, or ``torchrl_uniform`` or ``torchrl_per``: the same
+            loop with TorchRL's own buffer and sampler.
         pairs: Repetitions.
         env_steps: Length of a run, in environment steps.
         extra: Further arguments of every run, as on the recipe's command line.
@@ -58,17 +66,22 @@ def training(
         "--training.eval_every_env_steps=0",
         *(extra or []),
     ]
-    runs = plan(configs, "dqn", [method, peer], list(range(pairs)), out, settings)
+    own = {path.stem: str(path) for path in PEERS.glob("*.yaml")}
+    overlays = [own.get(name, name) for name in (method, peer)]
+    runs = plan(configs, algorithm, overlays, list(range(pairs)), out, settings)
     speeds: dict[str, list[float]] = {method: [], peer: []}
+    updates: dict[str, list[float]] = {method: [], peer: []}
     unscored = 0.0
     for run in track(runs, "runs", transient=True):
         row = measure(run)
         speeds[run.method].append(row["env_steps"] / row["seconds"])
+        updates[run.method].append(row["speed/updates_per_s"])
         unscored += row.get("scoring/clips_dropped", 0) + row.get("scoring/clips_failed", 0)
     ours, theirs = Spread(speeds[method]), Spread(speeds[peer])
     table = Table("", "median (lowest to highest)", title=f"{pairs} pairs of {env_steps} env steps")
-    table.add_row(f"{method}, env steps/s", str(ours))
-    table.add_row(f"{peer}, env steps/s", str(theirs))
+    for name in (method, peer):
+        table.add_row(f"{name}, env steps/s", str(Spread(speeds[name])))
+        table.add_row(f"{name}, updates/s", str(Spread(updates[name])))
     table.add_row(f"{method} ÷ {peer}", str(ours / theirs))
     table.add_row("clips dropped or failed", f"{unscored:.0f}")
     Console().print(table)

@@ -36,6 +36,14 @@ def test_plan_goes_seed_by_seed_and_a_finished_run_is_known_by_its_command(recip
     assert not changed[0].finished()
 
 
+def test_overlays_are_named_by_their_files_and_no_two_alike(tmp_path):
+    task, overlay = compare.CONFIGS / "doorkey_6x6", compare.CONFIGS / "ogbench" / "per.yaml"
+    (run,) = compare.plan(task, "dqn", [str(overlay)], [0], tmp_path, [])
+    assert (run.method, run.name) == ("per", "per_s0")
+    with pytest.raises(ConfigError, match="give each another file name"):
+        compare.plan(task, "dqn", ["per", str(overlay)], [0], tmp_path, [])
+
+
 def test_comparison_trains_in_parallel_reports_and_goes_on_where_it_was(tmp_path, capsys):
     arguments = {"methods": ["uer", "privileged"], "seeds": 1, "extra": SHORT, "out": tmp_path}
     compare.compare(**arguments)
