@@ -41,8 +41,20 @@ def test_ratio_is_taken_round_by_round():
             "vlm_rb ÷ per",
             marks=pytest.mark.slow,
         ),
+        pytest.param(
+            lambda out: training.training(
+                algorithm="iqn",
+                method="mixture",
+                peer="torchrl_per",
+                pairs=1,
+                env_steps=3000,
+                out=out,
+            ),
+            "mixture ÷ torchrl_per",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["rendering", "environment", "sampler", "scene", "scoring", "beside", "training"],
+    ids=["rendering", "environment", "sampler", "scene", "scoring", "beside", "training", "peers"],
 )
 def test_benchmark_prints_its_table(run, expected, tmp_path, capsys):
     run(tmp_path)
