@@ -80,6 +80,14 @@ def check(settings: Namespace) -> None:
         batch,
         f"use at most replay.capacity ({capacity})",
     )
+    n_steps = settings.algorithm.n_steps
+    require(
+        n_steps <= settings.training.steps_per_collection,
+        "algorithm.n_steps",
+        n_steps,
+        f"use at most training.steps_per_collection ({settings.training.steps_per_collection}): a "
+        "transition spans steps of one collection",
+    )
     every, total = settings.training.eval_every_env_steps, settings.training.total_env_steps
     require(
         every <= total,

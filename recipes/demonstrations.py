@@ -139,8 +139,8 @@ def _succeeds(task: Task, episode: TensorDictBase) -> bool:
 class Batches:
     """Batches of an update: drawn from the replay buffer, then, as many each time, demonstrations.
 
-    A demonstration has an importance weight of 1 and no slot (its index is -1): it has no
-    priority.
+    A demonstration has no slot (its index is -1) and no priority. Its importance weight is the mean
+    of the replayed ones: demonstrations have their share of the loss, whatever the method.
 
     Args:
         buffer: The replay buffer; its batch size is that of the replayed part.
@@ -190,7 +190,9 @@ class Batches:
         for key in drawn.keys(include_nested=True, leaves_only=True):
             if key not in shown.keys(include_nested=True):
                 like = drawn[key][:1].expand(self._rows, *drawn[key].shape[1:])
-                shown.set(key, torch.full_like(like, 1 if key == keys.WEIGHT else -1))
+                # Losses divide by the sum of the weights: so they count as their rows do.
+                value = drawn[key].mean().item() if key == keys.WEIGHT else -1
+                shown.set(key, torch.full_like(like, value))
         return torch.cat([drawn, shown])
 
     def replayed(self, batch: TensorDictBase) -> TensorDictBase:

@@ -69,6 +69,7 @@ def training(
     own = {path.stem: str(path) for path in PEERS.glob("*.yaml")}
     overlays = [own.get(name, name) for name in (method, peer)]
     runs = plan(configs, algorithm, overlays, list(range(pairs)), out, settings)
+    method, peer = (Path(overlay).stem for overlay in overlays)
     speeds: dict[str, list[float]] = {method: [], peer: []}
     updates: dict[str, list[float]] = {method: [], peer: []}
     unscored = 0.0

@@ -85,10 +85,12 @@ def episodes():
     return [of(1000, 3), of(2000, 2)]
 
 
-def test_share_of_a_batch_comes_from_them_with_weight_one_and_no_slot():
+def test_share_of_a_batch_and_of_the_loss_is_theirs_and_they_have_no_slot():
     sampler = PrioritizedSampler(8, alpha=1.0, beta=1.0)
     buffer = VLMReplayBuffer(storage=LazyTensorStorage(8), sampler=sampler, batch_size=6)
-    batches = Batches(filled(buffer, 8), episodes(), 2, lambda steps: steps.exclude("events"))
+    filled(buffer, 8)
+    sampler.update_priority(torch.arange(8), torch.arange(1.0, 9.0))  # unequal weights
+    batches = Batches(buffer, episodes(), 2, lambda steps: steps.exclude("events"))
     assert batches.prefill == ()
     seen = set()
     for _ in range(40):
@@ -96,7 +98,8 @@ def test_share_of_a_batch_comes_from_them_with_weight_one_and_no_slot():
         assert batch.shape == (8,)
         assert batch["x"][:6].max() < 8
         assert batch["next", "y"].tolist() == [0.0] * 6 + [1.0] * 2
-        assert batch["priority_weight"][6:].tolist() == [1.0, 1.0]
+        weight = batch["priority_weight"]
+        assert weight[6:].sum() / weight.sum() == pytest.approx(2 / 8)
         assert batch["index"][6:].tolist() == [-1, -1]
         seen |= set(batch["x"][6:].tolist())
     assert seen == {1000, 1001, 1002, 2000, 2001}

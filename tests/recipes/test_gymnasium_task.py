@@ -153,7 +153,7 @@ def test_config_of_the_task_is_accepted_with_every_method_that_needs_no_judge(pa
             parser.parse_args([f"--config={path}", f"--config={overlay}"])
         )
         cli.check(settings)
-        assert settings.replay.batch_size == 256
+        assert settings.training.updates_per_env_step == 1
 
 
 @pytest.mark.slow

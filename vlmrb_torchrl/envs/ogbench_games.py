@@ -39,6 +39,7 @@ class _Game:
     _actions = gymnasium.spaces.Box(-1.0, 1.0, (5,), np.float32)
     _damping: NDArray[np.float64]
     _done: NDArray[np.bool_]  # subtasks
+    _due: NDArray[np.bool_]  # subtasks whose event has not been
     _info: dict[str, Any] | None = None  # of the observation
     _found: Any = None  # OGBench's verdict on the subtasks
     _model: Any
@@ -54,18 +55,21 @@ class _Game:
         self._actions.seed(seed)
         self.observed, _ = self.reset(seed=seed)  # type: ignore[attr-defined]
         self._done = self.subtasks()
+        self._due = np.ones_like(self._done)
         self.events = np.zeros(1 + len(self._done), bool)
         self.reward, self.terminated = 0.0, False
         self._damping = self._model.dof_damping.copy()
 
     def play(self, action: NDArray[np.float32]) -> None:
-        """One step; a subtask's event is that it was not done before, and is now."""
+        """One step; a subtask's event, once in an episode: not done before, and done now."""
         # Locks are joints with a large damping, in the model that all games share.
         self._model.dof_damping[:] = self._damping
         self.observed, self.reward, self.terminated, _, info = self.step(action)  # type: ignore[attr-defined]
         self._damping = self._model.dof_damping.copy()
         before, self._done = self._done, self.subtasks()
-        self.events = np.array([info["success"], *(self._done & ~before)], bool)
+        completed = self._due & self._done & ~before
+        self._due &= ~completed
+        self.events = np.array([info["success"], *completed], bool)
 
     def twin(self, own_model: bool) -> Self:
         """Another game of the same task, on this model or on a copy of it."""

@@ -83,7 +83,7 @@ class OGBenchEnv(SeededEpisodes):
     |---|---|---|
     | ``observation`` | float32 ``[N, D]`` | OGBench's: joints, effector, gripper, then each object |
     | ``render_state`` | uint8 ``[N, S]`` | bytes of qpos (float64), qvel (float32), button states (uint8) |
-    | ``events`` | bool ``[N, E]`` | success; then each subtask: not done before the transition, done after |
+    | ``events`` | bool ``[N, E]`` | success; then each subtask, once an episode: not done before, done after |
     | ``action`` | float32 ``[N, 5]`` in [-1, 1] | effector's x, y, z and yaw, gripper: all relative |
     | ``reward`` | float32 ``[N, 1]`` | OGBench's: minus the number of subtasks not done |
 
