@@ -123,9 +123,10 @@ def test_continuous_policy_is_evaluated_without_chance_and_torch_keeps_its_threa
 
 
 @pytest.mark.parametrize("algorithm", [pytest.param(SAC, marks=pytest.mark.slow), TD3])
-def test_two_ranks_train_together(algorithm, tmp_path):
+def test_two_ranks_train_together(algorithm, tmp_path, fabric_port):
     """DDP is told that an optimizer's step leaves the weights of the others alone."""
     command = [str(Path(sys.executable).parent / "fabric"), "run", "--accelerator=cpu"]
+    command += [f"--main-port={fabric_port}"]
     command += ["--strategy=ddp_find_unused_parameters_true", "--devices=2"]
     command += [str(ROOT / "recipes" / f"{algorithm.__name__.lower()}.py"), *SHORT]
     command += ["--replay=Uniform", f"--training.log_dir={tmp_path}", "--training.name=run"]

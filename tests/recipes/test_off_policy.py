@@ -122,10 +122,11 @@ def test_training_step_writes_the_absolute_td_error(algorithm):
 
 
 @pytest.mark.parametrize(("recipe", "devices"), [("dqn", 1), ("dqn", 2), ("iqn", 2)])
-def test_fabric_run_trains_on_cpu_ranks(recipe, devices, tmp_path):
+def test_fabric_run_trains_on_cpu_ranks(recipe, devices, tmp_path, fabric_port):
     method = CONFIGS / "methods" / "privileged.yaml"
     script = ROOT / "recipes" / f"{recipe}.py"
     command = [str(Path(sys.executable).parent / "fabric"), "run", "--accelerator=cpu"]
+    command += [f"--main-port={fabric_port}"]
     command += ["--strategy=ddp"] if devices > 1 else []
     command += [f"--devices={devices}", str(script), f"--config={method}", *SHORT]
     command += ["--training.total_env_steps=1100"]
