@@ -2,7 +2,7 @@
 
 import pytest
 
-from recipes.benchmarks import environment, rendering, sampler, scene, scoring, training
+from recipes.benchmarks import environment, rendering, sampler, scene, scoring, soak, training
 from recipes.benchmarks.timing import Spread
 
 SCENE = "scene-singletask-task1-v0"
@@ -53,8 +53,29 @@ def test_ratio_is_taken_round_by_round():
             "mixture ÷ torchrl_per",
             marks=pytest.mark.slow,
         ),
+        pytest.param(
+            lambda out: soak.soak(
+                minutes=0.4,
+                seconds_between_faults=6,
+                rate=0.05,
+                replay_capacity=3000,
+                out=out / "run",
+            ),
+            "faults that the scorer counted",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["rendering", "environment", "sampler", "scene", "scoring", "beside", "training", "peers"],
+    ids=[
+        "rendering",
+        "environment",
+        "sampler",
+        "scene",
+        "scoring",
+        "beside",
+        "training",
+        "peers",
+        "soak",
+    ],
 )
 def test_benchmark_prints_its_table(run, expected, tmp_path, capsys):
     run(tmp_path)

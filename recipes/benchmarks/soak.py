@@ -1,0 +1,203 @@
+"""A long run under random faults: does it keep its memory, its processes and every score?
+
+    python -m recipes.benchmarks.soak --minutes 60
+
+Trains DQN with a judge that raises, answers NaN or nonsense, exits and hangs, while this process
+kills and stops the judge's process from outside, and looks at the learner's memory, threads, files
+and queue.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jsonargparse
+import numpy as np
+import psutil
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from recipes.compare import CONFIGS
+from recipes.metrics import Row, last_row, read_rows
+from vlmrb_torchrl.checks import ConfigError, require
+
+FATES = ("scored", "late", "dropped", "failed", "pending", "open")
+GOODBYE_SECONDS = 120
+
+
+@dataclass
+class Watch:
+    """What was seen of a process, once a second."""
+
+    process: psutil.Process
+    seconds: list[float] = field(default_factory=list)
+    megabytes: list[float] = field(default_factory=list)
+    threads: list[int] = field(default_factory=list)
+    files: list[int] = field(default_factory=list)
+    processes: list[int] = field(default_factory=list)
+
+    def look(self, seconds: float) -> None:
+        """Note how it stands."""
+        with self.process.oneshot():
+            memory = self.process.memory_info().rss / 2**20
+            threads, files = self.process.num_threads(), self.process.num_fds()
+        self.seconds.append(seconds)
+        self.megabytes.append(memory)
+        self.threads.append(threads)
+        self.files.append(files)
+        self.processes.append(len(self.process.children()))
+
+
+def trouble(process: psutil.Process, chance: random.Random) -> str | None:
+    """Kill or stop a child of the learner; what was done, if there was one."""
+    children = process.children()
+    judges = [child for child in children if "descriptor" in " ".join(child.cmdline())]
+    if not judges:
+        return None
+    kind = chance.choice(("killed", "stopped"))
+    with suppress(psutil.NoSuchProcess):
+        judges[0].send_signal(signal.SIGKILL if kind == "killed" else signal.SIGSTOP)
+    return kind
+
+
+def start(out: Path, rate: float, replay_capacity: int) -> subprocess.Popen[bytes]:
+    """Start the training; it goes on until it is stopped."""
+    command = [sys.executable, "-m", "recipes.dqn"]
+    command += ["--config", str(CONFIGS / "doorkey_6x6" / "dqn.yaml")]
+    command += ["--scoring.scorer=recipes.benchmarks.troubled.TroubledScorer"]
+    command += [f"--scoring.scorer.rate={rate}", "--scoring.timeout_s=5"]
+    command += [f"--replay.capacity={replay_capacity}", "--training.total_env_steps=1000000000"]
+    command += ["--training.eval_every_env_steps=0", "--training.progress=false"]
+    command += [f"--training.log_dir={out.parent}", f"--training.name={out.name}"]
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "output.txt").open("wb") as output:
+        return subprocess.Popen(command, stdout=output, stderr=output)
+
+
+def unaccounted(row: Row) -> float:
+    """Transitions inserted of which nothing is known."""
+    return row["env_steps"] - sum(row[f"scoring/transitions_{fate}"] for fate in FATES)
+
+
+def flatness(values: list[float]) -> float:
+    """Median of the last tenth over that of the first, less 1."""
+    tenth = max(len(values) // 10, 1)
+    return float(np.median(values[-tenth:]) / np.median(values[:tenth]) - 1)
+
+
+def draw(watch: Watch, warm: int, path: Path) -> None:
+    """Draw memory, threads and files over time."""
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    shown = {"resident MB": watch.megabytes, "threads": watch.threads, "files": watch.files}
+    for axes, (name, values) in zip(figure.subplots(3, sharex=True), shown.items(), strict=True):
+        axes.plot(np.array(watch.seconds) / 60, values)
+        axes.axvline(watch.seconds[warm] / 60, linestyle=":", color="grey")
+        axes.set(ylabel=name, ylim=(0, None))
+        axes.grid(alpha=0.3)
+    axes.set(xlabel="minutes")
+    figure.savefig(path, dpi=140)
+
+
+def soak(
+    minutes: float = 60.0,
+    seconds_between_faults: float = 20.0,
+    rate: float = 0.01,
+    replay_capacity: int = 50_000,
+    seed: int = 0,
+    out: Path = Path("runs/soak"),
+) -> None:
+    """Train under faults and report.
+
+    Args:
+        minutes: How long.
+        seconds_between_faults: Mean time between two faults from outside: the judge's process is
+            killed or stopped.
+        rate: Share of the judge's calls that misbehave by themselves.
+        replay_capacity: Slots of the buffer; memory grows until it is full.
+        seed: Of the faults.
+        out: Folder of the logs, ``soak.png`` among them.
+    """
+    require(minutes > 0, "minutes", minutes, "use more than 0")
+    require(seconds_between_faults > 0, "seconds_between_faults", seconds_between_faults, "use > 0")
+    chance, outside = random.Random(seed), {"killed": 0, "stopped": 0}
+    training = start(out, rate, replay_capacity)
+    watch = Watch(psutil.Process(training.pid))
+    try:
+        # A judge that does not load at all stops a run, as it should: faults come later.
+        while training.poll() is None and not last_row(out):
+            time.sleep(1)
+        begin, due = time.monotonic(), seconds_between_faults
+        for _ in track(range(round(minutes * 60)), "soaking", transient=True):
+            time.sleep(1)
+            if training.poll() is not None:
+                raise ConfigError(f"the run ended by itself: see {out / 'output.txt'}")
+            elapsed = time.monotonic() - begin
+            watch.look(elapsed)
+            if elapsed > due:
+                due = elapsed + chance.expovariate(1 / seconds_between_faults)
+                if done := trouble(watch.process, chance):
+                    outside[done] += 1
+        left = watch.process.children(recursive=True)
+    finally:
+        training.terminate()
+        training.wait(GOODBYE_SECONDS)
+    report(watch, read_rows(out), outside, replay_capacity, [p.pid for p in left], out)
+
+
+def report(
+    watch: Watch,
+    rows: list[Row],
+    outside: dict[str, int],
+    replay_capacity: int,
+    children: list[int],
+    out: Path,
+) -> None:
+    """Print the table and draw the figure."""
+    rows = [row for row in rows if "scoring/clips_submitted" in row]
+    require(bool(rows), "minutes", watch.seconds[-1] / 60, "let it run until it scores")
+    full = next((r["seconds"] for r in rows if r["env_steps"] >= 2 * replay_capacity), 0.0)
+    warm = min(int(np.searchsorted(watch.seconds, full + 60)), len(watch.seconds) - 1)
+    last = rows[-1]
+    faults = {k.split("_")[-1]: v for k, v in last.items() if k.startswith("scoring/faults_")}
+    table = Table("", "figure", title=f"{watch.seconds[-1] / 60:.0f} minutes under faults")
+    table.add_row("env steps", f"{last['env_steps']:,.0f}")
+    table.add_row("faults from outside", ", ".join(f"{n} {k}" for k, n in outside.items()))
+    table.add_row(
+        "faults that the scorer counted", ", ".join(f"{v:.0f} {k}" for k, v in faults.items())
+    )
+    table.add_row(
+        "resident MB, last tenth ÷ first, after warm-up", f"{flatness(watch.megabytes[warm:]):+.1%}"
+    )
+    for name in ("threads", "files", "processes"):
+        seen = getattr(watch, name)[warm:]
+        table.add_row(f"{name}, first and last, most", f"{seen[0]}, {seen[-1]}, {max(seen)}")
+    pending = [row["scoring/clips_pending"] for row in rows]
+    table.add_row(
+        "clips waiting, median, most, last",
+        f"{np.median(pending):.0f}, {max(pending):.0f}, {pending[-1]:.0f}",
+    )
+    fates = ", ".join(f"{last[f'scoring/transitions_{fate}']:,.0f} {fate}" for fate in FATES)
+    table.add_row("transitions inserted", fates)
+    table.add_row(
+        "unaccounted for, most in any row", f"{max(abs(unaccounted(r)) for r in rows):.0f}"
+    )
+    table.add_row("children left behind", str(sum(psutil.pid_exists(pid) for pid in children)))
+    Console().print(table)
+    draw(watch, warm, out / "soak.png")
+    Console().print(f"figure: {out / 'soak.png'}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    try:
+        jsonargparse.auto_cli(soak, as_positional=False)
+    except ConfigError as error:
+        sys.exit(f"soak: {error}")
