@@ -1,6 +1,18 @@
-"""Refusing a bad configuration in one line, before anything is built."""
+"""Refusing bad input in one line, before anything is built or changed."""
 
 from __future__ import annotations
+
+import math
+import sys
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOST_SECONDS = 1e9
+"""Thirty years: the longest time that may be waited for; the system's own clocks overflow later."""
+_SHOWN = 120  # characters of a value
 
 
 class ConfigError(ValueError):
@@ -17,7 +29,79 @@ def require(condition: bool, name: str, value: object, remedy: str) -> None:
         >>> require(0 <= 0.5 <= 1, "replay.lmbda", 0.5, "use a number from 0 to 1")
     """
     if not condition:
-        raise ConfigError(f"{name} is {value}: {remedy}")
+        raise ConfigError(f"{name} is {shown(value)}: {remedy}")
+
+
+def is_whole(value: Any, least: float = -math.inf, most: float = math.inf) -> bool:
+    """Whether ``value`` is a whole number in [``least``, ``most``]; a bool is none.
+
+    Example:
+        >>> is_whole(3, 1), is_whole(3.0, 1), is_whole("3", 1), is_whole(0, 1)
+        (True, False, False, False)
+    """
+    whole = type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
+    return whole and bool(least <= value <= most)
+
+
+def is_real(value: Any, least: float = -math.inf, most: float = math.inf) -> bool:
+    """Whether ``value`` is a finite number in [``least``, ``most``]; a bool is none.
+
+    Example:
+        >>> is_real(0.5, 0, 1), is_real(float("nan")), is_real("0.5"), is_real(2, 0, 1)
+        (True, False, False, False)
+    """
+    real = type(value) is float or (isinstance(value, Real) and not isinstance(value, bool))
+    greatest = sys.float_info.max
+    return real and bool(max(least, -greatest) <= value <= min(most, greatest))
+
+
+def is_positive(value: Any, most: float = math.inf) -> bool:
+    """Whether ``value`` is a finite number above 0, up to ``most``."""
+    return is_real(value, 0.0, most) and bool(value > 0)
+
+
+def is_key(value: Any) -> bool:
+    """Whether ``value`` can name an entry of a TensorDict: a string, or a tuple of them."""
+    parts = value if isinstance(value, tuple) else (value,)
+    return bool(parts) and all(isinstance(part, str) and bool(part.strip()) for part in parts)
+
+
+def checked_seconds(timeout_s: Any) -> float:
+    """Return ``timeout_s``.
+
+    Raises:
+        ValueError: It is no time that can be waited for.
+    """
+    if not is_real(timeout_s, 0, MOST_SECONDS):
+        raise ValueError(f"timeout_s is {shown(timeout_s)}; wait 0 to {MOST_SECONDS:g} seconds.")
+    return float(timeout_s)
+
+
+def checked_device(device: Any) -> torch.device:
+    """Return the device that ``device`` names.
+
+    Raises:
+        ValueError: It names none. Whether the device is here is not looked at.
+    """
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError, ValueError):
+        raise ValueError(
+            f"device is {shown(device)}: name one of torch's, such as cpu or cuda:0."
+        ) from None
+
+
+def shown(value: object) -> str:
+    """``value`` in one line of moderate length; of a tensor what it is, not what it holds."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {list(value.shape)}"
+    line = " ".join(str(value).split()) or repr(value)
+    return line if len(line) <= _SHOWN else line[:_SHOWN] + "…"
+
+
+def quoted(value: object) -> str:
+    """As `shown`, with quotes around a string."""
+    return repr(shown(value)) if isinstance(value, str) and value else shown(value)
 
 
 def one_line(error: BaseException) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
@@ -148,8 +150,8 @@ def test_it_passes_for_the_judge(tmp_path: Path) -> None:
 
 
 def test_the_bound_is_kept_and_what_is_asked_for_stays(tmp_path: Path) -> None:
-    """At some 0.2 kB a score, 2,560 of them are twice what fits."""
-    bound = 200_000
+    """At some 0.1 kB a score, 2,560 of them are more than twice what fits."""
+    bound = 100_000
     judge = Brightness()
     scorer = CachedScorer(judge, tmp_path, size_megabytes=bound / 1e6)
     wanted = some_clips(8, seed=1000)
@@ -157,11 +159,39 @@ def test_the_bound_is_kept_and_what_is_asked_for_stays(tmp_path: Path) -> None:
     for seed in range(40):
         scores(scorer, some_clips(64, seed))
         scores(scorer, wanted)
-        assert scorer._cache.volume() <= bound
+        assert scorer._cache.size_bytes() <= bound
     assert judge.asked == 8 + 40 * 64
-    page = 4096  # in which SQLite's file grows
-    assert bound / 2 < (tmp_path / "cache.db").stat().st_size <= bound + page
-    assert 300 < len(scorer._cache) < 2560
+    (kept,) = scorer._cache.connection.execute("SELECT count(*) FROM scores").fetchone()
+    assert 300 < kept < 2560
+    scorer._cache.connection.close()  # takes what is in the log into the file
+    assert bound / 2 < (tmp_path / "scores.sqlite").stat().st_size <= bound
+
+
+def test_a_bound_that_nothing_fits_keeps_nothing(tmp_path: Path) -> None:
+    judge = Brightness()
+    scorer = CachedScorer(judge, tmp_path, size_megabytes=1e-6)
+    for asked in (4, 8):
+        assert torch.equal(scores(scorer, some_clips(4)), brightness(some_clips(4)))
+        assert judge.asked == asked
+
+
+def test_threads_at_once_share_one_scorer(tmp_path: Path) -> None:
+    """Four threads ask about the same 160 clips, each in an order of its own."""
+    scorer, start = CachedScorer(Brightness(), tmp_path), threading.Barrier(4)
+
+    def ask(first: int) -> bool:
+        start.wait(60)
+        seeds = [(first + k) % 10 for k in range(10)]
+        clips = [some_clips(16, seed) for seed in seeds]
+        return all(torch.equal(scores(scorer, part), brightness(part)) for part in clips)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(ask, range(4)))
+    assert scorer._cache is not None, "the cache was given up"
+    again = CachedScorer(Brightness(), tmp_path)
+    for seed in range(10):
+        scores(again, some_clips(16, seed))
+    assert again.misses == 0
 
 
 def score_beside(folder: Path, seeds: list[int], start: Barrier) -> tuple[int, bool]:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-from vlmrb_torchrl.keys import CLIP, SCORE
+from vlmrb_torchrl.checks import is_positive, is_real, is_whole, quoted, shown
+from vlmrb_torchrl.keys import CLIP, EVENTS, SCORE
 
 
 class ClipScorer(TensorDictModuleBase):
@@ -103,14 +104,19 @@ class ClipScorer(TensorDictModuleBase):
 
         Raises:
             KeyError: If one of ``in_keys`` is missing.
+            TypeError: If they are no TensorDict.
+            ValueError: If ``"clip"`` or ``"events"`` is of another dtype or shape than clips have.
             InvalidScoreError: If `score` answered anything but ``[B]`` numbers in [0, 1].
         """
+        if not isinstance(tensordict, TensorDictBase):
+            raise TypeError(f"{self!r} reads a TensorDict of clips, not {shown(tensordict)}.")
         for key in self.in_keys:
             if tensordict.get(key, None) is None:
                 raise KeyError(
                     f"{self!r} reads {key!r}, but the clips hold only "
                     f"{sorted(map(str, tensordict.keys()))}; {_REMEDIES.get(key, 'add it')}."
                 )
+            _check_entry(key, tensordict[key])
         score = self.score(tensordict)
         check_scores(score, tensordict.shape[0], repr(self))
         tensordict.set(SCORE, score.detach().to(torch.float32))
@@ -155,10 +161,13 @@ class PromptedScorer(ClipScorer):
 
 def checked_prompts(prompts: str | Sequence[str]) -> tuple[str, ...]:
     """Return the prompts as a tuple; raise ValueError if there is none or one is empty."""
-    asked = (prompts,) if isinstance(prompts, str) else tuple(prompts)
-    if not asked or not all(prompt.strip() for prompt in asked):
-        raise ValueError(f"prompts={prompts!r}: ask at least one question, none of them empty.")
-    return asked
+    asked = (prompts,) if isinstance(prompts, str) else prompts
+    several = isinstance(asked, Sequence) and all(isinstance(prompt, str) for prompt in asked)
+    if not several or not asked or not all(prompt.strip() for prompt in asked):
+        raise ValueError(
+            f"prompts={quoted(prompts)}: ask at least one question, none of them empty."
+        )
+    return tuple(asked)
 
 
 class SeededScorer(ClipScorer):
@@ -176,6 +185,8 @@ class SeededScorer(ClipScorer):
 
     def __init__(self, in_keys: Sequence[str] = (), *, seed: int = 0) -> None:
         super().__init__(in_keys)
+        if not is_whole(seed, 0, 2**63 - 1):
+            raise ValueError(f"seed is {shown(seed)}; choose a whole number from 0 to 2^63 - 1.")
         self.seed = int(seed)
         self._generator = torch.Generator().manual_seed(self.seed)
 
@@ -196,6 +207,18 @@ _REMEDIES = {
     CLIP: "render them first with ClipRenderTransform",
     "events": 'let the environment write ("next", "events")',
 }
+
+
+def _check_entry(key: str, entry: Any) -> None:
+    """Refuse clips and events that are none; other keys are a scorer's own."""
+    if key == CLIP:
+        good = entry.dtype == torch.uint8 and entry.ndim == 5 and entry.shape[2] == 3
+        if not good or not all(entry.shape[1:]):
+            raise ValueError(
+                f"clip is {shown(entry)}; pass uint8 [B, F, 3, H, W], drawn by ClipRenderTransform."
+            )
+    elif key == EVENTS and (entry.dtype != torch.bool or entry.ndim != 2):
+        raise ValueError(f"events is {shown(entry)}; pass bool [B, E], as the environment writes.")
 
 
 class InvalidScoreError(ValueError):
@@ -229,8 +252,22 @@ def check_scores(score: Tensor, clips: int, source: str) -> None:
         raise InvalidScoreError(f"{source} answered {bad}; a score must be a number in [0, 1].")
 
 
+def check_positive(name: str, value: Any, *, whole: bool = False, or_none: bool = False) -> None:
+    """Raise ValueError naming ``value`` unless it is above 0: whole, or else finite."""
+    good = is_whole(value, 1) if whole else is_positive(value)
+    if not good and not (or_none and value is None):
+        kind = "a whole number, and positive" if whole else "a number, and positive"
+        raise ValueError(f"{name}={shown(value)}: it must be {kind}.")
+
+
+def check_flag(name: str, value: Any, *, or_none: bool = False) -> None:
+    """Raise ValueError naming ``value`` unless it is True or False: "no" would count as True."""
+    if not isinstance(value, bool) and not (or_none and value is None):
+        raise ValueError(f"{name}={quoted(value)}: say True or False{' or None' * or_none}.")
+
+
 def check_unit(name: str, value: float) -> float:
     """Return ``value`` as a float if it lies in [0, 1], else raise ValueError naming it."""
-    if not 0.0 <= value <= 1.0:  # False for NaN, too
-        raise ValueError(f"{name} is {value}; it is a probability: choose it in [0, 1].")
+    if not is_real(value, 0, 1):
+        raise ValueError(f"{name} is {shown(value)}; it is a probability: choose it in [0, 1].")
     return float(value)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,11 +17,13 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from vlmrb_torchrl.checks import shown
 from vlmrb_torchrl.frames import frame_digests
 from vlmrb_torchrl.keys import CLIP, SCORE
-from vlmrb_torchrl.scorers.base import ClipScorer
+from vlmrb_torchrl.scorers.base import ClipScorer, check_positive
 
 _LOGGER = logging.getLogger("vlmrb_torchrl.scorers")
+_FILE = "scores.sqlite"
 _LOCK_SECONDS = 10.0
 """How long another process may write. A batch takes it milliseconds, so beyond this it hangs."""
 
@@ -37,7 +42,7 @@ class CachedScorer(ClipScorer):
         folder: Where scores are kept, on a disk of this machine: SQLite's log does not work over
             a network. None: ``vlmrb_torchrl/scores`` in the user's cache folder.
         size_megabytes: Bound of the folder's database, with the scores that were not asked for
-            longest given up first. A score takes about 0.2 kB; a log of some 4 MB stands beside.
+            longest given up first. A score takes about 0.1 kB; a log of some 4 MB stands beside.
 
     Attributes:
         hits: Clips answered without the judge, those that a batch holds twice included. Counted
@@ -59,19 +64,22 @@ class CachedScorer(ClipScorer):
         size_megabytes: float = 256.0,
     ) -> None:
         super().__init__((CLIP,))
+        if not isinstance(scorer, ClipScorer):
+            raise TypeError(f"scorer={shown(scorer)}: pass the ClipScorer whose scores to keep.")
         if scorer.in_keys != [CLIP] or not scorer.deterministic:
             raise ValueError(
                 f"scorer={scorer!r} cannot be cached, only one that reads frames alone and answers "
                 "the same ones the same: use it as it is."
             )
-        if not size_megabytes > 0:
-            raise ValueError(f"size_megabytes={size_megabytes}: it must be positive.")
+        check_positive("size_megabytes", size_megabytes)
+        if folder is not None and not isinstance(folder, (str, Path)):
+            raise TypeError(f"folder={shown(folder)}: pass the path of a folder.")
         self.scorer = scorer
         self.frame_size = scorer.frame_size
         self.folder = Path(folder).expanduser() if folder is not None else _default_folder()
         self.size_megabytes = float(size_megabytes)
         self.hits = self.misses = 0
-        self._cache: Any = None
+        self._cache: _Scores | None = None
         self._given_up = False
         self._judge: str | None = None
 
@@ -100,72 +108,51 @@ class CachedScorer(ClipScorer):
         return {**self.__dict__, "_cache": None, "_given_up": False, "_judge": None}
 
     def load(self) -> None:
-        """Load the judge, whose fingerprint is known only then, and open the cache.
-
-        Raises:
-            ImportError: diskcache is not installed.
-        """
+        """Load the judge, whose fingerprint is known only then, and open the cache."""
         self.scorer.load()
         # Once: it may cost a digest of all weights.
         self._judge = self._judge or self.fingerprint
-        if self._cache is not None or self._given_up:
-            return
-        try:
-            import diskcache  # noqa: F401
-        except ImportError as error:
-            raise ImportError(
-                f"CachedScorer cannot open its cache ({error}): pip install 'vlmrb-torchrl[vlm]'."
-            ) from error
-        with self._giving_up():
-            self._cache = _open(self.folder, round(self.size_megabytes * 1e6))
+        if self._cache is None and not self._given_up:
+            with self._giving_up():
+                self._cache = _Scores(self.folder, self.size_megabytes * 1e6)
 
     def score(self, tensordict: TensorDictBase) -> Tensor:
         """The judge's scores, float32 ``[B]``, each of them asked for once."""
         self.load()
         clips = tensordict[CLIP]
         keys = self._keys(clips)
-        known = self._read(dict.fromkeys(keys))
-        first: dict[str, int] = {}
+        known = self._read(list(dict.fromkeys(keys)))
+        first: dict[bytes, int] = {}
         for row, key in enumerate(keys):
             if key not in known:
                 first.setdefault(key, row)
         if first:
             rows = list(first.values())
             asked = self.scorer(TensorDict({CLIP: clips[rows]}, [len(rows)]))
-            judged = dict(zip(first, asked[SCORE].tolist(), strict=True))
-            self._write(judged)
-            known.update(judged)
+            known.update(zip(first, asked[SCORE].tolist(), strict=True))
+        self._write(known)
         self.misses += len(first)
         self.hits += len(keys) - len(first)
         return torch.tensor([known[key] for key in keys], dtype=torch.float32)
 
-    def _keys(self, clips: Tensor) -> list[str]:
+    def _keys(self, clips: Tensor) -> list[bytes]:
         """What the scores of ``[B, F, 3, H, W]`` are kept under."""
         judge = f"{self._judge} {tuple(clips.shape[1:])} {clips.dtype} ".encode()
         return [
-            hashlib.blake2b(judge + digest, digest_size=16).hexdigest()
+            hashlib.blake2b(judge + digest, digest_size=16).digest()
             for digest in frame_digests(clips)
         ]
 
-    def _read(self, keys: Iterable[str]) -> dict[str, float]:
-        """The scores that are there. What is no score, someone else has put in: a miss."""
-        if self._cache is None:
-            return {}
-        with self._giving_up(), self._cache.transact():
-            found = {key: self._cache.get(key) for key in keys}
-            return {k: s for k, s in found.items() if isinstance(s, float) and 0 <= s <= 1}
+    def _read(self, keys: Sequence[bytes]) -> dict[bytes, float]:
+        if self._cache is not None:
+            with self._giving_up():
+                return self._cache.read(keys)
         return {}
 
-    def _write(self, scores: Mapping[str, float]) -> None:
-        if self._cache is None:
-            return
-        with self._giving_up():
-            with self._cache.transact():
-                for key, score in scores.items():
-                    self._cache.set(key, score)
-            # Not within the transaction: SQLite gives pages back at its end, so that every score
-            # written would throw others out until then.
-            self._cache.cull()
+    def _write(self, scores: Mapping[bytes, float]) -> None:
+        if self._cache is not None and scores:
+            with self._giving_up():
+                self._cache.write(scores)
 
     @contextmanager
     def _giving_up(self) -> Iterator[None]:
@@ -184,35 +171,79 @@ def _default_folder() -> Path:
     return Path(base) / "vlmrb_torchrl" / "scores"
 
 
-def _open(folder: Path, size_bytes: int) -> Any:
-    """The cache in ``folder``: str keys and float values, both SQLite's own types."""
-    import diskcache
+class _Scores:
+    """Scores by key in one SQLite file; what was not asked for longest makes room.
 
-    class Numbers(diskcache.Disk):  # type: ignore[misc]
-        """Unpickles nothing and touches no file.
+    Several processes may use the file at once, and several threads this object. It holds numbers
+    alone, and whatever else someone may have put there is taken for a score that is missing.
 
-        diskcache 5.6 unpickles what a row says is pickled and deletes the file that a row names
-        (CVE-2025-69872): whoever can write into the folder could run code here. Our rows hold
-        numbers and name no files.
-        """
+    Args:
+        folder: Where the file lies; made if it is not there.
+        size_bytes: Bound of the file.
+    """
 
-        def fetch(self, mode: int, filename: str | None, value: object, read: bool) -> object:
-            return value if mode == diskcache.core.MODE_RAW else None
+    def __init__(self, folder: Path, size_bytes: float) -> None:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._size_bytes = size_bytes
+        self._lock = threading.Lock()  # a connection has one transaction at a time
+        self.connection = sqlite3.connect(
+            folder / _FILE, timeout=_LOCK_SECONDS, isolation_level=None, check_same_thread=False
+        )
+        execute = self.connection.execute
+        execute("PRAGMA trusted_schema = OFF")  # the file may be someone else's work
+        execute("PRAGMA auto_vacuum = FULL")  # gives pages back when rows go
+        _write_ahead(self.connection)
+        execute("PRAGMA synchronous = NORMAL")  # no wait for the disk; a crash loses a few scores
+        execute(
+            "CREATE TABLE IF NOT EXISTS scores "
+            "(key BLOB PRIMARY KEY, score REAL, used INTEGER) WITHOUT ROWID"
+        )
+        execute("CREATE INDEX IF NOT EXISTS by_use ON scores (used)")
 
-        def get(self, key: object, raw: bool) -> object:
-            return key
+    def read(self, keys: Sequence[bytes]) -> dict[bytes, float]:
+        """The scores of ``keys`` that are there."""
+        ask = "SELECT score FROM scores WHERE key = ?"
+        with self._lock:
+            found = [(key, self.connection.execute(ask, (key,)).fetchone()) for key in keys]
+        scores = {key: row[0] for key, row in found if row is not None}
+        return {k: s for k, s in scores.items() if isinstance(s, float) and 0 <= s <= 1}
 
-        def remove(self, file_path: str) -> None:
-            """Nothing."""
+    def write(self, scores: Mapping[bytes, float]) -> None:
+        """Keep ``scores``, those asked for just now; those that were there are marked as used."""
+        with self._lock, self.connection:
+            execute = self.connection.execute
+            execute("BEGIN IMMEDIATE")
+            (now,) = execute("SELECT coalesce(max(used), 0) + 1 FROM scores").fetchone()
+            self.connection.executemany(
+                "INSERT OR REPLACE INTO scores VALUES (?, ?, ?)",
+                [(key, score, now) for key, score in scores.items()],
+            )
+            oldest = "SELECT key FROM scores ORDER BY used LIMIT 64"
+            while self.size_bytes() > self._size_bytes:
+                if not execute(f"DELETE FROM scores WHERE key IN ({oldest})").rowcount:
+                    break
 
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return diskcache.Cache(
-        folder,
-        timeout=_LOCK_SECONDS,
-        disk=Numbers,
-        size_limit=size_bytes,
-        eviction_policy="least-recently-used",
-        cull_limit=0,
-        # A file that another process truncates would end this one if it were mapped (SIGBUS).
-        sqlite_mmap_size=0,
-    )
+    def size_bytes(self) -> int:
+        """What the file takes once the transaction ends."""
+        pages, free, each = (
+            self.connection.execute(f"PRAGMA {name}").fetchone()[0]
+            for name in ("page_count", "freelist_count", "page_size")
+        )
+        return int((pages - free) * each)
+
+
+def _write_ahead(connection: sqlite3.Connection) -> None:
+    """Let readers and a writer not wait for each other; the file keeps that mode.
+
+    Of two processes that switch a new file at once, one is told at once that it is locked,
+    whatever the timeout, lest they wait for each other.
+    """
+    until = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.01)
