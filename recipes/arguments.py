@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
-from vlmrb_torchrl.checks import require
+from vlmrb_torchrl.checks import is_positive, is_real, is_whole, require
 
 Rule = tuple[Callable[[Any], bool], str]
 
-_POSITIVE: Rule = (lambda x: x > 0, "use more than 0")
-_NOT_NEGATIVE: Rule = (lambda x: x >= 0, "use 0 or more")
-_COUNT: Rule = (lambda x: x >= 1, "use >= 1")
+_POSITIVE: Rule = (is_positive, "use more than 0")
+_NOT_NEGATIVE: Rule = (lambda x: is_real(x, 0), "use 0 or more")
+_COUNT: Rule = (lambda x: is_whole(x, 1), "use >= 1")
+_WIDEST = 1 << 16
 _RULES: dict[str, Rule] = {
-    "hidden_features": (lambda x: all(width >= 1 for width in x), "use 1 or more each"),
-    "gamma": (lambda x: 0 <= x < 1, "use a number in [0, 1)"),
+    "hidden_features": (
+        lambda x: isinstance(x, (list, tuple)) and all(is_whole(width, 1, _WIDEST) for width in x),
+        f"use 1 to {_WIDEST} each",
+    ),
+    "gamma": (lambda x: is_real(x, 0) and x < 1, "use a number in [0, 1)"),
     "n_steps": _COUNT,
     "reward_scale": _POSITIVE,
-    "target_update_rate": (lambda x: 0 < x <= 1, "use a number in (0, 1]"),
+    "target_update_rate": (lambda x: is_positive(x, 1), "use a number in (0, 1]"),
     "learning_rate": _POSITIVE,
     "adam_eps": _POSITIVE,
-    "gradient_clip_norm": _POSITIVE,
-    "epsilon_final": (lambda x: 0 <= x <= 1, "use 0 to 1"),
+    "gradient_clip_norm": (lambda x: x == math.inf or is_positive(x), "use more than 0"),
+    "epsilon_final": (lambda x: is_real(x, 0, 1), "use 0 to 1"),
     "epsilon_env_steps": _COUNT,
     "num_critics": _COUNT,
     "alpha_init": _POSITIVE,
+    "target_entropy": (lambda x: x is None or is_real(x), "use a number, or null"),
     "policy_delay": _COUNT,
     "exploration_noise": _NOT_NEGATIVE,
     "target_noise": _NOT_NEGATIVE,

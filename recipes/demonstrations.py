@@ -22,7 +22,7 @@ from recipes.replay import Replay
 from recipes.tasks import Task
 from recipes.transitions import Transitions
 from vlmrb_torchrl import VLMReplayBuffer, keys
-from vlmrb_torchrl.checks import require
+from vlmrb_torchrl.checks import is_real, is_whole, require
 from vlmrb_torchrl.envs import DemonstratedEnv
 
 _SEED_OFFSET = 1 << 30  # beyond the seed of any run: demonstrations start where training does not
@@ -47,15 +47,20 @@ class Demonstrations:
 
     def __post_init__(self) -> None:
         episodes, share, noise = self.episodes, self.batch_share, self.action_noise
-        require(episodes >= 0, "demonstrations.episodes", episodes, "use 0 or more")
-        require(0 <= share < 1, "demonstrations.batch_share", share, "use a number in [0, 1)")
+        require(is_whole(episodes, 0), "demonstrations.episodes", episodes, "use 0 or more")
+        require(
+            is_real(share, 0) and share < 1,
+            "demonstrations.batch_share",
+            share,
+            "use a number in [0, 1)",
+        )
         require(
             share == 0 or episodes > 0,
             "demonstrations.episodes",
             episodes,
             f"with a batch_share of {share} play at least 1",
         )
-        require(noise >= 0, "demonstrations.action_noise", noise, "use 0 or more")
+        require(is_real(noise, 0), "demonstrations.action_noise", noise, "use 0 or more")
 
     def play(self, task: Task, seed: int) -> list[TensorDictBase]:
         """Play the episodes.

@@ -12,7 +12,9 @@ from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl.data.replay_buffers.scheduler import LinearScheduler, ParameterScheduler
 
 from vlmrb_torchrl import VLMPrioritizedSampler, VLMReplayBuffer
-from vlmrb_torchrl.checks import require
+from vlmrb_torchrl.checks import is_positive, is_real, is_whole, require
+
+MOST_TRANSITIONS = 10**9  # 50 GB of priorities alone
 
 
 class Replay(ABC):
@@ -32,9 +34,14 @@ class Replay(ABC):
     """Whether |δ| is written back after each gradient step."""
 
     def __init__(self, capacity: int = 200_000, batch_size: int = 64) -> None:
-        require(capacity >= 1, "replay.capacity", capacity, "use at least 1 transition")
         require(
-            1 <= batch_size <= capacity,
+            is_whole(capacity, 1, MOST_TRANSITIONS),
+            "replay.capacity",
+            capacity,
+            f"use 1 to {MOST_TRANSITIONS} transitions",
+        )
+        require(
+            is_whole(batch_size, 1, capacity),
             "replay.batch_size",
             batch_size,
             f"use 1 to replay.capacity ({capacity})",
@@ -104,10 +111,12 @@ class Prioritized(Replay):
     ) -> None:
         super().__init__(capacity, batch_size)
         for name, value in (("alpha", alpha), ("beta_start", beta_start), ("beta_end", beta_end)):
-            require(0 <= value <= 1, f"replay.{name}", value, "use a number from 0 to 1")
-        require(beta_env_steps >= 1, "replay.beta_env_steps", beta_env_steps, "use at least 1")
+            require(is_real(value, 0, 1), f"replay.{name}", value, "use a number from 0 to 1")
         require(
-            td_error_offset > 0,
+            is_whole(beta_env_steps, 1), "replay.beta_env_steps", beta_env_steps, "use at least 1"
+        )
+        require(
+            is_positive(td_error_offset),
             "replay.td_error_offset",
             td_error_offset,
             "use a small positive number such as 1e-3",
@@ -160,19 +169,22 @@ class VLMGuided(Replay):
         unscored_priority: float = 0.0,
     ) -> None:
         super().__init__(capacity, batch_size)
-        require(0 <= lmbda <= 1, "replay.lmbda", lmbda, "use a number from 0 (uniform) to 1")
-        require(lmbda_env_steps >= 1, "replay.lmbda_env_steps", lmbda_env_steps, "use at least 1")
-        require(0 <= beta <= 1, "replay.beta", beta, "use a number from 0 to 1")
-        require(alpha >= 0, "replay.alpha", alpha, "use 0 or more")
-        require(eps > 0, "replay.eps", eps, "use a small positive number such as 1e-12")
+        require(is_real(lmbda, 0, 1), "replay.lmbda", lmbda, "use a number from 0 (uniform) to 1")
         require(
-            threshold is None or 0 < threshold <= 1,
+            is_whole(lmbda_env_steps, 1), "replay.lmbda_env_steps", lmbda_env_steps, "use 1 or more"
+        )
+        require(is_real(beta, 0, 1), "replay.beta", beta, "use a number from 0 to 1")
+        require(is_real(alpha, 0), "replay.alpha", alpha, "use 0 or more")
+        require(is_positive(eps), "replay.eps", eps, "use a small positive number such as 1e-12")
+        require(isinstance(td_boost, bool), "replay.td_boost", td_boost, "use true or false")
+        require(
+            threshold is None or is_positive(threshold, 1),
             "replay.threshold",
             threshold,
             "use a number in (0, 1], or null for raw scores",
         )
         require(
-            0 <= unscored_priority <= 1,
+            is_real(unscored_priority, 0, 1),
             "replay.unscored_priority",
             unscored_priority,
             "use a number from 0 to 1",

@@ -71,6 +71,7 @@ class SAC(L.LightningModule):
             target_update_rate=target_update_rate,
             gradient_clip_norm=gradient_clip_norm,
             alpha_init=alpha_init,
+            target_entropy=target_entropy,
         )
         sizes = vector_sizes(env)
         action_spec = env.action_spec_unbatched

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from vlmrb_torchrl.checks import require
+from vlmrb_torchrl.checks import MOST_SECONDS, is_positive, is_real, is_whole, require
 from vlmrb_torchrl.scorers import ClipScorer
+
+MOST_SEED = 1 << 30  # beyond, the seeds of demonstrations begin; numpy's generators take 32 bits
 
 
 @dataclass
@@ -64,14 +66,15 @@ class Training:
         )
         for name in positive:
             value = getattr(self, name)
-            require(value >= 1, f"training.{name}", value, "use at least 1")
+            require(is_whole(value, 1), f"training.{name}", value, "use at least 1")
         for name in ("warmup_env_steps", "eval_every_env_steps", "strip_every_env_steps", "seed"):
             value = getattr(self, name)
-            require(value >= 0, f"training.{name}", value, "use 0 or more")
+            require(is_whole(value, 0), f"training.{name}", value, "use 0 or more")
+        require(self.seed < MOST_SEED, "training.seed", self.seed, f"use less than {MOST_SEED}")
         ratio = self.updates_per_env_step
-        require(0 < ratio <= 64, "training.updates_per_env_step", ratio, "use (0, 64]")
+        require(is_positive(ratio, 64), "training.updates_per_env_step", ratio, "use (0, 64]")
         epsilon = self.eval_epsilon
-        require(0 <= epsilon <= 1, "training.eval_epsilon", epsilon, "use 0 to 1")
+        require(is_real(epsilon, 0, 1), "training.eval_epsilon", epsilon, "use 0 to 1")
 
     @property
     def env_steps_per_collection(self) -> int:
@@ -110,16 +113,21 @@ class Scoring:
     def __post_init__(self) -> None:
         for name in ("clip_transitions", "frames_per_clip", "queue_clips", "batch_clips"):
             value = getattr(self, name)
-            require(value >= 1, f"scoring.{name}", value, "use at least 1")
-        require(self.timeout_s > 0, "scoring.timeout_s", self.timeout_s, "use a number above 0")
+            require(is_whole(value, 1), f"scoring.{name}", value, "use at least 1")
         require(
-            0 < self.duty_cycle <= 1,
+            is_positive(self.timeout_s, MOST_SECONDS),
+            "scoring.timeout_s",
+            self.timeout_s,
+            f"use a number above 0, up to {MOST_SECONDS:g}",
+        )
+        require(
+            is_positive(self.duty_cycle, 1),
             "scoring.duty_cycle",
             self.duty_cycle,
             "use a share above 0, up to 1",
         )
         require(
-            self.stride is None or 1 <= self.stride <= self.clip_transitions,
+            self.stride is None or is_whole(self.stride, 1, self.clip_transitions),
             "scoring.stride",
             self.stride,
             f"use 1 to scoring.clip_transitions ({self.clip_transitions}), or null for no overlap",

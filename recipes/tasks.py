@@ -12,7 +12,7 @@ from torch import Tensor
 from torchrl.envs import EnvBase
 
 from vlmrb_torchrl import keys
-from vlmrb_torchrl.checks import ConfigError, require
+from vlmrb_torchrl.checks import ConfigError, is_whole, require
 from vlmrb_torchrl.envs import DoorKeyEnv, OGBenchEnv
 from vlmrb_torchrl.envs.ogbench_scene import event_names, ogbench_renderer
 from vlmrb_torchrl.renderers import MiniGridRenderer, MuJoCoRenderer, Renderer
@@ -62,6 +62,12 @@ class Task(ABC):
         return events[..., self.event_names.index(self.success_event)]
 
 
+def check_steps(max_steps: int | None) -> None:
+    """Refuse a time limit that is none."""
+    limited = max_steps is None or is_whole(max_steps, 1)
+    require(limited, "env.max_steps", max_steps, "use 1 or more, or null")
+
+
 class DoorKey(Task):
     """MiniGrid DoorKey: fetch the key, open the door, reach the green goal.
 
@@ -83,10 +89,11 @@ class DoorKey(Task):
         tile_size: int = 8,
         window: int | None = 8,
     ) -> None:
-        require(size >= 5, "env.size", size, "use at least 5: DoorKey has two rooms")
-        require(max_steps is None or max_steps >= 1, "env.max_steps", max_steps, "use 1 or more")
-        require(tile_size >= 1, "env.tile_size", tile_size, "use at least 1 pixel")
-        require(window is None or window >= 1, "env.window", window, "use 1 or more, or null")
+        require(is_whole(size, 5, 256), "env.size", size, "use 5 to 256: DoorKey has two rooms")
+        check_steps(max_steps)
+        require(is_whole(tile_size, 1, 1024), "env.tile_size", tile_size, "use 1 to 1024 pixels")
+        seen = window is None or is_whole(window, 1, 1024)
+        require(seen, "env.window", window, "use 1 to 1024, or null")
         self.size, self.max_steps = size, max_steps
         self.tile_size, self.window = tile_size, window
         self.name = f"doorkey_{size}x{size}"
@@ -125,10 +132,10 @@ class Scene(Task):
         width: int = 200,
         height: int = 200,
     ) -> None:
-        require(1 <= task <= 5, "env.task", task, "use 1 to 5")
-        require(max_steps is None or max_steps >= 1, "env.max_steps", max_steps, "use 1 or more")
+        require(is_whole(task, 1, 5), "env.task", task, "use 1 to 5")
+        check_steps(max_steps)
         for name, value in (("workers", workers), ("width", width), ("height", height)):
-            require(value >= 1, f"env.{name}", value, "use at least 1")
+            require(is_whole(value, 1, 8192), f"env.{name}", value, "use 1 to 8192")
         self.env_id = f"{self._family}-singletask-task{task}-v0"
         self.max_steps, self.workers = max_steps, workers
         self.width, self.height = width, height

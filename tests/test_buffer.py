@@ -200,9 +200,19 @@ def test_td_error_of_overwritten_slot_is_dropped(shared: bool) -> None:
 def test_a_slot_never_written_is_never_live() -> None:
     buffer = make()
     buffer.extend(transitions(0, 2))
-    index = torch.tensor([5, -1, 100])
-    live = buffer.write_scores(index, buffer.generations_of(index), torch.ones(3))
+    index = torch.tensor([5, -1])
+    live = buffer.write_scores(index, buffer.generations_of(index), torch.ones(2))
     assert not live.any()
+    assert not buffer.sampler.scored.any()
+
+
+@pytest.mark.parametrize("slot", [8, 100, -2])
+def test_what_is_no_slot_is_refused_and_nothing_is_written(slot: int) -> None:
+    buffer = make()
+    index = torch.tensor([0, slot])
+    buffer.extend(transitions(0, 2))
+    with pytest.raises(IndexError, match=f"index {slot} is no slot of a buffer of 8"):
+        buffer.write_scores(index, buffer.generations_of(index), torch.ones(2))
     assert not buffer.sampler.scored.any()
 
 

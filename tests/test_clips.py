@@ -287,7 +287,7 @@ def test_clips_of_torchrls_collector_follow_its_environments(flat):
 
 def test_impossible_numbers_are_refused_by_name():
     for name in ("clip_transitions", "frames_per_clip", "stride", "patience"):
-        with pytest.raises(ValueError, match=f"^{name} is 0; it must be at least 1.$"):
+        with pytest.raises(ValueError, match=f"^{name} is 0; it must be a whole number >= 1.$"):
             ClipCutter(**{name: 0})
 
 

@@ -21,7 +21,9 @@ from torchrl.data import TensorDictReplayBuffer
 from torchrl.data.replay_buffers.samplers import PrioritizedSampler
 from torchrl.data.replay_buffers.writers import TensorDictRoundRobinWriter
 
+from vlmrb_torchrl.checks import is_key, require
 from vlmrb_torchrl.keys import GENERATION, INDEX, TD_ERROR
+from vlmrb_torchrl.samplers.indices import as_index, as_tensor
 
 
 class VLMReplayBuffer(TensorDictReplayBuffer):
@@ -59,6 +61,12 @@ class VLMReplayBuffer(TensorDictReplayBuffer):
     """
 
     def __init__(self, *, priority_key: str = TD_ERROR, **kwargs: Any) -> None:
+        require(
+            is_key(priority_key),
+            "priority_key",
+            priority_key,
+            "name an entry of the batch, such as td_error",
+        )
         if kwargs.get("writer") is None:
             kwargs["writer"] = partial(
                 _StampingWriter, compilable=kwargs.get("compilable"), track_generations=True
@@ -142,8 +150,10 @@ class VLMReplayBuffer(TensorDictReplayBuffer):
             bool ``[B]``: which slots still held their transition and got the score.
 
         Raises:
-            TypeError: The sampler keeps no scores, or the writer no generations.
+            TypeError: The sampler keeps no scores, the writer no generations, or an argument is
+                nothing that a tensor can be made of.
             ValueError: A score to be written is NaN or outside [0, 1]; nothing was written.
+            IndexError: An index is no slot; nothing was written.
         """
         if not hasattr(self.sampler, "update_score"):
             raise TypeError(
@@ -164,7 +174,10 @@ class VLMReplayBuffer(TensorDictReplayBuffer):
             bool ``[B]``: which slots still held their transition and got the TD error.
 
         Raises:
-            TypeError: The sampler is not prioritized, or the writer keeps no generations.
+            TypeError: The sampler is not prioritized, the writer keeps no generations, or an
+                argument is nothing that a tensor can be made of.
+            ValueError: A TD error to be written is NaN, infinite or negative; nothing was written.
+            IndexError: An index is no slot; nothing was written.
         """
         if not isinstance(self.sampler, PrioritizedSampler):
             raise TypeError(
@@ -215,13 +228,14 @@ class VLMReplayBuffer(TensorDictReplayBuffer):
                 f"{type(self.writer).__name__} keeps no generations: build the buffer with "
                 "writer=TensorDictRoundRobinWriter(track_generations=True), or with none."
             )
-        index = torch.stack(index, -1) if isinstance(index, tuple) else torch.as_tensor(index)
-        generation, value = torch.as_tensor(generation), torch.as_tensor(value).detach()
-        items = index.shape[0]
+        index, generation = as_index(index, "index"), as_index(generation, "generation")
+        value = as_tensor(value, "the values").detach()
+        items = index.shape[0] if index.ndim else -1
         if generation.shape != (items,) or value.numel() != items:
             raise ValueError(
-                f"{items} indices came with stamps of shape {tuple(generation.shape)} and values "
-                f"of shape {tuple(value.shape)}: pass one of each per transition."
+                f"index of shape {tuple(index.shape)} came with stamps of shape "
+                f"{tuple(generation.shape)} and values of shape {tuple(value.shape)}: pass one of "
+                "each per transition."
             )
         value = value.reshape(-1)
         # In this order, as everywhere in TorchRL. The sampler is called itself: with shared=True
@@ -231,9 +245,22 @@ class VLMReplayBuffer(TensorDictReplayBuffer):
             live: Tensor = (generation.to(current.device) == current) & (current >= 0)
             if bool(live.all()):
                 write(index, value, storage=self._storage)
-            elif bool(live.any()):
+                return live
+            self._check_slots(index)
+            if bool(live.any()):
                 write(index[live], value[live.to(value.device)], storage=self._storage)
         return live
+
+    def _check_slots(self, index: Tensor) -> None:
+        """Refuses what is no slot, and so was never one's own; -1 is what was not stored."""
+        slots = self._storage._max_size_along_dim0() if index.ndim > 1 else self._storage.max_size
+        first = index[:, 0] if index.ndim > 1 else index
+        outside = first[(first < -1) | (first >= slots)]
+        if len(outside):
+            raise IndexError(
+                f"index {int(outside[0])} is no slot of a buffer of {slots}: pass the indices that "
+                "extend or sample returned."
+            )
 
     def _generations(self, index: Any) -> Tensor:
         stamps: Tensor = self._writer.generations_of(index)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torchrl.data import Bounded, Composite
 from torchrl.envs import Transform
 
+from vlmrb_torchrl.checks import is_key, shown
 from vlmrb_torchrl.keys import CLIP, EVENTS, RENDER_STATE
 from vlmrb_torchrl.renderers.base import Renderer
 
@@ -49,6 +50,12 @@ class ClipRenderTransform(Transform):
         in_keys: Sequence[NestedKey] = (RENDER_STATE,),
         out_keys: Sequence[NestedKey] = (CLIP,),
     ) -> None:
+        if not callable(renderer):
+            raise TypeError(f"renderer={shown(renderer)}: pass one, such as env.renderer().")
+        for name, keys in (("in_keys", in_keys), ("out_keys", out_keys)):
+            named = isinstance(keys, (list, tuple)) and bool(keys)
+            if not named or not all(map(is_key, keys)):
+                raise TypeError(f"{name}={shown(keys)}: pass a list of keys.")
         if len(in_keys) != len(out_keys):
             raise ValueError(
                 f"in_keys={list(in_keys)} and out_keys={list(out_keys)} differ in length; "

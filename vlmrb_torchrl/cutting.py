@@ -10,6 +10,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from vlmrb_torchrl.checks import is_whole, shown
 from vlmrb_torchrl.clips import Clip
 from vlmrb_torchrl.frames import shown_outcomes
 from vlmrb_torchrl.insertions import Span, join, read_insertion
@@ -70,7 +71,7 @@ class ClipCutter:
             many asynchronous workers want more than they have workers.
 
     Raises:
-        ValueError: If one of the numbers is below 1.
+        ValueError: If one of the numbers is no whole number from 1 on.
 
     Example:
         >>> cutter = ClipCutter(clip_transitions=32, frames_per_clip=32)
@@ -94,8 +95,8 @@ class ClipCutter:
             ("stride", stride),
             ("patience", patience),
         ):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1.")
+            if not is_whole(value, 1):
+                raise ValueError(f"{name} is {shown(value)}; it must be a whole number >= 1.")
         self.clip_transitions = clip_transitions
         self.frames_per_clip = frames_per_clip
         self.stride = stride
@@ -103,6 +104,7 @@ class ClipCutter:
         self.patience = patience
         self.transitions = 0  # seen so far
         self._batches = 0
+        self._kind: tuple[object, ...] = ()  # of what is held open
         self._tracks: dict[int, _Track] = {}  # by trajectory, the longest unseen first
 
     def __len__(self) -> int:
@@ -123,9 +125,17 @@ class ClipCutter:
 
         Raises:
             KeyError: If a key is missing.
-            ValueError: If the numbers of transitions differ.
+            ValueError: If the numbers of transitions differ, or the transitions are of another
+                kind than those of the open clips. Nothing was taken in.
         """
         insertion = read_insertion(data, index, generation, self.needs_frames)
+        kind = insertion.span.kind
+        if self._tracks and self._kind and kind != self._kind:
+            raise ValueError(
+                f"data now holds {kind} a transition, earlier {self._kind} (shape of the events; "
+                "key, dtype, shape of what is rendered): insert what one environment writes."
+            )
+        self._kind = kind
         self._batches += 1
         clips: list[Clip] = []
         for segment in insertion.segments:
@@ -222,3 +232,4 @@ class ClipCutter:
                 seen_batch=self._batches,
                 seen_transition=self.transitions,
             )
+            self._kind = held[0].kind if held else self._kind

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from tensordict import TensorDictBase, is_tensor_collection
 from torch import Tensor
 
+from vlmrb_torchrl.checks import shown
 from vlmrb_torchrl.keys import EVENTS, RENDER_STATE
 
 _TRAJECTORY = ("collector", "traj_ids")
@@ -19,6 +20,7 @@ _DONE = ("next", "done")
 _OUTCOME = ("next", RENDER_STATE)
 _NEXT_EVENTS = ("next", EVENTS)
 _CPU = torch.device("cpu")
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(slots=True, eq=False)
@@ -45,6 +47,14 @@ class Span:
             None if self.outcome is None else self.outcome[start:stop],
             None if self.events is None else self.events[start:stop],
         )
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What spans must share to be joined: keys, dtypes and shapes of a transition."""
+        states = self.outcome.items(True, True) if is_tensor_collection(self.outcome) else ()
+        whole = () if self.outcome is None or states else (("", self.outcome),)
+        events = None if self.events is None else self.events.shape[1:]
+        return events, *((key, each.dtype, each.shape[1:]) for key, each in (*whole, *states))
 
     def state_dict(self) -> dict[str, Any]:
         """The four fields, as tensors."""
@@ -103,6 +113,27 @@ class Insertion:
         if self.acted_in is None or span.outcome is None:
             return True
         return bool((span.outcome[-1] == self.acted_in[start]).all())
+
+
+def check_inserted(data: Any, index: Any, slots: int) -> None:
+    """Refuse what was not inserted into a buffer of ``slots``.
+
+    Raises:
+        TypeError: ``data`` is no TensorDict, or ``index`` no tensor of whole numbers.
+        ValueError: There are no transitions, or ``index`` names what is no slot.
+    """
+    if not isinstance(data, TensorDictBase):
+        raise TypeError(f"data is {shown(data)}; pass the TensorDict that was inserted.")
+    if not data.numel():
+        raise ValueError(f"data is of shape {list(data.shape)}; pass one transition or more.")
+    if not isinstance(index, Tensor) or index.dtype not in _WHOLE:
+        raise TypeError(f"index is {shown(index)}; pass the slots that extend returned.")
+    outside = index[(index < -1) | (index >= slots)]
+    if len(outside):
+        raise ValueError(
+            f"index is {int(outside[0])}, no slot of a buffer of {slots}; pass the slots that "
+            "extend returned."
+        )
 
 
 def read_insertion(

@@ -14,11 +14,13 @@ from torch import Tensor
 from torchrl.envs import Transform
 
 from vlmrb_torchrl.buffer import VLMReplayBuffer
+from vlmrb_torchrl.checks import checked_seconds
 from vlmrb_torchrl.clips import Clip, stack_clips
 from vlmrb_torchrl.cutting import ClipCutter
+from vlmrb_torchrl.insertions import check_inserted
 from vlmrb_torchrl.keys import CLIP, GENERATION, INDEX
 from vlmrb_torchrl.scorers.base import SeededScorer
-from vlmrb_torchrl.scoring_backends import Mode, choose_mode
+from vlmrb_torchrl.scoring_backends import Mode, check_scorer, choose_mode
 from vlmrb_torchrl.scoring_dispatcher import Dispatcher, check_buffer
 from vlmrb_torchrl.scoring_ledger import Ledger
 from vlmrb_torchrl.scoring_process import ProcessBackend, make_backend
@@ -69,7 +71,7 @@ class AsyncScorer:
         seed: Chooses the random clips of `showcase`.
 
     Raises:
-        TypeError: If the buffer or its sampler cannot take scores.
+        TypeError: If the buffer or its sampler cannot take scores, or the scorer is none.
         ValueError: If the numbers are impossible or the scorer cannot be sent to a process.
 
     Example:
@@ -103,10 +105,9 @@ class AsyncScorer:
         patience: int = 8,
         seed: int = 0,
     ) -> None:
-        needs_frames = CLIP in scorer.in_keys
+        check_scorer(scorer, transform)
         check_buffer(buffer, clip_transitions)
-        if needs_frames and transform is None:
-            raise ValueError(f"{scorer!r} reads frames; pass ClipRenderTransform(renderer).")
+        needs_frames = CLIP in scorer.in_keys
         self._buffer, self._transform, self._scorer = buffer, transform, scorer
         self._cutter = ClipCutter(
             clip_transitions, frames_per_clip, stride, needs_frames=needs_frames, patience=patience
@@ -149,9 +150,11 @@ class AsyncScorer:
 
         Raises:
             KeyError: If a key is missing.
-            ValueError: If index and data differ in length.
+            TypeError: If data is no TensorDict or index no tensor.
+            ValueError: If index and data differ in length, or index names what is no slot.
             RuntimeError: If this scorer is closed.
         """
+        check_inserted(data, index, self._buffer.storage.max_size)
         if self._dispatcher.closed:
             raise RuntimeError("This AsyncScorer is closed; make a new one.")
         generation = self._stamps(data, index)
@@ -186,7 +189,7 @@ class AsyncScorer:
         Returns:
             Whether that came true within ``timeout_s``.
         """
-        return self._dispatcher.wait_until_ready(timeout_s)
+        return self._dispatcher.wait_until_ready(checked_seconds(timeout_s))
 
     def drain(self, timeout_s: float = 60.0, *, flush: bool = False) -> bool:
         """Wait until every queued clip is scored or given up.
@@ -198,6 +201,7 @@ class AsyncScorer:
         Returns:
             Whether nothing is pending any more.
         """
+        timeout_s = checked_seconds(timeout_s)
         if flush:
             self.flush()
         return self._dispatcher.drain(timeout_s)

@@ -16,6 +16,8 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import Transform
 
+from vlmrb_torchrl.checks import quoted, shown
+from vlmrb_torchrl.keys import CLIP
 from vlmrb_torchrl.scoring_worker import ScorerError, judge, load, one_line
 
 _STUCK_THREADS = 4
@@ -200,6 +202,23 @@ def _on_device_of(scorer: TensorDictModuleBase, clips: TensorDictBase) -> Tensor
     return clips.pin_memory().to(device, non_blocking=True)
 
 
+def check_scorer(scorer: Any, transform: Any) -> None:
+    """Refuse what cannot be asked for scores.
+
+    Raises:
+        TypeError: ``scorer`` is no TensorDictModule, or ``transform`` no Transform.
+        ValueError: The scorer reads frames and nothing draws them.
+    """
+    if not isinstance(scorer, TensorDictModuleBase):
+        raise TypeError(
+            f"scorer is {shown(scorer)}; pass a ClipScorer or another TensorDictModule."
+        )
+    if transform is not None and not isinstance(transform, Transform):
+        raise TypeError(f"transform is {shown(transform)}; pass ClipRenderTransform(renderer).")
+    if CLIP in scorer.in_keys and transform is None:
+        raise ValueError(f"{scorer!r} reads frames; pass ClipRenderTransform(renderer).")
+
+
 def choose_mode(mode: str, scorer: TensorDictModuleBase) -> str:
     """The mode that ``"auto"`` stands for, else ``mode`` itself.
 
@@ -207,8 +226,8 @@ def choose_mode(mode: str, scorer: TensorDictModuleBase) -> str:
     that computes on the CPU would take the lock from the learner: a process. One that is cheap
     costs less than the way to a process.
     """
-    if mode not in get_args(Mode):
-        raise ValueError(f"mode is {mode!r}; choose one of {get_args(Mode)}.")
+    if not isinstance(mode, str) or mode not in get_args(Mode):
+        raise ValueError(f"mode is {quoted(mode)}; choose one of {get_args(Mode)}.")
     if mode != "auto":
         return mode
     wants_process = device_of(scorer).type == "cpu" and not getattr(scorer, "cheap", False)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from vlmrb_torchrl.checks import MOST_SECONDS, is_positive, is_real, is_whole, shown
 from vlmrb_torchrl.clips import Clip, stack_clips
 from vlmrb_torchrl.scoring_backends import Backend
 from vlmrb_torchrl.scoring_ledger import Ledger, Ticket
@@ -63,14 +64,16 @@ class Dispatcher:
         threaded: bool,
     ) -> None:
         for name, value in (("queue_clips", queue_clips), ("batch_clips", batch_clips)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1.")
-        if not max_wait_s >= 0:
-            raise ValueError(f"max_wait_s is {max_wait_s}; choose 0 or more seconds.")
-        if not 0 < duty_cycle <= 1:
-            raise ValueError(f"duty_cycle is {duty_cycle}; choose a share above 0, up to 1.")
-        if not 0 <= backoff_s[0] <= backoff_s[1]:
-            raise ValueError(f"backoff_s is {backoff_s}; choose (shortest, longest) seconds.")
+            if not is_whole(value, 1):
+                raise ValueError(f"{name} is {shown(value)}; it must be a whole number >= 1.")
+        if not is_real(max_wait_s, 0, MOST_SECONDS):
+            raise ValueError(f"max_wait_s is {shown(max_wait_s)}; choose 0 or more seconds.")
+        if not is_positive(duty_cycle, 1):
+            raise ValueError(f"duty_cycle is {shown(duty_cycle)}; choose a share above 0, up to 1.")
+        if not _are_pauses(backoff_s):
+            raise ValueError(
+                f"backoff_s is {shown(backoff_s)}; choose (shortest, longest) seconds."
+            )
         self._buffer, self._backend, self._ledger = buffer, backend, ledger
         self._queue_clips, self._batch_clips = queue_clips, batch_clips
         self._max_wait_s, self._backoff_s = max_wait_s, backoff_s
@@ -247,6 +250,13 @@ class Dispatcher:
             self._changed.wait_for(lambda: self._closed, pause_s)
 
 
+def _are_pauses(backoff_s: Any) -> bool:
+    if not isinstance(backoff_s, (tuple, list)) or len(backoff_s) != 2:
+        return False
+    shortest, longest = backoff_s
+    return is_real(shortest, 0, MOST_SECONDS) and is_real(longest, shortest, MOST_SECONDS)
+
+
 def check_buffer(buffer: Any, clip_transitions: int) -> None:
     """Refuse a buffer that cannot take the scores of clips.
 
@@ -255,13 +265,17 @@ def check_buffer(buffer: Any, clip_transitions: int) -> None:
         ValueError: It has other than flat slots, or fewer than a clip covers.
     """
     if not hasattr(buffer, "write_scores"):
-        raise TypeError(f"buffer is a {type(buffer).__name__}; scores go to a VLMReplayBuffer.")
+        raise TypeError(f"buffer is {shown(buffer)}; scores go to a VLMReplayBuffer.")
     if not hasattr(buffer.sampler, "update_score"):
         raise TypeError(
             f"The buffer's {type(buffer.sampler).__name__} takes no scores; "
             "build the buffer with sampler=VLMPrioritizedSampler(capacity)."
         )
     storage = buffer.storage
+    if not is_whole(clip_transitions, 1):
+        raise ValueError(
+            f"clip_transitions is {shown(clip_transitions)}; it must be a whole number >= 1."
+        )
     if storage.ndim > 1:
         raise ValueError(
             f"The buffer's storage has {storage.ndim} dimensions; clips are cut from flat slots: "

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vlmrb_torchrl.checks import is_whole, shown
 from vlmrb_torchrl.clips import Clip
 
 _YES = 0.5
@@ -55,6 +56,8 @@ class Ledger:
     """
 
     def __init__(self, seed: int = 0) -> None:
+        if not is_whole(seed, 0):
+            raise ValueError(f"seed is {shown(seed)}; choose a whole number >= 0.")
         self._lock = threading.Lock()
         self._random = random.Random(seed)
         self._count = {

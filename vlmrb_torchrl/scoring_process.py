@@ -17,6 +17,7 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import Transform
 
+from vlmrb_torchrl.checks import MOST_SECONDS, is_positive, is_whole, shown
 from vlmrb_torchrl.scoring_backends import Backend, InlineBackend, ThreadBackend
 from vlmrb_torchrl.scoring_worker import BOOTSTRAP, IN_WORKER, ScorerError, to_numpy
 
@@ -198,14 +199,17 @@ def make_backend(
     worker_threads: int,
 ) -> Backend:
     """The backend of a mode that `choose_mode` returned; arguments as in `AsyncScorer`."""
-    if not (timeout_s > 0 and start_timeout_s > 0):
+    for name, seconds in (("timeout_s", timeout_s), ("start_timeout_s", start_timeout_s)):
+        if not is_positive(seconds, MOST_SECONDS):
+            raise ValueError(
+                f"{name} is {shown(seconds)}; choose above 0, up to {MOST_SECONDS:g} seconds."
+            )
+    if not is_whole(niceness, 0, 19):
+        raise ValueError(f"niceness is {shown(niceness)}; choose 0 (as the learner) to 19 (least).")
+    if not is_whole(worker_threads, 1):
         raise ValueError(
-            f"timeout_s is {timeout_s} and start_timeout_s {start_timeout_s}; both must be above 0."
+            f"worker_threads is {shown(worker_threads)}; it must be a whole number >= 1."
         )
-    if not 0 <= niceness <= 19:
-        raise ValueError(f"niceness is {niceness}; choose 0 (as the learner) to 19 (least).")
-    if worker_threads < 1:
-        raise ValueError(f"worker_threads is {worker_threads}; it must be at least 1.")
     limits = {"timeout_s": timeout_s, "start_timeout_s": start_timeout_s}
     if mode == "sync":
         return InlineBackend(transform, scorer)

@@ -20,11 +20,13 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.data import Binary, Bounded, Categorical, Composite, Unbounded
 
 from vlmrb_torchrl import keys
+from vlmrb_torchrl.checks import checked_device, is_whole, shown
 from vlmrb_torchrl.envs.doorkey_demonstrator import DoorKeyDemonstrator
-from vlmrb_torchrl.envs.seeds import SeededEpisodes
+from vlmrb_torchrl.envs.seeds import SeededEpisodes, check_games, check_seed
 from vlmrb_torchrl.prompts import MINIGRID
 from vlmrb_torchrl.renderers.minigrid import MiniGridRenderer
 
+_MOST_CELLS = 256  # along an edge; beyond, an observation would take a quarter of a megabyte
 _ACTIONS = 7  # left, right, forward, pickup, drop, toggle, done
 _PICKUP, _DONE = 3, 6  # below: the agent moves; between: the cell in front of it may change
 _GOAL, _DOOR, _KEY = range(3)  # columns of `events`
@@ -80,7 +82,8 @@ class DoorKeyEnv(SeededEpisodes):
         device: Where the tensors go. The games themselves are played on the CPU.
 
     Raises:
-        ValueError: ``size`` below 5, or another number that is not positive.
+        ValueError: ``size`` below 5, or another number that is not positive; at a step, an action
+            that is none.
 
     Example:
         >>> env = DoorKeyEnv(size=6, num_envs=4)
@@ -102,12 +105,15 @@ class DoorKeyEnv(SeededEpisodes):
         held_out: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
-        if size < 5:
-            raise ValueError(f"size={size}: DoorKey needs two rooms, take 5 or more.")
-        if num_envs < 1:
-            raise ValueError(f"num_envs={num_envs}: play at least one game.")
-        if max_steps is not None and max_steps < 1:
-            raise ValueError(f"max_steps={max_steps}: take 1 or more, or None for 10 size².")
+        if not is_whole(size, 5, _MOST_CELLS):
+            raise ValueError(
+                f"size={shown(size)}: DoorKey needs two rooms, take 5 or more, up to {_MOST_CELLS}."
+            )
+        check_games(num_envs, held_out)
+        if max_steps is not None and not is_whole(max_steps, 1):
+            raise ValueError(f"max_steps={shown(max_steps)}: take 1 or more, or None for 10 size².")
+        check_seed(seed)
+        device = None if device is None else checked_device(device)
         super().__init__(device=device, batch_size=torch.Size([num_envs]))
         self.size = size
         self.num_envs = num_envs
@@ -202,7 +208,14 @@ class DoorKeyEnv(SeededEpisodes):
         self._facing[i] = self._games[i].agent_dir
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        actions = tensordict.get("action").tolist()
+        action = tensordict.get("action")
+        actions = action.tolist()
+        whole = action.dtype == torch.int64 and action.shape == self.batch_size
+        if not whole or min(actions) < 0 or max(actions) >= _ACTIONS:
+            raise ValueError(
+                f"action is {shown(action)} with {shown(actions)}: pass int64 [{self.num_envs}] "
+                f"from 0 to {_ACTIONS - 1}."
+            )
         asked = tensordict.get("_step", None)
         games: Iterable[int] = range(self.num_envs)
         if asked is not None:  # the others wait: their state stays, their reward is 0

@@ -19,8 +19,9 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.data import Binary, Bounded, Categorical, Composite, Unbounded
 
 from vlmrb_torchrl import keys
+from vlmrb_torchrl.checks import checked_device, is_whole, quoted, shown
 from vlmrb_torchrl.envs.ogbench_workers import RemoteGames
-from vlmrb_torchrl.envs.seeds import SeededEpisodes
+from vlmrb_torchrl.envs.seeds import SeededEpisodes, check_games, check_seed
 from vlmrb_torchrl.prompts import OGBENCH
 from vlmrb_torchrl.renderers.mujoco import MuJoCoRenderer, Stage
 
@@ -65,10 +66,10 @@ def event_names(env_id: str) -> tuple[str, ...]:
     Raises:
         ValueError: It is no task of the scene or of the single cube.
     """
-    match = _ENV_ID.fullmatch(env_id)
+    match = _ENV_ID.fullmatch(env_id) if isinstance(env_id, str) else None
     if match is None:
         raise ValueError(
-            f"env_id={env_id!r}: take scene-singletask-task1-v0 to task5, "
+            f"env_id={quoted(env_id)}: take scene-singletask-task1-v0 to task5, "
             "or cube-single-singletask-task1-v0 to task5."
         )
     return ("success", *SUBTASKS[match[1]])
@@ -131,12 +132,15 @@ class OGBenchEnv(SeededEpisodes):
         device: torch.device | str | None = None,
     ) -> None:
         self.event_names = event_names(env_id)
-        if num_envs < 1:
-            raise ValueError(f"num_envs={num_envs}: play at least one game.")
-        if max_steps is not None and max_steps < 1:
-            raise ValueError(f"max_steps={max_steps}: take 1 or more, or None for OGBench's own.")
-        if not 1 <= workers <= num_envs:
-            raise ValueError(f"workers={workers}: take 1 to num_envs ({num_envs}).")
+        check_games(num_envs, held_out)
+        if max_steps is not None and not is_whole(max_steps, 1):
+            raise ValueError(
+                f"max_steps={shown(max_steps)}: take 1 or more, or None for OGBench's own."
+            )
+        if not is_whole(workers, 1, num_envs):
+            raise ValueError(f"workers={shown(workers)}: take 1 to num_envs ({num_envs}).")
+        check_seed(seed)
+        device = None if device is None else checked_device(device)
         super().__init__(device=device, batch_size=torch.Size([num_envs]))
         self.env_id, self.num_envs, self.workers = env_id, num_envs, workers
         self.held_out = held_out
@@ -235,7 +239,13 @@ class OGBenchEnv(SeededEpisodes):
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         games = self._concerned(tensordict, "_step")
-        actions = tensordict.get("action").detach().cpu().numpy()
+        action = tensordict.get("action")
+        if action.shape != (self.num_envs, 5) or not bool((action.abs() <= 1).all()):
+            raise ValueError(
+                f"action is {shown(action)} or outside [-1, 1]: pass float32 [{self.num_envs}, 5] "
+                "within."
+            )
+        actions = action.detach().cpu().numpy()
         outcome = self._ask("play", {i: actions[i] for i in games})
         self._steps[games] += 1
         self._ended[games, 0] = outcome.terminated[games]

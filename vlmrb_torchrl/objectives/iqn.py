@@ -22,7 +22,9 @@ from torchrl.objectives import LossModule, ValueEstimators
 from torchrl.objectives.utils import dispatch_value_estimator
 from torchrl.objectives.value import ValueEstimatorBase
 
-from vlmrb_torchrl.checks import require
+from vlmrb_torchrl.checks import is_positive, is_whole, require, shown
+
+_AT_LEAST_1 = "use a whole number >= 1"
 
 
 def quantile_huber(prediction: Tensor, tau: Tensor, target: Tensor, kappa: float = 1.0) -> Tensor:
@@ -39,6 +41,9 @@ def quantile_huber(prediction: Tensor, tau: Tensor, target: Tensor, kappa: float
     Returns:
         Loss per transition, float32 ``[B]``: summed over N, averaged over M.
 
+    Raises:
+        ValueError: Other shapes or dtypes, or κ is not positive.
+
     Source:
         Dabney et al. 2018, arXiv 1806.06923, eq. 3.
 
@@ -46,6 +51,18 @@ def quantile_huber(prediction: Tensor, tau: Tensor, target: Tensor, kappa: float
         >>> quantile_huber(torch.zeros(1, 1), torch.full((1, 1), 0.5), torch.ones(1, 1))
         tensor([0.2500])
     """
+    given = {"prediction": prediction, "tau": tau, "target": target}
+    for name, quantiles in given.items():
+        floats = isinstance(quantiles, Tensor) and quantiles.is_floating_point()
+        fits = floats and quantiles.ndim == prediction.ndim >= 1 <= quantiles.shape[-1]
+        require(
+            fits and quantiles.shape[:-1] == prediction.shape[:-1],
+            name,
+            shown(quantiles),
+            "pass floats, [B, N] for prediction and tau, [B, M] for target",
+        )
+    require(tau.shape == prediction.shape, "tau", shown(tau), "pass one for each prediction")
+    require(is_positive(kappa), "kappa", kappa, "use more than 0")
     prediction, target = torch.broadcast_tensors(
         prediction.unsqueeze(-1), target.detach().unsqueeze(-2)
     )
@@ -161,16 +178,35 @@ class IQNLoss(LossModule):
         use_prioritized_weights: bool | Literal["auto"] = "auto",
     ) -> None:
         super().__init__()
-        require(online_quantiles >= 1, "online_quantiles", online_quantiles, "use at least 1")
-        require(target_quantiles >= 1, "target_quantiles", target_quantiles, "use at least 1")
-        require(kappa > 0, "kappa", kappa, "use more than 0")
+        require(
+            isinstance(value_network, QValueActor),
+            "value_network",
+            value_network,
+            "pass a QValueActor around a network",
+        )
+        require(is_whole(online_quantiles, 1), "online_quantiles", online_quantiles, _AT_LEAST_1)
+        require(is_whole(target_quantiles, 1), "target_quantiles", target_quantiles, _AT_LEAST_1)
+        require(is_positive(kappa), "kappa", kappa, "use more than 0")
+        for name, flag in (("delay_value", delay_value), ("double_dqn", double_dqn)):
+            require(isinstance(flag, bool), name, flag, "use True or False")
+        reductions, weights = ("mean", "sum", "none"), (True, False, "auto")
+        require(reduction in reductions, "reduction", reduction, "use mean, sum or none")
+        require(
+            use_prioritized_weights in weights,
+            "use_prioritized_weights",
+            use_prioritized_weights,
+            "use True, False or auto",
+        )
         require(
             delay_value or not double_dqn, "double_dqn", double_dqn, "it needs delay_value=True"
         )
         given = value_network.action_space if action_space is None else action_space
-        space = _find_action_space(given)
+        try:
+            space = _find_action_space(given)
+        except (ValueError, TypeError, AttributeError):
+            space = None
         known = ("categorical", "one_hot")
-        require(space in known, "action_space", space, "use categorical or one-hot")
+        require(space in known, "action_space", given, "use categorical or one-hot")
         self.action_space = space
         self.convert_to_functional(value_network, "value_network", create_target_params=delay_value)
         self.online_quantiles, self.target_quantiles = online_quantiles, target_quantiles

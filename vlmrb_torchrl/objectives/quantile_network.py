@@ -14,7 +14,9 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
-from vlmrb_torchrl.checks import require
+from vlmrb_torchrl.checks import is_key, is_positive, is_whole, require, shown
+
+_MOST = 1 << 20  # features, cosines, fractions: beyond, they would not fit a memory
 
 
 def cvar(tau: Tensor, risk_level: float) -> Tensor:
@@ -27,6 +29,9 @@ def cvar(tau: Tensor, risk_level: float) -> Tensor:
     Returns:
         β(τ) = η τ, in the shape of ``tau``.
 
+    Raises:
+        ValueError: ``risk_level`` is outside (0, 1], or ``tau`` is no tensor of floats.
+
     Source:
         Dabney et al. 2018, arXiv 1806.06923, CVaR.
 
@@ -34,6 +39,10 @@ def cvar(tau: Tensor, risk_level: float) -> Tensor:
         >>> cvar(torch.tensor([0.0, 0.5, 1.0]), 0.1)
         tensor([0.0000, 0.0500, 0.1000])
     """
+    require(is_positive(risk_level, 1), "risk_level", risk_level, "use a share above 0, up to 1")
+    require(
+        isinstance(tau, Tensor) and tau.is_floating_point(), "tau", shown(tau), "pass fractions"
+    )
     return risk_level * tau
 
 
@@ -87,8 +96,16 @@ class QuantileNetwork(TensorDictModuleBase):
         distortion: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
-        require(num_cosines >= 1, "num_cosines", num_cosines, "use at least 1")
-        require(policy_quantiles >= 1, "policy_quantiles", policy_quantiles, "use at least 1")
+        for name, value in (
+            ("num_features", num_features),
+            ("num_cosines", num_cosines),
+            ("policy_quantiles", policy_quantiles),
+        ):
+            require(is_whole(value, 1, _MOST), name, value, f"use a whole number, 1 to {_MOST}")
+        for name, module in (("features", features), ("head", head)):
+            require(isinstance(module, nn.Module), name, module, "pass a module of torch")
+        require(distortion is None or callable(distortion), "distortion", distortion, "use cvar")
+        require(is_key(in_key), "in_key", in_key, "name an entry")
         self.in_keys, self.out_keys = [in_key], ["action_value"]
         self.features, self.head = features, head
         self.embedding = nn.Linear(num_cosines, num_features)

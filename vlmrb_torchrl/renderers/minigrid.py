@@ -19,10 +19,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vlmrb_torchrl.checks import is_whole, quoted, shown
+
 _OUTSIDE = 0  # slot of the black tile, shown beyond the grid's border
 # A cell is four bytes, read as one little-endian integer; these bits of them can be set.
 _USED_BITS = np.frombuffer(bytes([0x0F, 0x07, 0x03, 0x07]), np.uint32)[0]
 _CODES = 1 << 12
+_MOST = 1024  # pixels of a tile's edge, cells of a window's
 _CHUNK_BYTES = 1 << 19  # half of a usual second-level cache
 
 
@@ -51,8 +54,13 @@ def minigrid_render_state(env: Any) -> Tensor:
     Returns:
         uint8 ``[W, H, 4]``: type, colour and state of cell [x, y] (what lies under the agent
         is kept), and 1 + the agent's direction in its cell, 0 in the others.
+
+    Raises:
+        TypeError: It is no such environment, or was not reset.
     """
-    game = env.unwrapped
+    game: Any = getattr(env, "unwrapped", None)
+    if getattr(game, "grid", None) is None:
+        raise TypeError(f"env is {shown(env)}: pass a MiniGrid environment after its reset.")
     state = np.zeros((game.width, game.height, 4), np.uint8)
     state[..., :3] = game.grid.encode()
     state[game.agent_pos[0], game.agent_pos[1], 3] = game.agent_dir + 1
@@ -89,6 +97,7 @@ class SwappedSprites:
             if it is not to keep the object's. The agent stays the agent.
 
     Raises:
+        TypeError: They are no dict.
         ValueError: A name that MiniGrid does not know.
 
     Source:
@@ -106,11 +115,16 @@ class SwappedSprites:
     def __post_init__(self) -> None:
         from minigrid.core.constants import COLOR_TO_IDX, OBJECT_TO_IDX
 
-        for name in self.swaps:
-            for word in (name, *self.swaps[name].split()):
-                if word not in OBJECT_TO_IDX and word not in COLOR_TO_IDX:
-                    known = ", ".join([*OBJECT_TO_IDX, *COLOR_TO_IDX])
-                    raise ValueError(f"swaps names {word!r}; MiniGrid knows {known}.")
+        if not isinstance(self.swaps, Mapping):
+            raise TypeError(f'swaps={shown(self.swaps)}: pass a dict such as {{"goal": "wall"}}.')
+        for name, drawn in self.swaps.items():
+            words = drawn.split() if isinstance(drawn, str) else []
+            known = name in OBJECT_TO_IDX and words and words[-1] in OBJECT_TO_IDX
+            if not known or any(word not in COLOR_TO_IDX for word in words[:-1]) or len(words) > 2:
+                raise ValueError(
+                    f"swaps draws {quoted(name)} as {quoted(drawn)}: say an object, of "
+                    f"{', '.join(OBJECT_TO_IDX)}, with one of {', '.join(COLOR_TO_IDX)} before it."
+                )
 
     def drawn_as(self, kind: str, colour: str) -> tuple[str, str]:
         """Type and colour that are drawn for an object of ``kind`` and ``colour``."""
@@ -137,9 +151,16 @@ class AbstractSprites:
 
     Args:
         seed: Chooses the textures.
+
+    Raises:
+        ValueError: The seed is no whole number from 0 on.
     """
 
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not is_whole(self.seed, 0):
+            raise ValueError(f"seed={shown(self.seed)}: take a whole number >= 0.")
 
     def __call__(self, cell: Cell, tile_size: int) -> NDArray[np.uint8]:
         """Draw the texture of ``cell``."""
@@ -176,10 +197,12 @@ class MiniGridRenderer:
     def __init__(
         self, tile_size: int = 8, window: int | None = None, sprites: Sprites | None = None
     ) -> None:
-        if tile_size < 1:
-            raise ValueError(f"tile_size={tile_size}: a tile has at least one pixel.")
-        if window is not None and window < 1:
-            raise ValueError(f"window={window}: show at least one cell, or None for all.")
+        if not is_whole(tile_size, 1, _MOST):
+            raise ValueError(f"tile_size={shown(tile_size)}: a tile has 1 to {_MOST} pixels.")
+        if window is not None and not is_whole(window, 1, _MOST):
+            raise ValueError(f"window={shown(window)}: show 1 to {_MOST} cells, or None for all.")
+        if sprites is not None and not callable(sprites):
+            raise TypeError(f"sprites={shown(sprites)}: pass a function that draws a tile.")
         self.tile_size = tile_size
         self.window = window
         self.sprites = stock_sprites if sprites is None else sprites
@@ -206,9 +229,9 @@ class MiniGridRenderer:
         Raises:
             ValueError: Another dtype or shape, or a cell that MiniGrid does not know.
         """
-        if render_state.dtype != torch.uint8 or render_state.shape[-1:] != (4,):
-            got = f"{render_state.dtype} {list(render_state.shape)}"
-            raise ValueError(f"render_state is {got}: pass uint8 [*B, W, H, 4].")
+        tensor = isinstance(render_state, Tensor) and render_state.ndim >= 3
+        if not tensor or render_state.dtype != torch.uint8 or render_state.shape[-1] != 4:
+            raise ValueError(f"render_state is {shown(render_state)}: pass uint8 [*B, W, H, 4].")
         batch, (across, down) = render_state.shape[:-3], render_state.shape[-3:-1]
         cells = render_state.reshape(batch.numel(), across, down, 4).contiguous().cpu().numpy()
         slots = self._slots(cells.view(np.uint32)[..., 0]).swapaxes(1, 2)  # [N, H, W]

@@ -21,6 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vlmrb_torchrl.checks import is_whole, quoted, shown
+
+_MOST = 1 << 13  # pixels of an edge; graphics libraries draw no more
 _MAX_GEOMS = 10_000  # as in mujoco.Renderer
 _TRIAL = """
 import mujoco, mujoco.{0} as graphics
@@ -91,8 +94,14 @@ class MuJoCoRenderer:
             ("height", height, 1),
             ("samples", samples, 0),
         ):
-            if value < least:
-                raise ValueError(f"{name}={value}: take {least} or more.")
+            if not is_whole(value, least, _MOST):
+                raise ValueError(f"{name}={shown(value)}: take {least} to {_MOST}.")
+        if not callable(stage):
+            raise TypeError(f"stage={shown(stage)}: pass a function that builds the world.")
+        if not isinstance(camera, str) or not camera:
+            raise ValueError(f"camera={shown(camera)}: name one of the model's cameras.")
+        if not isinstance(shadows, bool):
+            raise ValueError(f"shadows={quoted(shadows)}: say True or False.")
         self.stage, self.width, self.height = stage, width, height
         self.camera, self.shadows, self.samples = camera, shadows, samples
         self._forget()
@@ -107,8 +116,11 @@ class MuJoCoRenderer:
             RGB frames, uint8 ``[*B, 3, height, width]``, on the device of ``render_state``.
 
         Raises:
+            ValueError: It is no tensor of states.
             RuntimeError: No graphics library works here; the text names what to install.
         """
+        if not isinstance(render_state, Tensor) or not render_state.ndim:
+            raise ValueError(f"render_state is {shown(render_state)}: pass a tensor [*B, S].")
         states = render_state.reshape(-1, render_state.shape[-1]).contiguous().cpu().numpy()
         frames = np.empty((len(states), self.height, self.width, 3), np.uint8)
         with self._lock:

@@ -7,10 +7,13 @@ B items of one call.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from vlmrb_torchrl.checks import shown
 
 _NO_STORAGE = (
     "storage should be provided to the sampler when the storage has more than one dimension: "
@@ -36,16 +39,11 @@ def flat_index(
         ``[B]``, or None where they are all.
 
     Raises:
+        TypeError: The index is nothing that a tensor can be made of.
         IndexError: An index is below -1, not below ``capacity`` or no whole number.
         RuntimeError: The index has two dimensions and no storage is given.
     """
-    if isinstance(index, tuple):
-        index = torch.stack([torch.as_tensor(axis) for axis in index], -1)
-    flat = torch.as_tensor(index, device=device)
-    if flat.dtype != torch.long:
-        if flat.numel() and (flat.is_floating_point() or flat.dtype == torch.bool):
-            raise IndexError(f"slots are whole numbers, got an index of dtype {flat.dtype}.")
-        flat = flat.long()
+    flat = as_index(index, "index").to(device)
     if flat.ndim > 1:
         flat = _ravel(flat, storage)
     elif flat.ndim == 0:
@@ -62,6 +60,41 @@ def flat_index(
         stored = flat >= 0
         return flat[stored], stored
     return flat, None
+
+
+def as_tensor(values: Any, name: str, **kind: Any) -> Tensor:
+    """``torch.as_tensor`` that names what it refuses.
+
+    Raises:
+        TypeError: ``values`` are no numbers.
+    """
+    try:
+        return torch.as_tensor(values, **kind)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise TypeError(f"{name} is {shown(values)}: pass numbers, or a tensor of them.") from None
+
+
+def as_index(index: Any, name: str) -> Tensor:
+    """Slots or stamps as int64, of the shape that they come in; a tuple has an axis in each.
+
+    Raises:
+        TypeError: They are no numbers.
+        IndexError: They are no whole numbers.
+    """
+    if isinstance(index, tuple):
+        axes = [as_tensor(axis, name) for axis in index]
+        index = torch.stack(axes, -1) if axes and _alike(axes) else index
+    whole = as_tensor(index, name)
+    if whole.dtype == torch.long:
+        return whole
+    bad = whole.is_floating_point() or whole.is_complex() or whole.dtype == torch.bool
+    if whole.numel() and bad:
+        raise IndexError(f"{name} is {shown(whole)}: slots and stamps are whole numbers.")
+    return whole.long()
+
+
+def _alike(tensors: Sequence[Tensor]) -> bool:
+    return len({tensor.shape for tensor in tensors}) == 1
 
 
 def _ravel(index: Tensor, storage: Any) -> Tensor:
@@ -112,7 +145,9 @@ def checked_values(
         RuntimeError: There are neither B values nor one.
         ValueError: A value is NaN, infinite, negative or above ``most``.
     """
-    values = torch.as_tensor(values, dtype=dtype, device=index.device)
+    if isinstance(values, Tensor) and values.is_complex():
+        raise TypeError(f"{name} is {shown(values)}: pass real numbers.")
+    values = as_tensor(values, name, dtype=dtype, device=index.device)
     if values.requires_grad:
         values = values.detach()
     items = index.numel() if stored is None else stored.numel()
@@ -128,9 +163,9 @@ def checked_values(
         )
     low, high = bounds(values)
     if not (low >= 0.0 and high <= most):
-        shown = "NaN" if math.isnan(low) else low if low < 0.0 else high
+        bad = "NaN" if math.isnan(low) else low if low < 0.0 else high
         raise ValueError(
-            f"{name} {shown} is outside [0, {most:g}], NaN and infinity are too: nothing was "
+            f"{name} {bad} is outside [0, {most:g}], NaN and infinity are too: nothing was "
             f"written; pass finite, non-negative values."
         )
     return values, high

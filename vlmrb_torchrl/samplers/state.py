@@ -6,6 +6,7 @@ N: slots of the sampler.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 from torchrl.data.replay_buffers.samplers import PrioritizedSampler
 
-from vlmrb_torchrl.samplers.trees import SumTree, make_sum_tree
+from vlmrb_torchrl.checks import is_real, is_whole, shown
+from vlmrb_torchrl.samplers.trees import DTYPES, SumTree, make_sum_tree
 
 # A slot without a score, in the score array; a slot never written, in the array of p.
 UNSCORED = -1.0
@@ -25,6 +27,18 @@ _VERSION = 1
 _FIXED = ("_max_capacity", "dtype", "_eps", "td_boost", "threshold", "unscored_priority")
 # Restored: a scheduler may have moved them, writes have.
 _RESTORED = ("_lmbda", "_alpha", "_beta", "_written", "_scored", "_positive", "_max_priority")
+_FITS: dict[str, Callable[[Any, int], bool]] = {
+    "_lmbda": lambda value, slots: is_real(value, 0, 1),
+    "_alpha": lambda value, slots: is_real(value, 0),
+    "_beta": lambda value, slots: is_real(value, 0),
+    "_written": lambda value, slots: is_whole(value, 0, slots),
+    "_scored": lambda value, slots: is_whole(value, 0, slots),
+    "_positive": lambda value, slots: is_whole(value, 0, slots),
+    "_max_priority": lambda value, slots: (
+        value is None or (isinstance(value, (tuple, list)) and len(value) == 2)
+    ),
+}
+_ARRAYS = ("_score", "_p", "_td_error", "_sum_tree")
 
 
 class SlotState(PrioritizedSampler):
@@ -46,12 +60,20 @@ class SlotState(PrioritizedSampler):
 
     def _init(self) -> None:
         device = self._device or torch.device("cpu")
-        self._sum_tree: SumTree = make_sum_tree(self._max_capacity, self.dtype, device)
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be float32 or float64, got dtype={shown(self.dtype)}")
         slots = (self._max_capacity,)
-        self._score = torch.full(slots, UNSCORED, dtype=self.dtype, device=device)
-        self._p = torch.full(slots, EMPTY, dtype=self.dtype, device=device)
-        # |δ| of a visited slot; of another one minus what stands in for it.
-        self._td_error = torch.full(slots, -1.0, dtype=self.dtype, device=device)
+        try:  # the tree last: its C++ does not say no to what is too much
+            self._score = torch.full(slots, UNSCORED, dtype=self.dtype, device=device)
+            self._p = torch.full(slots, EMPTY, dtype=self.dtype, device=device)
+            # |δ| of a visited slot; of another one minus what stands in for it.
+            self._td_error = torch.full(slots, -1.0, dtype=self.dtype, device=device)
+            self._sum_tree: SumTree = make_sum_tree(self._max_capacity, self.dtype, device)
+        except (RuntimeError, MemoryError, TypeError):
+            raise ValueError(
+                f"max_capacity must fit the memory, some 50 bytes a slot, got max_capacity="
+                f"{self._max_capacity}"
+            ) from None
         self._written = 0  # slots that were ever written
         self._scored = 0  # of them: slots with a score
         self._positive = 0  # of them: slots with p > 0
@@ -109,25 +131,48 @@ class SlotState(PrioritizedSampler):
         """Restores what :meth:`state_dict` returned, on this sampler's device and kind of tree.
 
         Raises:
-            ValueError: The state is of another version, capacity or configuration; nothing changed.
+            ValueError: The state is of another version, capacity or configuration, or is damaged;
+                nothing changed.
         """
+        if not isinstance(state_dict, Mapping):
+            raise ValueError(
+                f"sampler state is {shown(state_dict)}: pass what state_dict returned."
+            )
         version = state_dict.get("_version")
         if version != _VERSION:
             raise ValueError(
                 f"sampler state has version {version}, this code reads {_VERSION}: "
                 "load it with the code that saved it."
             )
+        if lacks := [name for name in (*_FIXED, *_RESTORED, *_ARRAYS) if name not in state_dict]:
+            raise ValueError(f"sampler state has no {', '.join(lacks)}: it is damaged.")
         for name in _FIXED:
             if state_dict[name] != getattr(self, name):
-                shown = name.removeprefix("_")
+                known_as = name.removeprefix("_")
                 raise ValueError(
-                    f"sampler state has {shown}={state_dict[name]}, this sampler has "
-                    f"{getattr(self, name)}: build it with {shown}={state_dict[name]}."
+                    f"sampler state has {known_as}={state_dict[name]}, this sampler has "
+                    f"{getattr(self, name)}: build it with {known_as}={state_dict[name]}."
+                )
+        for name in _ARRAYS:
+            self._check_array(name, state_dict[name])
+        for name, fits in _FITS.items():
+            if not fits(state_dict[name], self._max_capacity):
+                raise ValueError(
+                    f"sampler state has {name}={shown(state_dict[name])}: the state is damaged."
                 )
         for name in _RESTORED:
             setattr(self, name, state_dict[name])
         self._just_marked = None
         self._place(state_dict, self._score.device)
+
+    def _check_array(self, name: str, array: Any) -> None:
+        """Refuses what `state_dict` cannot have put there; -1 stands for what is missing."""
+        fits = isinstance(array, Tensor) and array.shape == (self._max_capacity,)
+        if not fits or array.dtype != self.dtype or not bool(array.isfinite().all()):
+            raise ValueError(
+                f"sampler state has {name}={shown(array)} or values that are not finite, this "
+                f"sampler has {self._max_capacity} slots of {self.dtype}: the state is damaged."
+            )
 
     def _place(self, state: dict[str, Any], device: torch.device) -> None:
         self._score = state["_score"].to(device, copy=True)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_DTYPES = (torch.float32, torch.float64)
+DTYPES = (torch.float32, torch.float64)
 _EXTENSION_MISSING = (
     "TorchRL's compiled segment trees do not load ({error}): replay uses the torch radix tree, "
     "slower and as exact; install the torchrl that pairs with torch {torch}."
@@ -39,7 +39,7 @@ class SumTree(ABC):
     def __init__(self, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
         if capacity < 1:
             raise ValueError(f"a sum tree has at least 1 slot, got capacity={capacity}")
-        if dtype not in _DTYPES:
+        if dtype not in DTYPES:
             raise ValueError(f"a sum tree holds float32 or float64, got dtype={dtype}")
         self.capacity = capacity
         self.dtype = dtype

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torchrl.data.replay_buffers.utils import unravel_index
 
+from vlmrb_torchrl.checks import checked_device, is_real, is_whole, shown
 from vlmrb_torchrl.samplers.state import EMPTY
 from vlmrb_torchrl.samplers.writes import SlotWrites
 
@@ -85,13 +86,20 @@ class VLMPrioritizedSampler(SlotWrites):
     ) -> None:
         # Not super().__init__: it requires the compiled extension, and builds a min tree that
         # nothing here reads. These are all the attributes that it sets.
-        if threshold is not None:
-            _require(0.0 <= threshold <= 1.0, "threshold", threshold, "in [0, 1], or None")
+        _require(is_whole(max_capacity, 1), "max_capacity", max_capacity, "a whole number >= 1")
+        passes = threshold is None or is_real(threshold, 0, 1)
+        _require(passes, "threshold", threshold, "in [0, 1], or None")
         p_bar = unscored_priority
-        _require(0.0 <= p_bar <= 1.0, "unscored_priority", p_bar, "in [0, 1]")
-        _require(0.0 <= eps < math.inf, "eps", eps, "finite and >= 0")
+        _require(is_real(p_bar, 0, 1), "unscored_priority", p_bar, "in [0, 1]")
+        _require(is_real(eps, 0), "eps", eps, "finite and >= 0")
         choices = ("max", "min", "median", "mean")
-        _require(reduction in choices, "reduction", reduction, f"one of {', '.join(choices)}")
+        known = isinstance(reduction, str) and reduction in choices
+        _require(known, "reduction", reduction, f"one of {', '.join(choices)}")
+        for name, flag in (
+            ("td_boost", td_boost),
+            ("max_priority_within_buffer", max_priority_within_buffer),
+        ):
+            _require(isinstance(flag, bool), name, flag, "True or False")
         self._max_capacity = max_capacity
         self._eps = eps
         self.td_boost = td_boost
@@ -100,8 +108,7 @@ class VLMPrioritizedSampler(SlotWrites):
         self.reduction = reduction
         self.dtype = dtype
         self._max_priority_within_buffer = max_priority_within_buffer
-        # With its ordinal, as tensors report it: "cuda" is not equal to "cuda:0".
-        self._device = torch.empty(0, device=device).device if device is not None else None
+        self._device = None if device is None else _present(device)
         self._alpha = 1.0  # the properties below check what is passed
         self._init()
         self.lmbda = lmbda
@@ -117,7 +124,7 @@ class VLMPrioritizedSampler(SlotWrites):
 
     @lmbda.setter
     def lmbda(self, value: float) -> None:
-        value = float(value)
+        value = _number("lmbda", value)
         _require(0.0 <= value <= 1.0, "lmbda", value, "in [0, 1]")
         self._lmbda = value
 
@@ -128,7 +135,7 @@ class VLMPrioritizedSampler(SlotWrites):
 
     @alpha.setter
     def alpha(self, value: float) -> None:
-        value = float(value)
+        value = _number("alpha", value)
         # TorchRL's words, for those who match them.
         _require(0.0 <= value < math.inf, "alpha", value, "greater or equal than 0 and finite")
         if value != self._alpha:
@@ -143,7 +150,7 @@ class VLMPrioritizedSampler(SlotWrites):
 
     @beta.setter
     def beta(self, value: float) -> None:
-        value = float(value)
+        value = _number("beta", value)
         _require(0.0 <= value < math.inf, "beta", value, "greater or equal to 0 and finite")
         self._beta = value
 
@@ -167,7 +174,9 @@ class VLMPrioritizedSampler(SlotWrites):
 
         Raises:
             RuntimeError: The storage is empty.
+            ValueError: ``batch_size`` is no number of draws.
         """
+        _require(is_whole(batch_size, 0), "batch_size", batch_size, "a whole number >= 0")
         self._maybe_init_from_storage(storage)
         self._just_marked = None
         slots = len(storage)
@@ -211,7 +220,11 @@ class VLMPrioritizedSampler(SlotWrites):
 
         Args:
             length: Slots written, N = ``len(buffer)``.
+
+        Raises:
+            ValueError: The sampler does not have that many slots, or none is asked for.
         """
+        self._check_length(length, 1)
         lmbda, total = self._mixture()
         uniform = torch.full((length,), (1.0 - lmbda) / length, dtype=torch.float64)
         uniform = uniform.to(self._p.device)
@@ -229,6 +242,7 @@ class VLMPrioritizedSampler(SlotWrites):
             ``share_scored``: slots with a score; ``share_positive``: slots with a score and p > 0;
             ``effective_sample_size``: 1 / Σ q²; each as a share of N, in [0, 1].
         """
+        self._check_length(length, 0)
         if length == 0:
             return {"share_scored": 0.0, "share_positive": 0.0, "effective_sample_size": 0.0}
         density = self.probabilities(length).mul_(length)
@@ -238,13 +252,41 @@ class VLMPrioritizedSampler(SlotWrites):
             "effective_sample_size": 1.0 / float(density.square_().mean()),
         }
 
+    def _check_length(self, length: int, least: int) -> None:
+        most = self._max_capacity
+        _require(
+            is_whole(length, least, most), "length", length, f"a number of slots, up to {most}"
+        )
+
     def __repr__(self) -> str:
-        shown = "lmbda", "alpha", "beta", "td_boost", "threshold", "unscored_priority"
-        arguments = ", ".join(f"{name}={getattr(self, name)}" for name in shown)
+        names = "lmbda", "alpha", "beta", "td_boost", "threshold", "unscored_priority"
+        arguments = ", ".join(f"{name}={getattr(self, name)}" for name in names)
         tree = type(self._sum_tree).__name__
         return f"{type(self).__name__}({self._max_capacity}, {arguments}, tree={tree})"
 
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:
     if not holds:
-        raise ValueError(f"{name} must be {expected}, got {name}={value}")
+        raise ValueError(f"{name} must be {expected}, got {name}={shown(value)}")
+
+
+def _number(name: str, value: Any) -> float:
+    """``value``, or what a tensor of one element holds; a string is no number."""
+    try:
+        if not isinstance(value, (str, bytes)):
+            return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        pass
+    raise ValueError(f"{name} must be a number, got {name}={shown(value)}")
+
+
+def _present(device: Any) -> torch.device:
+    """A device with its ordinal, as tensors report it: "cuda" is not equal to "cuda:0"."""
+    named = checked_device(device)
+    try:
+        return torch.empty(0, device=named).device
+    except Exception as error:  # torch says it in a different one for each kind of device
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device must be one that is here, got device={named} ({reason})"
+        ) from None

@@ -11,6 +11,7 @@ import importlib
 import io
 import json
 import os
+import re
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from urllib.parse import urlsplit
 
 from torch import Tensor
 
+from vlmrb_torchrl.checks import MOST_SECONDS, is_positive, is_whole, quoted, shown
 from vlmrb_torchrl.scorers.base import ScorerUnavailableError
 
 _INSTALL = "pip install 'vlmrb-torchrl[endpoint]'"
@@ -30,6 +32,7 @@ FORMATS: dict[str, dict[str, Any]] = {
 """How Pillow writes a picture."""
 _LATER = frozenset({408, 409, 425, 429})
 """Statuses below 500 that say "later" instead of "never"."""
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _NO_KEY = "put the key it wants into the environment variable {key}"
 _REMEDIES = {
     401: _NO_KEY,
@@ -69,18 +72,23 @@ class ChatServer:
     api_key_variable: str
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.base_url)
-        if "@" in self.base_url or parts.query:  # not shown: it may be a secret
+        variable, url = self.api_key_variable, self.base_url
+        if not isinstance(variable, str) or not _VARIABLE.fullmatch(variable):
+            raise ValueError(  # not shown: someone may have put the key itself here
+                "api_key_variable is no name of an environment variable: put the key into one, "
+                "and give its name, such as OPENAI_API_KEY."
+            )
+        if isinstance(url, str) and ("@" in url or "?" in url or "#" in url):  # may be a secret
             raise ValueError(
                 "base_url holds a password or a query: give the plain URL, and the key in the "
-                f"environment variable {self.api_key_variable}."
+                f"environment variable {variable}."
             )
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"base_url={self.base_url!r}: say http://host:port/v1.")
-        if not self.timeout_s > 0:
-            raise ValueError(f"timeout_s={self.timeout_s}: it must be positive.")
-        if self.retries < 0:
-            raise ValueError(f"retries={self.retries}: it must be 0 or more.")
+        if not isinstance(url, str) or not _is_url(url):
+            raise ValueError(f"base_url={quoted(url)}: give a URL such as http://host:port/v1.")
+        if not is_positive(self.timeout_s, MOST_SECONDS):
+            raise ValueError(f"timeout_s={shown(self.timeout_s)}: it must be positive seconds.")
+        if not is_whole(self.retries, 0):
+            raise ValueError(f"retries={shown(self.retries)}: it must be a whole number >= 0.")
 
     def session(self, work: Callable[[Any], Awaitable[_Result]]) -> _Result:
         """Let ``work`` ask through a client of openai's, which is closed in the end.
@@ -170,6 +178,21 @@ class ChatServer:
         words = " ".join(str(said).split())
         key = os.environ.get(self.api_key_variable, "").strip()
         return (words.replace(key, "***") if key else words)[:300]
+
+
+def _is_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return (
+            parts.scheme in ("http", "https")
+            and bool(parts.hostname)
+            and (parts.port is None or parts.port > 0)
+            and url.isascii()
+            and url.isprintable()
+            and " " not in url
+        )
+    except ValueError:  # brackets or a port that are none
+        return False
 
 
 def picture(frame: Tensor, image_format: str, upscale: int = 1) -> str:

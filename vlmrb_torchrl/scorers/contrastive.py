@@ -16,8 +16,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from vlmrb_torchrl.checks import quoted
 from vlmrb_torchrl.prompts import BASELINE_CAPTION, GOAL_CAPTION
-from vlmrb_torchrl.scorers.base import checked_prompts
+from vlmrb_torchrl.scorers.base import check_flag, check_positive
 from vlmrb_torchrl.scorers.contrastive_model import ContrastiveModel
 from vlmrb_torchrl.scorers.local import LocalScorer
 
@@ -91,11 +92,15 @@ class ContrastiveScorer(LocalScorer):
             frames=frames,
             batch_clips=batch_clips,
             revision=revision,
-            positive={"scale": scale, "cache_megabytes": cache_megabytes},
         )
-        (self.baseline,) = checked_prompts(baseline)
+        check_positive("scale", scale, or_none=True)
+        check_positive("cache_megabytes", cache_megabytes)
+        check_flag("dedup", dedup, or_none=True)
+        if not isinstance(baseline, str) or not baseline.strip():
+            raise ValueError(f"baseline={quoted(baseline)}: pass captions, none of them empty.")
+        self.baseline = baseline
         if pooling not in get_args(Pooling):
-            raise ValueError(f"pooling={pooling!r}: say one of {get_args(Pooling)}.")
+            raise ValueError(f"pooling={quoted(pooling)}: say one of {get_args(Pooling)}.")
         self.pooling: Pooling = pooling
         self.scale = scale
         self.dedup = dedup

@@ -10,6 +10,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from vlmrb_torchrl.checks import quoted
 from vlmrb_torchrl.keys import CLIP
 from vlmrb_torchrl.prompts import MINIGRID
 from vlmrb_torchrl.scorers.huggingface import HuggingFaceScorer
@@ -56,11 +57,11 @@ class EmbeddedJudge(HuggingFaceScorer):
         dedup: bool | None = None,
         cache_megabytes: float = 256.0,
     ) -> None:
-        asked = (questions,) if isinstance(questions, str) else tuple(questions)
-        unknown = [q for q in asked if q not in MINIGRID]
-        if unknown or not asked:
+        asked = (questions,) if isinstance(questions, str) else questions
+        several = isinstance(asked, Sequence) and bool(asked)
+        if not several or not all(isinstance(q, str) and q in MINIGRID for q in asked):
             known = ", ".join(MINIGRID)
-            raise ValueError(f"questions={questions!r}: ask one or more of {known}.")
+            raise ValueError(f"questions={quoted(questions)}: ask one or more of {known}.")
         super().__init__(
             FOLDER,
             [MINIGRID[q] for q in asked],

@@ -17,11 +17,12 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from vlmrb_torchrl.checks import quoted, shown
 from vlmrb_torchrl.frames import frame_digests, thin
 from vlmrb_torchrl.keys import CLIP
 from vlmrb_torchrl.prompts import GOAL
 from vlmrb_torchrl.scorers.answers import Answer
-from vlmrb_torchrl.scorers.base import PromptedScorer
+from vlmrb_torchrl.scorers.base import PromptedScorer, check_positive
 from vlmrb_torchrl.scorers.chat import FORMATS, ChatServer, RequestRefusedError, part, picture
 
 _LOGGER = logging.getLogger("vlmrb_torchrl.scorers")
@@ -109,22 +110,21 @@ class EndpointScorer(PromptedScorer):
         self.upscale = upscale
         self.media = media
         self.fps = fps
-        self.extra_body = dict(extra_body or {})
+        self.extra_body = _checked_body(extra_body)
         self._served: _Served | None = None
         self._check()
 
     def _check(self) -> None:
-        if not self.model.strip():
-            raise ValueError("model is empty: name one that the server serves.")
-        for name in ("concurrency", "max_tokens", "top_logprobs", "upscale", "fps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)}: it must be positive.")
-        if self.frames is not None and self.frames < 1:
-            raise ValueError(f"frames={self.frames}: send at least 1, or None for all.")
-        if self.image_format not in FORMATS:
-            raise ValueError(f"image_format={self.image_format!r}: say png or jpeg.")
+        if not isinstance(self.model, str) or not self.model.strip():
+            raise ValueError(f"model={quoted(self.model)}: name one that the server serves.")
+        for name in ("concurrency", "max_tokens", "top_logprobs", "upscale"):
+            check_positive(name, getattr(self, name), whole=True)
+        check_positive("frames", self.frames, whole=True, or_none=True)
+        check_positive("fps", self.fps)
+        if self.image_format not in list(FORMATS):
+            raise ValueError(f"image_format={quoted(self.image_format)}: say png or jpeg.")
         if self.media not in ("images", "video"):
-            raise ValueError(f"media={self.media!r}: say images or video.")
+            raise ValueError(f"media={quoted(self.media)}: say images or video.")
 
     @property
     def config(self) -> tuple[tuple[str, object], ...]:
@@ -277,6 +277,17 @@ class EndpointScorer(PromptedScorer):
                 "ask for one of them, raise max_tokens, or turn its thinking off (extra_body)."
             )
         return score
+
+
+def _checked_body(fields: Mapping[str, Any] | None) -> dict[str, Any]:
+    try:
+        body = dict(fields or {})
+        json.dumps(body, allow_nan=False, sort_keys=True)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"extra_body={shown(fields)}: pass a dict of what JSON can hold."
+        ) from None
+    return body
 
 
 @dataclass

@@ -13,12 +13,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor
 
+from vlmrb_torchrl.checks import quoted
 from vlmrb_torchrl.prompts import GOAL
+from vlmrb_torchrl.scorers.base import check_flag, check_positive
 from vlmrb_torchrl.scorers.local import LocalScorer
 from vlmrb_torchrl.scorers.vision_language import VisionLanguageModel
 
@@ -96,8 +98,15 @@ class HuggingFaceScorer(LocalScorer):
             frames=frames,
             batch_clips=batch_clips,
             revision=revision,
-            positive={"resolution": resolution, "fps": fps, "cache_megabytes": cache_megabytes},
         )
+        check_positive("resolution", resolution, whole=True, or_none=True)
+        check_positive("fps", fps)
+        check_positive("cache_megabytes", cache_megabytes)
+        check_flag("dedup", dedup, or_none=True)
+        check_flag("compile", compile)
+        check_flag("trust_remote_code", trust_remote_code)
+        if attention is not None and attention not in get_args(Attention):
+            raise ValueError(f"attention={quoted(attention)}: say one of {get_args(Attention)}.")
         if trust_remote_code:
             warnings.warn(
                 f"trust_remote_code=True: Python code that comes with {self.model_name!r} will run "

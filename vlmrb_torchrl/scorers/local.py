@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from vlmrb_torchrl.checks import checked_device, quoted
 from vlmrb_torchrl.frames import thin
 from vlmrb_torchrl.keys import CLIP
-from vlmrb_torchrl.scorers.base import PromptedScorer
+from vlmrb_torchrl.scorers.base import PromptedScorer, check_positive
 from vlmrb_torchrl.scorers.pretrained import checked_dtype, checked_model
 
 _LOGGER = logging.getLogger("vlmrb_torchrl.scorers")
@@ -35,7 +36,6 @@ class LocalScorer(PromptedScorer):
         frames: Frames looked at of each clip; None: all.
         batch_clips: Clips of one forward pass.
         revision: Branch, tag or commit on the hub.
-        positive: Further arguments of the subclass that must be positive, by name.
 
     Raises:
         FileNotFoundError: ``model`` is a folder that does not exist or holds no safetensors.
@@ -52,17 +52,17 @@ class LocalScorer(PromptedScorer):
         frames: int | None,
         batch_clips: int,
         revision: str | None,
-        positive: Mapping[str, float | None],
     ) -> None:
         super().__init__(prompts)
         self.model_name = checked_model(model)
-        for name, value in {"frames": frames, "batch_clips": batch_clips, **positive}.items():
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}={value}: it must be positive.")
-        self._device = torch.device(device)
+        check_positive("frames", frames, whole=True, or_none=True)
+        check_positive("batch_clips", batch_clips, whole=True)
+        if revision is not None and not (isinstance(revision, str) and revision.strip()):
+            raise ValueError(f"revision={quoted(revision)}: name a branch, tag or commit.")
+        self._device = checked_device(device)
         self.dtype = checked_dtype(dtype, self._device)
         self.frames = frames
-        self.batch_clips = int(batch_clips)
+        self.batch_clips = batch_clips
         self._pinned: dict[str, Any] = {} if revision is None else {"revision": revision}
         # In a plain object: as a submodule the weights would enter every checkpoint.
         self._loaded: Any = None

@@ -6,6 +6,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from vlmrb_torchrl.checks import shown
 from vlmrb_torchrl.keys import EVENTS, SCORE
 from vlmrb_torchrl.scorers.base import ClipScorer, SeededScorer, check_unit
 
@@ -35,6 +36,8 @@ class NoisyScorer(SeededScorer):
         false_positive_rate: float = 0.05,
         seed: int = 0,
     ) -> None:
+        if not isinstance(scorer, ClipScorer):
+            raise TypeError(f"scorer={shown(scorer)}: pass a ClipScorer to err about.")
         super().__init__(scorer.in_keys, seed=seed)
         self.true_positive_rate = check_unit("true_positive_rate", true_positive_rate)
         self.false_positive_rate = check_unit("false_positive_rate", false_positive_rate)

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from vlmrb_torchrl.checks import quoted
+
 YES_WORDS = ("Yes", " Yes", "yes", " yes", "YES", " YES")
 NO_WORDS = ("No", " No", "no", " no", "NO", " NO")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -22,12 +24,14 @@ def checked_model(model: str | Path) -> str:
     Raises:
         FileNotFoundError: It is neither. The hub itself is not asked.
     """
+    if not isinstance(model, (str, Path)) or not str(model).strip() or "\0" in str(model):
+        raise ValueError(f"model={quoted(model)}: give a folder or a hub name.")
     folder = Path(model).expanduser()
     if not folder.is_dir():
         if isinstance(model, str) and _HUB_NAME.fullmatch(model):
             return model
         raise FileNotFoundError(
-            f"model={str(model)!r} is no folder: give one saved by save_pretrained, or a hub name."
+            f"model={quoted(model)} is no folder: give one of save_pretrained, or a hub name."
         )
     if not any(folder.glob("*.safetensors")):
         raise FileNotFoundError(
@@ -45,9 +49,9 @@ def checked_dtype(dtype: str | None, device: torch.device) -> str:
     """
     if dtype is None:
         return "bfloat16" if device.type == "cuda" else "float32"
-    known = getattr(torch, dtype, None)
+    known = getattr(torch, dtype, None) if isinstance(dtype, str) else None
     if not isinstance(known, torch.dtype) or not known.is_floating_point:
-        raise ValueError(f"dtype={dtype!r} is none of torch's: say float32 or bfloat16.")
+        raise ValueError(f"dtype={quoted(dtype)} is none of torch's: say float32 or bfloat16.")
     return dtype
 
 

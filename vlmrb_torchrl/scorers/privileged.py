@@ -8,6 +8,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from vlmrb_torchrl.checks import shown
 from vlmrb_torchrl.keys import EVENTS
 from vlmrb_torchrl.scorers.base import ClipScorer
 
@@ -36,12 +37,16 @@ class PrivilegedScorer(ClipScorer):
 
     def __init__(self, event_names: Sequence[str], events: Sequence[str] = ("goal",)) -> None:
         super().__init__(in_keys=(EVENTS,))
+        for name, names in (("event_names", event_names), ("events", events)):
+            several = isinstance(names, Sequence) and not isinstance(names, str)
+            if not several or not all(isinstance(each, str) and each.strip() for each in names):
+                raise ValueError(f"{name}={shown(names)}: pass a list of names of events.")
         self.event_names = tuple(event_names)
         self.events = tuple(events)
         unknown = [name for name in self.events if name not in self.event_names]
         if unknown or not self.events:
             raise ValueError(
-                f"events={self.events}: choose one or more of {self.event_names}, "
+                f"events={shown(events)}: choose one or more of {self.event_names}, "
                 "the environment's event_names."
             )
         self._columns = [self.event_names.index(name) for name in self.events]
