@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from pickle import UnpicklingError
 
 import lightning as L
 import torch
@@ -12,6 +13,7 @@ from tensordict.nn import TensorDictModuleBase
 
 from recipes.cli import build_algorithm, build_parser
 from recipes.dqn import DQN
+from vlmrb_torchrl.checks import ConfigError, shown
 
 
 class TrainedPolicy(TensorDictModuleBase):
@@ -20,6 +22,9 @@ class TrainedPolicy(TensorDictModuleBase):
     Args:
         checkpoint: The run's ``policy.ckpt``; its ``config.yaml`` must lie beside it.
         algorithm: What was trained.
+
+    Raises:
+        ConfigError: The file holds something else than the weights of ``algorithm``.
 
     Example:
         >>> policy = TrainedPolicy("runs/dqn_doorkey_6x6_vlmguided_s0/policy.ckpt")
@@ -33,8 +38,14 @@ class TrainedPolicy(TensorDictModuleBase):
         config = parser.parse_path(str(path.with_name("config.yaml")))
         config.scoring = parser.get_defaults().scoring  # its judge may not even be here
         module = build_algorithm(algorithm, parser.instantiate(config))
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        module.load_state_dict(saved["algorithm"])
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            module.load_state_dict(saved["algorithm"])
+        except (UnpicklingError, RuntimeError, KeyError, TypeError, EOFError) as error:
+            raise ConfigError(
+                f"checkpoint is {path}: it holds no weights of {algorithm.__name__} "
+                f"({shown(error)}); name the policy.ckpt of a run"
+            ) from None
         self.policy = module.policy.requires_grad_(False)
         self.in_keys, self.out_keys = self.policy.in_keys, self.policy.out_keys
 

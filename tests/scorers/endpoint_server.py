@@ -30,6 +30,7 @@ class EndpointServer:
 
     - ``"500"``, ``"429"``, any status: refused with it (429 with a Retry-After).
     - ``"truncated"``: half of the announced bytes. ``"broken"``: half of the JSON.
+    - ``"http://…"``: sent on to the server at that URL.
     - ``"page"``: a page of HTML. ``"error"``: status 200 and an error inside.
     - ``"words"``: an answer without log-probabilities.
     - anything else: answered with this text, without log-probabilities.
@@ -151,6 +152,8 @@ def _handler(server: EndpointServer) -> type[BaseHTTPRequestHandler]:
             if what.isdigit():
                 again = {"Retry-After-Ms": "1"} if what == "429" else {}
                 self._send(int(what), {"error": {"message": f"no, {key},\nnot now"}}, again)
+            elif what.startswith("http://"):
+                self._send(307, {}, {"Location": f"{what}/chat/completions"})
             elif body.get("logprobs") and not server.logprobs:
                 self._send(400, {"error": {"message": "logprobs is not supported"}})
             elif what == "page":

@@ -394,6 +394,30 @@ def test_a_key_that_http_cannot_carry_is_refused_without_showing_it(serve, monke
     assert SECRET not in "".join(traceback.format_exception(error.value))
 
 
+def test_the_key_does_not_follow_a_redirect_to_another_host(serve, monkeypatch):
+    """Another port is another origin to HTTP, as another host is."""
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    other = serve()
+    first = serve("answer", other.url)
+    scorer = judge(first)
+    score(scorer, some_clips(51))
+    assert first.keys == [f"Bearer {SECRET}"] * 2
+    assert other.keys == [None]
+
+
+def test_the_key_is_in_no_fingerprint(monkeypatch):
+    scorer = EndpointScorer("http://localhost/v1", MODEL)
+    without = scorer.fingerprint, scorer.config
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    assert (scorer.fingerprint, scorer.config) == without
+
+
+def test_a_key_in_the_place_of_its_variable_is_refused_without_showing_it():
+    with pytest.raises(ValueError, match="api_key_variable") as error:
+        EndpointScorer("http://localhost/v1", MODEL, api_key_variable="sk-proj-0123")
+    assert "0123" not in str(error.value)
+
+
 # ---------------------------------------------------------------- construction and loading
 
 
