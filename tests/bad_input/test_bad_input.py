@@ -47,13 +47,13 @@ def test_every_bad_value_is_refused(name: str) -> None:
     assert threading.active_count() == threads
 
 
-def tried(refuse: Any, bad: SearchStrategy[Any], label: str) -> int:
+def tried(refuse: Any, bad: SearchStrategy[Any], label: str, examples: int = EXAMPLES) -> int:
     """Let ``refuse`` refuse random values; how many."""
     count = 0
 
     @seed(SEED)
     @settings(
-        max_examples=EXAMPLES,
+        max_examples=examples,
         deadline=None,
         database=None,
         print_blob=True,

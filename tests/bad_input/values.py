@@ -60,12 +60,12 @@ def flag(*, or_none: bool = False) -> SearchStrategy[Any]:
 
 def device(*, or_none: bool = False) -> SearchStrategy[Any]:
     """No device that torch knows the name of."""
-    names = st.text(alphabet="abcdxyz:-_ ", max_size=9).filter(_is_no_device)
+    names = st.text(alphabet="abcdxyz:-_ ", max_size=9).filter(is_no_device)
     bad = st.one_of(names, st.floats(), st.lists(st.integers(), max_size=2), st.binary(max_size=3))
     return bad if or_none else st.one_of(bad, NOTHING)
 
 
-def _is_no_device(name: str) -> bool:
+def is_no_device(name: str) -> bool:
     try:
         torch.device(name)
     except RuntimeError:
