@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torchrl.collectors import Collector
 
 from recipes.demonstrations import Batches, Demonstrations
+from recipes.divergence import clip_gradients
 from recipes.evaluation import evaluate
 from recipes.replay import Replay
 from recipes.settings import Scoring, Training
@@ -117,7 +118,7 @@ def update(
             continue
         optimizer.zero_grad()
         fabric.backward(loss)
-        norm = fabric.clip_gradients(algorithm, optimizer, max_norm=algorithm.gradient_clip_norm)
+        norm = clip_gradients(fabric, algorithm, optimizer, name, loss, batch)
         optimizer.step()
         telemetry.stepped(name, loss, norm)
     algorithm.after_update()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import threading
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from recipes import cli, off_policy
 from recipes.dqn import DQN
 from recipes.metrics import read_rows
+from tests.scoring_doubles import Faulty, Yes
 from vlmrb_torchrl import AsyncScorer, ClipRenderTransform
 from vlmrb_torchrl.scorers import EmbeddedJudge, ScorerUnavailableError
 
@@ -27,6 +30,7 @@ SHORT = [
     "--replay.capacity=2000",
     "--scoring.mode=thread",
 ]
+UPDATES = 104  # one in 8 of the 832 steps after the first collection beyond the warm-up
 PATIENT = 60.0  # seconds; only a failing test waits as long
 
 
@@ -65,37 +69,47 @@ class Drained(AsyncScorer):
 def train(tmp_path, monkeypatch):
     """Train a short run with a judge; return its rows and the scorer's books."""
 
-    def run(judge, on_submit=lambda env_steps: None):
-        made = []
+    def run(judge, on_submit=lambda env_steps, scoring: None, **options):
+        made, updates, update = [], [], off_policy.update
 
         def build(buffer, task, settings):
             scoring = Drained(
                 buffer,
                 ClipRenderTransform(task.renderer()),
                 judge,
-                clip_transitions=8,
-                frames_per_clip=8,
-                queue_clips=2048,
-                batch_clips=8,
-                backoff_s=(0.0, 0.0),
-                mode="thread",
+                **{
+                    "clip_transitions": 8,
+                    "frames_per_clip": 8,
+                    "queue_clips": 2048,
+                    "batch_clips": 8,
+                    "backoff_s": (0.0, 0.0),
+                    "mode": "thread",
+                    **options,
+                },
             )
             made.append(scoring)
             submit = scoring.submit
 
             def watched(data, index):
                 submit(data, index)
-                on_submit(int(scoring.statistics()["transitions_submitted"]))
+                on_submit(int(scoring.statistics()["transitions_submitted"]), scoring)
 
             scoring.submit = watched
             return scoring
 
+        def counted(*arguments):
+            updates.append(None)
+            update(*arguments)
+
         monkeypatch.setattr(off_policy, "build_scoring", build)
+        monkeypatch.setattr(off_policy, "update", counted)
         cli.run(DQN, [*SHORT, f"--training.log_dir={tmp_path}", "--training.name=run"])
         rows = [row for row in read_rows(tmp_path / "run") if "loss/value" in row]
         assert rows[-1]["env_steps"] == 1024
-        assert rows[-1]["speed/updates_per_s"] > 0  # it learnt to the end
+        assert len(updates) == UPDATES, "an update was lost"
         (scoring,) = made
+        told = {name: int(count) for name, count in scoring.books.items() if "clips_" in name}
+        print(f"updates {len(updates)}, {told}, faults {faults(scoring.books)}")
         return scoring.books
 
     return run
@@ -130,6 +144,50 @@ def test_logits_that_are_no_number_are_no_scores(train):
     books = train(Failing(fail))
     all_scored(books)
     assert faults(books) == {"invalid": 1}
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (8, 2), (3, 1, 1)], ids=str)
+def test_answers_of_another_shape_are_no_scores(train, shape):
+    def fail(call, clips):
+        return torch.zeros(shape) if call == 3 else None
+
+    books = train(Failing(fail))
+    all_scored(books)
+    assert sum(faults(books).values()) == 1
+    assert set(faults(books)) <= {"invalid", "raised"}
+
+
+@pytest.mark.slow
+def test_judge_whose_process_is_killed_scores_everything_in_the_next_one(train):
+    killed = []
+
+    def kill(env_steps, scoring):
+        if env_steps >= 400 and not killed and scoring.worker_pid is not None:
+            killed.append(scoring.worker_pid)
+            os.kill(killed[0], signal.SIGKILL)
+
+    books = train(Yes(), kill, mode="process", niceness=0)
+    all_scored(books)
+    assert len(killed) == 1
+    assert faults(books) == {"died": 1}
+
+
+@pytest.mark.slow
+def test_judge_that_hangs_is_replaced_and_scores_everything(train, tmp_path):
+    """Its process does not answer the third batch, is ended after its time, and another does."""
+    judge = Faulty(["works", "works", "hangs"], tmp_path)
+    books = train(judge, mode="process", timeout_s=2.0, niceness=0)
+    all_scored(books)
+    assert faults(books) == {"timeout": 1}
+
+
+def test_queue_of_one_drops_what_it_cannot_hold_and_loses_no_update(train):
+    books = train(Yes(), queue_clips=1, batch_clips=1)
+    assert faults(books) == {}
+    assert books["clips_submitted"] > 100
+    assert books["clips_pending"] == books["clips_failed"] == 0
+    done = books["clips_scored"] + books["clips_late"] + books["clips_dropped"]
+    assert done == books["clips_submitted"]
 
 
 def test_batch_that_never_gets_a_number_is_given_up_and_no_other(train):
@@ -176,7 +234,7 @@ def test_judge_that_is_down_for_half_the_run_scores_everything_when_it_is_back(t
             up.wait(0.01)  # a refused connection takes its time, too
             raise ScorerUnavailableError("connection refused")
 
-    books = train(Failing(fail), lambda env_steps: env_steps >= 600 and up.set())
+    books = train(Failing(fail), lambda env_steps, _: env_steps >= 600 and up.set())
     all_scored(books)
     assert faults(books) == {"unavailable": len(refused)}
     assert refused

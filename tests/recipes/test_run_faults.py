@@ -1,0 +1,168 @@
+"""Runs that cannot go on end in one line, with nothing of theirs left behind or spoilt."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from recipes import cli, off_policy
+from recipes.dqn import DQN
+from recipes.metrics import read_rows
+from recipes.sac import SAC
+from tests.recipes.chain import Chain, ChainEnv
+from tests.test_scoring import PATIENT, vanishes
+from vlmrb_torchrl import AsyncScorer
+from vlmrb_torchrl.envs import DoorKeyEnv
+from vlmrb_torchrl.scorers.embedded import FOLDER
+
+SHORT = [
+    "--training.total_env_steps=600",
+    "--training.warmup_env_steps=100",
+    "--training.updates_per_env_step=0.125",
+    "--training.eval_every_env_steps=0",
+    "--training.log_every_env_steps=64",
+    "--training.strip_every_env_steps=0",
+    "--training.num_envs=4",
+    "--training.progress=false",
+    "--replay.capacity=1000",
+]
+
+
+def run(folder: Path, algorithm: type, *arguments: str) -> None:
+    cli.run(algorithm, [*arguments, *SHORT, f"--training.log_dir={folder}", "--training.name=run"])
+
+
+def refusal(folder: Path, algorithm: type, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        run(folder, algorithm, *arguments)
+    text = str(ended.value)
+    assert len(text.splitlines()) == 1
+    return text
+
+
+class SpoiltEnv(ChainEnv):
+    """Pays what is no number from its 40th step on."""
+
+    steps, reward = 0, math.nan
+
+    def _step(self, tensordict):
+        stepped = super()._step(tensordict)
+        self.steps += 1
+        if self.steps >= 40:
+            stepped["reward"][1] = self.reward
+        return stepped
+
+
+class Spoilt(Chain):
+    """The chain with such an environment."""
+
+    def make(self, num_envs, seed, *, held_out=False):
+        return SpoiltEnv(num_envs, self.discrete, self.terminates)
+
+
+@pytest.mark.parametrize("reward", [math.nan, math.inf])
+@pytest.mark.parametrize(("algorithm", "discrete"), [(DQN, True), (SAC, False)])
+def test_reward_that_is_no_number_stops_the_run_before_a_weight_is_spoilt(
+    algorithm, discrete, reward, tmp_path, monkeypatch
+):
+    """40 steps of 4 environments: 160 env steps. The line blames the reward."""
+    modules, updates, update = [], [], off_policy.update
+
+    def counted(fabric, module, *others):
+        modules.append(module)
+        update(fabric, module, *others)
+        updates.append(None)
+
+    monkeypatch.setattr(SpoiltEnv, "reward", reward)
+    monkeypatch.setattr(off_policy, "update", counted)
+    text = refusal(
+        tmp_path,
+        algorithm,
+        "--env=tests.recipes.test_run_faults.Spoilt",
+        f"--env.discrete={discrete}",
+        "--replay=Uniform",
+        "--replay.capacity=1000",
+    )
+    assert "('next', 'reward')" in text
+    assert "the step was not taken" in text
+    assert len(modules) == len(updates) + 1, "it stopped in the update that met the reward"
+    assert all(bool(weights.isfinite().all()) for weights in modules[-1].state_dict().values())
+    rows = read_rows(tmp_path / "run")
+    losses = [value for row in rows for name, value in row.items() if name.startswith("loss/")]
+    assert all(map(math.isfinite, losses))
+
+
+def test_weights_that_grow_beyond_all_numbers_stop_the_run(tmp_path):
+    """The batch is sound here: the line blames the step size."""
+    text = refusal(
+        tmp_path,
+        SAC,
+        "--env=tests.recipes.chain.Chain",
+        "--replay=Uniform",
+        "--algorithm.learning_rate=1e30",
+    )
+    assert "lower algorithm.learning_rate" in text
+
+
+def test_other_errors_of_clipping_are_not_taken_for_it():
+    class Broken:
+        def clip_gradients(self, *_, **__):
+            raise RuntimeError("the device is gone")
+
+    from recipes.divergence import clip_gradients
+
+    module = torch.nn.Linear(1, 1)
+    module.gradient_clip_norm = 1.0
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        clip_gradients(Broken(), module, None, "value", torch.tensor(1.0), None)
+
+
+def test_environment_that_raises_ends_the_run_and_the_judge_s_process(tmp_path, monkeypatch):
+    """Step 60 of 4 games fails, so 224 env steps are whole; their rows are written."""
+    pids, steps, step, submit = [], [], DoorKeyEnv._step, AsyncScorer.submit
+
+    def fail(env, tensordict):
+        steps.append(None)
+        if len(steps) == 60:
+            raise OSError("the simulator is gone")
+        return step(env, tensordict)
+
+    def watched(scoring, data, index):
+        pids.append(scoring.worker_pid)
+        submit(scoring, data, index)
+
+    monkeypatch.setattr(DoorKeyEnv, "_step", fail)
+    monkeypatch.setattr(AsyncScorer, "submit", watched)
+    judge = ["--scoring.scorer=ConstantScorer", "--scoring.mode=process"]
+    with pytest.raises(OSError, match="the simulator is gone"):
+        run(tmp_path, DQN, "--env.size=5", *judge)
+    assert len(pids) == 224 / 32
+    assert vanishes(pids[-1], PATIENT)
+    assert [row["env_steps"] for row in read_rows(tmp_path / "run")] == [64, 128, 192]
+
+
+@pytest.mark.parametrize("how", ["missing", "cut short", "scrambled"])
+def test_judge_file_that_cannot_be_read_stops_the_run_before_the_first_step(how, tmp_path):
+    folder = tmp_path / "judge"
+    shutil.copytree(FOLDER, folder)
+    (weights,) = folder.glob("*.safetensors")
+    whole = weights.read_bytes()
+    if how == "missing":
+        weights.unlink()
+    else:
+        weights.write_bytes(whole[: len(whole) // 2] if how == "cut short" else whole[::-1])
+    judge = f"{{class_path: HuggingFaceScorer, init_args: {{model: {folder}}}}}"
+    text = refusal(tmp_path, DQN, f"--scoring.scorer={judge}", "--scoring.mode=thread")
+    assert str(folder) in text
+    assert not (tmp_path / "run" / "metrics.jsonl").is_file() or not read_rows(tmp_path / "run")
+
+
+def test_buffer_smaller_than_a_clip_is_refused_before_anything_is_built(tmp_path):
+    text = refusal(tmp_path, DQN, "--scoring.clip_transitions=1001")
+    assert "scoring.clip_transitions is 1001" in text
+    assert "replay.capacity (1000)" in text
+    assert not list(tmp_path.iterdir())
