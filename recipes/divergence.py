@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 from lightning.fabric import Fabric
-from tensordict import NestedKey, TensorDictBase
+from tensordict import TensorDictBase
 from torch import Tensor
 from torch.optim import Optimizer
 
 from vlmrb_torchrl.checks import ConfigError
 
+_WRITTEN_BY_THE_ENVIRONMENT = ("observation", ("next", "observation"), ("next", "reward"))
 _FABRICS_WORDS = "non-finite"  # of the error of a gradient norm that is NaN or infinite
 
 
@@ -49,7 +49,7 @@ def clip_gradients(
             to blame.
     """
     if not math.isfinite(loss.item()):
-        raise DivergedError(diagnosis(name, loss, batch, algorithm.replay_keys))
+        raise DivergedError(diagnosis(name, loss, batch))
     try:
         norm: Tensor | None = fabric.clip_gradients(
             algorithm, optimizer, max_norm=algorithm.gradient_clip_norm
@@ -57,20 +57,19 @@ def clip_gradients(
     except RuntimeError as error:
         if _FABRICS_WORDS not in str(error):
             raise
-        raise DivergedError(diagnosis(name, loss, batch, algorithm.replay_keys)) from error
+        raise DivergedError(diagnosis(name, loss, batch)) from error
     return norm
 
 
-def diagnosis(name: str, loss: Tensor, batch: TensorDictBase, read: Iterable[NestedKey]) -> str:
+def diagnosis(name: str, loss: Tensor, batch: TensorDictBase) -> str:
     """One line: what is no number, where it comes from, what to do.
 
     Args:
         name: Of the optimizer.
         loss: Its loss.
         batch: The batch.
-        read: Entries of the batch that came from the environment.
     """
-    entries = {str(key): batch.get(key) for key in read}
+    entries = {str(key): batch.get(key) for key in _WRITTEN_BY_THE_ENVIRONMENT}
     bad = [key for key, entry in entries.items() if not bool(entry.isfinite().all())]
     if bad:
         cause = f"the environment wrote what is no number into {', '.join(bad)}: mend it there"

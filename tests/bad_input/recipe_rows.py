@@ -32,6 +32,8 @@ WIDTHS = st.one_of(
 LEARNER = {
     "hidden_features": WIDTHS,
     "gamma": st.one_of(values.real(0, 1), st.just(1.0)),
+    "n_steps": COUNT,
+    "reward_scale": POSITIVE,
     "learning_rate": POSITIVE,
     "target_update_rate": values.real(0, 1, above=True),
     "gradient_clip_norm": POSITIVE.filter(lambda v: v != math.inf),
