@@ -237,8 +237,12 @@ SUBMITTED = {
         ),
         st.integers(0, 40).filter(lambda T: T != 3).map(lambda T: stream([T] if T else [])),
     ),
-    "index": st.one_of(values.slots(3, SLOTS), values.tensors_but(torch.int64, 3)).filter(
-        lambda index: not (isinstance(index, torch.Tensor) and index.dtype == torch.uint8)
+    # Three whole numbers are taken in any shape: data is [N, T] where the slots of it are [N T].
+    "index": st.one_of(
+        values.slots(3, SLOTS),
+        values.tensors_but(torch.int64, 3).filter(
+            lambda index: not (index.dtype in (torch.uint8, torch.int64) and index.numel() == 3)
+        ),
     ),
 }
 
