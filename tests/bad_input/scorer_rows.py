@@ -13,6 +13,7 @@ from tests.bad_input import values
 from tests.bad_input.case import Case
 from tests.bad_input.replay_rows import LOOKUP
 from tests.scorers.cached_doubles import Brightness
+from vlmrb_torchrl.prompts import MINIGRID
 from vlmrb_torchrl.scorers import (
     CachedScorer,
     ConstantScorer,
@@ -103,7 +104,9 @@ ROWS: dict[str, Callable[[], Case]] = {
         EmbeddedJudge,
         {
             **{name: bad for name, bad in LOCAL.items() if name not in ("prompts", "frames")},
-            "questions": st.one_of(PROMPTS, st.text(max_size=5)),
+            "questions": st.one_of(
+                PROMPTS, st.text(max_size=5).filter(lambda question: question not in MINIGRID)
+            ),
         },
     ),
     "EmbeddedJudge.asking": lambda: Case(
