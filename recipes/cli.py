@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, lazy_instance
 from lightning.fabric import Fabric
 
+from recipes.checkpoint import Checkpoints, check_resumable, start_afresh
 from recipes.demonstrations import Demonstrations
+from recipes.interruption import StoppedError
 from recipes.off_policy import train
 from recipes.replay import Replay, VLMGuided
 from recipes.settings import Scoring, Training
@@ -31,7 +35,8 @@ GUIDE = (
     "--config recipes/configs/methods/per.yaml --training.seed 1'; TASK may be {tasks}. "
     "Environment, replay method and judge are chosen by class: '--replay Uniform', "
     "'--env my_module.MyTask', '--scoring.scorer my_module.MyScorer'; '--replay.help VLMGuided' "
-    "shows the settings of one."
+    "shows the settings of one. A run that was stopped goes on where it was: 'python -m "
+    "recipes.{recipe} --resume runs/NAME'."
 )
 CONFIGS = Path(__file__).parent / "configs"
 LAUNCHED_BY_FABRIC_CLI = "LT_CLI_USED"
@@ -130,6 +135,34 @@ def run_name(algorithm: type[L.LightningModule], settings: Namespace) -> str:
     return f"{algorithm.__name__.lower()}_{settings.env.name}_{method}_s{settings.training.seed}"
 
 
+def resumed(argv: list[str] | None) -> tuple[Path | None, list[str]]:
+    """Turn ``--resume FOLDER`` into the arguments of the run that lies there.
+
+    Returns:
+        The folder, if one is named, and the command line without it.
+
+    Raises:
+        ConfigError: No run lies there.
+    """
+    ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    ahead.add_argument("--resume", type=Path)
+    named, others = ahead.parse_known_args(argv)
+    folder: Path | None = named.resume
+    if folder is None:
+        return None, others
+    config = folder / "config.yaml"
+    require(config.is_file(), "--resume", folder, "name a run's folder, which holds config.yaml")
+    place = [f"--training.log_dir={folder.parent}", f"--training.name={folder.name}"]
+    return folder, [f"--config={config}", *others, *place]
+
+
+def as_json(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
+    """The configuration as a checkpoint keeps it."""
+    whole: dict[str, Any] = json.loads(parser.dump(config, format="json"))
+    whole.pop("config", None)  # the files that it was read from
+    return whole
+
+
 def run(algorithm: type[L.LightningModule], argv: list[str] | None = None) -> None:
     """Parse the command line, build the parts, train.
 
@@ -139,14 +172,17 @@ def run(algorithm: type[L.LightningModule], argv: list[str] | None = None) -> No
     """
     parser = build_parser(algorithm)
     try:
+        folder, argv = resumed(argv)
         config = parser.parse_args(argv)
+        if folder is not None:
+            check_resumable(folder, as_json(parser, config))
         settings = parser.instantiate(config)
         check(settings)
         # Built once to refuse its arguments before any process or file exists.
         module = build_algorithm(algorithm, settings)
     except (ArgumentError, ValueError, TypeError, OSError, RuntimeError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {one_line(error)}")
-    launch(module, parser, config, settings, algorithm)
+    launch(module, parser, config, settings, algorithm, resume=folder is not None)
 
 
 def build_algorithm(algorithm: type[L.LightningModule], settings: Namespace) -> Any:
@@ -173,6 +209,8 @@ def launch(
     config: Namespace,
     settings: Namespace,
     algorithm: type[L.LightningModule],
+    *,
+    resume: bool = False,
 ) -> None:
     """Launch Fabric, unless ``fabric run`` did, and train."""
     training: Training = settings.training
@@ -188,12 +226,15 @@ def launch(
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
     fabric.seed_everything(training.seed * fabric.world_size + fabric.global_rank, verbose=False)
     folder = Path(training.log_dir) / (training.name or run_name(algorithm, settings))
-    if fabric.is_global_zero:
-        folder.mkdir(parents=True, exist_ok=True)
-        parser.save(config, folder / "config.yaml", overwrite=True)
-        (folder / "policy.yaml").write_text(json.dumps(describe_policy(algorithm)))
     try:
-        with Telemetry(fabric, settings.env, training, folder) as telemetry:
+        if fabric.is_global_zero:
+            if not resume:
+                start_afresh(folder)
+            parser.save(config, folder / "config.yaml", overwrite=True)
+            (folder / "policy.yaml").write_text(json.dumps(describe_policy(algorithm)))
+        every, whole = training.checkpoint_every_env_steps, as_json(parser, config)
+        checkpoints = Checkpoints(fabric, folder, every, whole, resume=resume)
+        with Telemetry(fabric, settings.env, training, folder, resumed=resume) as telemetry:
             train(
                 fabric,
                 module,
@@ -203,10 +244,21 @@ def launch(
                 settings.demonstrations,
                 training,
                 telemetry,
+                checkpoints,
             )
     except ConfigError as error:
         sys.exit(str(error))
+    except StoppedError as stop:
+        again = f"go on: python -m recipes.{algorithm.__name__.lower()} --resume {folder}"
+        end(fabric, f"stopped by {stop}; {again if stop.saved else 'not saved'}", stop.signal)
     except KeyboardInterrupt:
-        sys.exit(f"stopped; figures so far: {folder}")
+        end(fabric, f"stopped at once; figures so far: {folder}", signal.SIGINT)
     if fabric.is_global_zero and training.progress:
         print(f"logs: {folder} (tensorboard --logdir {training.log_dir})")
+
+
+def end(fabric: Fabric, text: str, number: int) -> NoReturn:
+    """End the process as a shell expects of one that a signal has ended."""
+    if fabric.is_global_zero:
+        print(text, file=sys.stderr, flush=True)
+    sys.exit(128 + number)

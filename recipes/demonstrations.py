@@ -181,8 +181,8 @@ class Batches:
                 "demonstration_transitions": sum(len(episode) for episode in episodes),
                 "demonstration_rows": rows,
             }
+        self._random = torch.Generator().manual_seed(seed)
         if rows:
-            self._random = torch.Generator().manual_seed(seed)
             self._memory = TensorDict.cat([transitions(episode) for episode in episodes])
 
     def sample(self) -> TensorDictBase:
@@ -199,6 +199,14 @@ class Batches:
                 value = drawn[key].mean().item() if key == keys.WEIGHT else -1
                 shown.set(key, torch.full_like(like, value))
         return torch.cat([drawn, shown])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Where the draws are; the episodes themselves follow from the seed."""
+        return {"random": self._random.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on drawing."""
+        self._random.set_state(state["random"])
 
     def replayed(self, batch: TensorDictBase) -> TensorDictBase:
         """The part of a batch that came from the buffer."""

@@ -19,10 +19,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torchrl.collectors import Collector
 
+from recipes.checkpoint import Checkpoints
 from recipes.demonstrations import Batches, Demonstrations
 from recipes.divergence import clip_gradients
 from recipes.evaluation import evaluate
+from recipes.interruption import Interruption
 from recipes.replay import Replay
+from recipes.run_state import Counters, Episodes, ReplayState, RunState, Schedules, Several
 from recipes.settings import Scoring, Training
 from recipes.tasks import Task
 from recipes.telemetry import Telemetry
@@ -128,6 +131,26 @@ def update(
     telemetry.updated(replayed)
 
 
+def evaluate_if_due(
+    fabric: Fabric,
+    module: Algorithm,
+    task: Task,
+    training: Training,
+    telemetry: Telemetry,
+    count: Counters,
+) -> None:
+    """Play held-out episodes, on rank 0, every so many steps."""
+    every = training.eval_every_env_steps
+    if not every or count.env_steps < (count.evaluations + 1) * every:
+        return
+    with telemetry.paused():
+        if fabric.is_global_zero:
+            result = evaluate(module.policy, task, training, count.evaluations)
+            telemetry.evaluated(count.env_steps, result)
+        fabric.barrier()
+    count.evaluations += 1
+
+
 def train(
     fabric: Fabric,
     module: Algorithm,
@@ -137,6 +160,7 @@ def train(
     demonstrations: Demonstrations,
     training: Training,
     telemetry: Telemetry,
+    checkpoints: Checkpoints,
 ) -> None:
     """Train ``module`` on ``task``; every figure goes to ``telemetry``.
 
@@ -149,6 +173,10 @@ def train(
         demonstrations: Scripted episodes to begin with, whatever the method.
         training: Lengths, ratios and seeds.
         telemetry: Where figures go.
+        checkpoints: Where the run is kept, and what it may go on from.
+
+    Raises:
+        StoppedError: By Ctrl-C or SIGTERM, after the step and a checkpoint.
     """
     optimizers = module.configure_optimizers()
     algorithm, *prepared = fabric.setup(module, *optimizers.values())
@@ -156,7 +184,8 @@ def train(
     algorithm.mark_forward_method("training_step")
     seed = training.seed * fabric.world_size + fabric.global_rank
     buffer = replay.buffer(demonstrations.rows(replay.batch_size))
-    buffer.set_rng(torch.Generator().manual_seed(seed))
+    draws = torch.Generator().manual_seed(seed)
+    buffer.set_rng(draws)
     collector = Collector(
         task.make(training.num_envs, seed=seed),
         module.behaviour,
@@ -170,7 +199,7 @@ def train(
     )
     new_env_steps = training.env_steps_per_collection * fabric.world_size
     schedulers = replay.schedulers(buffer, new_env_steps)
-    env_steps, updates_due, evaluations = 0, 0.0, 0
+    count = Counters()
     with ExitStack() as cleanup:
         cleanup.callback(collector.shutdown)
         if fabric.device.type == "cuda":  # ahead of a judge on the same GPU, whose stream has 0
@@ -184,32 +213,42 @@ def train(
         with telemetry.paused():
             batches = demonstrations.batches(buffer, replay, task, module.transitions, seed)
         telemetry.note(batches.figures)
-        for episode in batches.prefill:
-            store(episode, module.transitions, buffer, scoring)
+        run = RunState(
+            {
+                "algorithm": algorithm,
+                "optimizers": Several(optimizers),
+                "replay": ReplayState(buffer, draws),
+                "schedules": Schedules(schedulers),
+                "demonstrations": batches,
+                "counters": count,
+                "telemetry": telemetry,
+                **({} if scoring is None else {"scoring": scoring}),
+                "episodes": Episodes(collector, seed, telemetry, scoring),
+            }
+        )
+        if not checkpoints.restore(run):
+            for episode in batches.prefill:
+                store(episode, module.transitions, buffer, scoring)
 
-        for data in collector:
-            env_steps += new_env_steps
+        interruption = cleanup.enter_context(Interruption(fabric))
+        collected = iter(collector)
+        while count.env_steps < training.total_env_steps:
+            data = next(collected)
+            count.env_steps += new_env_steps
             store(data, module.transitions, buffer, scoring)
             telemetry.collected(data)
 
-            if env_steps > training.warmup_env_steps:
-                updates_due += new_env_steps * training.updates_per_env_step
-                while updates_due >= 1:
-                    updates_due -= 1
+            if count.env_steps > training.warmup_env_steps:
+                count.updates_due += new_env_steps * training.updates_per_env_step
+                while count.updates_due >= 1:
+                    count.updates_due -= 1
                     update(fabric, algorithm, optimizers, batches, replay, telemetry)
                 telemetry.note(module.after_collection(new_env_steps))
                 for scheduler in schedulers:
                     scheduler.step()
 
-            telemetry.log(env_steps, buffer, scoring)
-            every = training.eval_every_env_steps
-            if every and env_steps >= (evaluations + 1) * every:
-                with telemetry.paused():
-                    if fabric.is_global_zero:
-                        result = evaluate(module.policy, task, training, evaluations)
-                        telemetry.evaluated(env_steps, result)
-                    fabric.barrier()
-                evaluations += 1
-            if env_steps >= training.total_env_steps:
-                break
-    fabric.save(telemetry.folder / "policy.ckpt", {"algorithm": algorithm, "env_steps": env_steps})
+            telemetry.log(count.env_steps, buffer, scoring)
+            evaluate_if_due(fabric, module, task, training, telemetry, count)
+            checkpoints.after_step(run, count.env_steps, telemetry, interruption.requested())
+    policy = {"algorithm": algorithm, "env_steps": count.env_steps}
+    fabric.save(telemetry.folder / "policy.ckpt", policy)

@@ -122,6 +122,14 @@ class SAC(L.LightningModule):
             for name, chosen in parameters.items()
         }
 
+    def get_extra_state(self) -> dict[str, Tensor]:
+        """For checkpoints: the latest figures, shown again where no update comes before a row."""
+        return dict(self.figures)
+
+    def set_extra_state(self, state: dict[str, Tensor]) -> None:
+        """Show them on."""
+        self.figures = dict(state)
+
     def training_step(self, batch: TensorDictBase, optimizer: str) -> Tensor:
         """Compute a loss of a batch; the critics' writes |δ| into it, the actor's log π."""
         loss: Tensor

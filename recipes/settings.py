@@ -30,6 +30,8 @@ class Training:
             endless loops.
         log_every_env_steps: Distance of two rows of training figures.
         strip_every_env_steps: Distance of two pictures of scored clips; 0 for none.
+        checkpoint_every_env_steps: Distance of two checkpoints, from which ``--resume`` goes on;
+            0 for none, not even when the run is stopped. The last two are kept.
         log_dir: Folder for TensorBoard logs and metrics.
         name: Name of the run's folder below ``log_dir``; null: algorithm, method and seed.
         accelerator: Where the networks are trained; the CPU is faster for small ones. The option
@@ -49,6 +51,7 @@ class Training:
     eval_epsilon: float = 0.05
     log_every_env_steps: int = 4_000
     strip_every_env_steps: int = 60_000
+    checkpoint_every_env_steps: int = 40_000
     log_dir: str = "runs"
     name: str | None = None
     accelerator: Literal["cpu", "cuda", "auto"] = "cpu"
@@ -67,7 +70,8 @@ class Training:
         for name in positive:
             value = getattr(self, name)
             require(is_whole(value, 1), f"training.{name}", value, "use at least 1")
-        for name in ("warmup_env_steps", "eval_every_env_steps", "strip_every_env_steps", "seed"):
+        distances = ("eval", "strip", "checkpoint")
+        for name in ("warmup_env_steps", "seed", *(f"{d}_every_env_steps" for d in distances)):
             value = getattr(self, name)
             require(is_whole(value, 0), f"training.{name}", value, "use 0 or more")
         require(self.seed < MOST_SEED, "training.seed", self.seed, f"use less than {MOST_SEED}")

@@ -123,6 +123,14 @@ class TD3(L.LightningModule):
             for name, chosen in parameters.items()
         }
 
+    def get_extra_state(self) -> int:
+        """For checkpoints: the updates made, by which the actor's turns are counted."""
+        return self.updates
+
+    def set_extra_state(self, state: int) -> None:
+        """Go on counting."""
+        self.updates = state
+
     @property
     def actor_is_due(self) -> bool:
         """Whether actor and targets move in this update."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from lightning.fabric import Fabric
@@ -36,14 +38,23 @@ class Telemetry:
         task: For what counts as success.
         training: Distances of rows and pictures.
         folder: Folder of the run.
+        resumed: Whether a state will be loaded: what was written before then stays.
     """
 
-    def __init__(self, fabric: Fabric, task: Task, training: Training, folder: Path) -> None:
+    def __init__(
+        self,
+        fabric: Fabric,
+        task: Task,
+        training: Training,
+        folder: Path,
+        *,
+        resumed: bool = False,
+    ) -> None:
         self._writes = fabric.is_global_zero
         self._training = training
         self.folder = folder
         self._task = task
-        self._sums: dict[str, list[Tensor | float]] = defaultdict(list)
+        self._sums: dict[str, list[Tensor]] = defaultdict(list)
         self._episode_return: Tensor | None = None
         self._episode_length: Tensor | None = None
         self._episodes = 0
@@ -53,14 +64,14 @@ class Telemetry:
         self._next_strip = training.strip_every_env_steps
         self._latest: dict[str, float] = {}
         self._progress: Progress | None = None
+        self._resumed = resumed
+        self._last_point = 0  # env steps of the last row or picture
 
     def __enter__(self) -> Telemetry:
         if self._writes:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._file = (self.folder / METRICS_FILE).open("w")
-            self._tensorboard = TensorBoardLogger(
-                self.folder.parent, name=self.folder.name, version=""
-            )
+            self._file = (self.folder / METRICS_FILE).open("a" if self._resumed else "w")
+            self._tensorboard = self._open_tensorboard()
             if self._training.progress:
                 self._progress = Progress(
                     TextColumn("[bold]{task.description}"),
@@ -76,6 +87,9 @@ class Telemetry:
         self._start = self._last_time = time.perf_counter()
         self._last_env_steps = 0
         return self
+
+    def _open_tensorboard(self, **options: int) -> TensorBoardLogger:
+        return TensorBoardLogger(self.folder.parent, name=self.folder.name, version="", **options)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -134,6 +148,13 @@ class Telemetry:
                 self._episode_return[ended] = 0
                 self._episode_length[ended] = 0
 
+    def say(self, text: str) -> None:
+        """Print a line, above the bar if there is one."""
+        if self._progress is not None:
+            self._progress.console.print(text, highlight=False, soft_wrap=True)
+        elif self._writes:
+            print(text, flush=True)
+
     def log(self, env_steps: int, buffer: VLMReplayBuffer, scoring: AsyncScorer | None) -> None:
         """Write a row if it is time for one."""
         if self._progress is not None:
@@ -189,8 +210,50 @@ class Telemetry:
     def _write(self, env_steps: int, row: dict[str, float]) -> None:
         if not self._writes:
             return
+        self._last_point = env_steps
         seconds = time.perf_counter() - self._start
         place = {"env_steps": env_steps, "total_env_steps": self._training.total_env_steps}
         self._file.write(json.dumps({**place, "seconds": seconds, **row}) + "\n")
         self._file.flush()
         self._tensorboard.log_metrics(row, env_steps)
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next rows depend on, and how much of the metrics file there is."""
+        now, written = time.perf_counter(), 0
+        if self._writes:
+            os.fsync(self._file.fileno())
+            written = self._file.tell()
+        return {
+            "sums": {name: torch.stack(values).cpu() for name, values in self._sums.items()},
+            "drawn": torch.cat(self._drawn).cpu() if self._drawn else None,
+            "latest": dict(self._latest),
+            "episodes": (self._episodes, self._episode_return, self._episode_length),
+            "updates": self._updates,
+            "env_steps": self._last_env_steps,
+            "next": (self._next_log, self._next_strip),
+            "seconds": (now - self._start, now - self._last_time),
+            "written": written,
+            "last_point": self._last_point,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``; rows and points that came after it are forgotten."""
+        now = time.perf_counter()
+        self._sums.update({name: list(values.unbind()) for name, values in state["sums"].items()})
+        self._drawn = [] if state["drawn"] is None else [state["drawn"]]
+        self._latest = dict(state["latest"])
+        self._episodes, self._episode_return, self._episode_length = state["episodes"]
+        self._updates, self._last_env_steps = state["updates"], state["env_steps"]
+        self._next_log, self._next_strip = state["next"]
+        self._start, self._last_time = (now - seconds for seconds in state["seconds"])
+        if self._writes:
+            self._file.truncate(state["written"])
+            self._file.seek(0, os.SEEK_END)
+            self._last_point = state["last_point"]
+            self._tensorboard = self._open_tensorboard(purge_step=self._last_point + 1)
+
+    def episodes_restarted(self) -> None:
+        """Forget the episodes in progress."""
+        self._episode_return = self._episode_length = None

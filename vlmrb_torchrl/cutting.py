@@ -204,11 +204,13 @@ class ClipCutter:
         """The open clips and the counters, as numbers and tensors."""
         return {
             "transitions": self.transitions,
+            "batches": self._batches,
             "tracks": {
                 trajectory: {
                     "held": track.head(track.length).state_dict() if track.length else None,
                     "covered": track.covered,
                     "skip": track.skip,
+                    "seen": (track.seen_batch, track.seen_transition),
                 }
                 for trajectory, track in self._tracks.items()
             },
@@ -220,16 +222,12 @@ class ClipCutter:
         Only environments that go on, too, with the same trajectory ids, can complete the open
         clips. Where they start afresh, call `flush` next.
         """
-        self.transitions = state["transitions"]
+        self.transitions, self._batches = state["transitions"], state["batches"]
         self._tracks = {}
         for trajectory, saved in state["tracks"].items():
             held = [] if saved["held"] is None else [Span.from_state_dict(saved["held"])]
+            length, seen = sum(len(span.slot) for span in held), saved["seen"]
             self._tracks[trajectory] = _Track(
-                held,
-                length=sum(len(span.slot) for span in held),
-                covered=saved["covered"],
-                skip=saved["skip"],
-                seen_batch=self._batches,
-                seen_transition=self.transitions,
+                held, length, saved["covered"], saved["skip"], seen[0], seen[1]
             )
             self._kind = held[0].kind if held else self._kind

@@ -236,12 +236,17 @@ class AsyncScorer:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Pending and open clips, counts and random states, as tensors and numbers."""
+        """Pending and open clips, counts and random states, as tensors and numbers.
+
+        Take it before the buffer's: what is judged in between then has its score in the buffer
+        and is judged once more; the other way round its score would be lost.
+        """
         with self._cutting:
+            pending, books = self._dispatcher.snapshot()
             return {
                 "cutter": self._cutter.state_dict(),
-                "pending": [clip.state_dict() for clip in self._dispatcher.pending()],
-                "ledger": self._ledger.state_dict(),
+                "pending": [clip.state_dict() for clip in pending],
+                "ledger": books,
                 "scorer": {
                     name: module.get_extra_state() for name, module in self._seeded().items()
                 },
@@ -259,7 +264,7 @@ class AsyncScorer:
                 module.set_extra_state(state["scorer"][name])
             pending = [Clip.from_state_dict(clip) for clip in state["pending"]]
             self._ledger.load_state_dict(state["ledger"])
-            self._dispatcher.put(pending, self._cutter.transitions)
+            self._dispatcher.put(pending, self._cutter.transitions, bounded=False)
 
     def _seeded(self) -> dict[str, SeededScorer]:
         # A worker process has its own copy, which starts from the seed.

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -98,8 +98,11 @@ class Dispatcher:
         """Whether `close` was called."""
         return self._closed
 
-    def put(self, clips: Sequence[Clip], env_steps: int) -> None:
-        """Queue ``clips``; ``env_steps`` transitions have been inserted until now."""
+    def put(self, clips: Sequence[Clip], env_steps: int, *, bounded: bool = True) -> None:
+        """Queue ``clips``; ``env_steps`` transitions have been inserted until now.
+
+        With ``bounded=False`` none is dropped: what a checkpoint held waits, all of it.
+        """
         self._ledger.submitted(clips)
         if self._thread is None:
             self._env_steps = env_steps
@@ -113,7 +116,7 @@ class Dispatcher:
             waiting = len(self._queue)
             self._queue.extend(map(Ticket, clips))
             excess = len(self._queue) - self._queue_clips
-            if excess > 0:
+            if bounded and excess > 0:
                 self._ledger.dropped([self._queue.popleft().clip for _ in range(excess)])
             # The thread sleeps until the first clip comes, then until a batch is full.
             if not waiting or waiting < self._batch_clips <= len(self._queue):
@@ -123,10 +126,11 @@ class Dispatcher:
         """Wait until the scorer was started, or failed to; whether that came within the time."""
         return self._thread is None or self._started.wait(timeout_s)
 
-    def pending(self) -> list[Clip]:
-        """Clips neither scored nor given up, the oldest first."""
+    def snapshot(self) -> tuple[list[Clip], dict[str, Any]]:
+        """Clips neither scored nor given up, the oldest first, and the books of that moment."""
         with self._changed:
-            return [ticket.clip for ticket in (*self._batch, *self._queue)]
+            pending = [ticket.clip for ticket in (*self._batch, *self._queue)]
+            return pending, self._ledger.state_dict()
 
     def drain(self, timeout_s: float) -> bool:
         """Wait until nothing is pending; whether that came true within ``timeout_s``."""
@@ -165,10 +169,8 @@ class Dispatcher:
             begun = time.monotonic()
             self._attempt(batch)
             rest_s = (time.monotonic() - begun) * self._rest_per_second
-            with self._changed:
-                self._batch = []
-                self._changed.notify_all()
-                if rest_s:
+            if rest_s:
+                with self._changed:
                     self._changed.wait_for(lambda: self._closed or self._draining, rest_s)
 
     def _take(self) -> list[Ticket]:
@@ -194,22 +196,29 @@ class Dispatcher:
                 scores = self._score(clips)
             except ScorerError as error:
                 if self._closed:
-                    self._ledger.dropped(clips)
+                    self._settle(lambda: self._ledger.dropped(clips))
                     return
                 # A server that is down says nothing of the batch: it waits.
                 tries += error.kind != "unavailable" or self._thread is None
                 self._fault(error.kind, str(error), retried=tries < _TRIES)
                 if tries >= _TRIES:
-                    self._ledger.failed(clips)
+                    self._settle(lambda: self._ledger.failed(clips))
                     return
         self._faults_in_a_row = 0
         try:
             live = self._write(clips, scores)
         except Exception as error:
             self._fault("write", one_line(error), retried=False)
-            self._ledger.failed(clips)
+            self._settle(lambda: self._ledger.failed(clips))
             return
-        self._ledger.answered(batch, scores, live, self._env_steps)
+        self._settle(lambda: self._ledger.answered(batch, scores, live, self._env_steps))
+
+    def _settle(self, note: Callable[[], None]) -> None:
+        """Enter a batch's fate into the books: it is pending until then, never both."""
+        with self._changed:
+            note()
+            self._batch = []
+            self._changed.notify_all()
 
     def _score(self, clips: list[Clip]) -> NDArray[np.float32]:
         try:

@@ -9,13 +9,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from vlmrb_torchrl.envs.base import DemonstratedEnv, JudgedEnv
+from vlmrb_torchrl.envs.base import DemonstratedEnv, JudgedEnv, ResumableEnv
 
 if TYPE_CHECKING:
     from vlmrb_torchrl.envs.doorkey import DoorKeyEnv
     from vlmrb_torchrl.envs.ogbench_scene import OGBenchEnv
 
-__all__ = ["DemonstratedEnv", "DoorKeyEnv", "JudgedEnv", "OGBenchEnv"]
+__all__ = ["DemonstratedEnv", "DoorKeyEnv", "JudgedEnv", "OGBenchEnv", "ResumableEnv"]
 
 _HOMES = {"DoorKeyEnv": "doorkey", "OGBenchEnv": "ogbench_scene"}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from tensordict.nn import TensorDictModuleBase
 
@@ -40,4 +40,21 @@ class DemonstratedEnv(JudgedEnv, Protocol):
 
     def demonstrator(self) -> TensorDictModuleBase:
         """A policy for this environment that succeeds; it has no memory."""
+        ...
+
+
+@runtime_checkable
+class ResumableEnv(Protocol):
+    """An environment that can be put back into the middle of its episodes.
+
+    Its two methods are to hold everything that the next steps and resets depend on, but for the
+    process's own random generators; what was observed last is kept by the collector.
+    """
+
+    def games_state_dict(self) -> dict[str, Any]:
+        """The games as they stand, as tensors, numbers and containers of these."""
+        ...
+
+    def load_games_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``games_state_dict`` of an environment built alike: step by step the same."""
         ...

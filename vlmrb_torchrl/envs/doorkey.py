@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from minigrid.core.constants import OBJECT_TO_IDX
+from minigrid.core.grid import Grid
+from minigrid.core.world_object import WorldObj
 from minigrid.envs.doorkey import DoorKeyEnv as MiniGridDoorKey
 from numpy.typing import NDArray
 from tensordict import TensorDict, TensorDictBase
@@ -201,6 +203,34 @@ class DoorKeyEnv(SeededEpisodes):
         self._carries[i] = 0
         self._ended[i] = False
         self._locate(i)
+
+    def games_state_dict(self) -> dict[str, Any]:
+        """The games as they stand, for `load_games_state_dict`."""
+        carried = [(0, 0, 0) if g.carrying is None else g.carrying.encode() for g in self._games]
+        return {
+            "stream": self.get_extra_state(),
+            "board": torch.from_numpy(self._board.copy()),
+            "cell": list(self._cell),
+            "facing": [int(facing) for facing in self._facing],
+            "steps": [game.step_count for game in self._games],
+            "carried": [[int(code) for code in thing] for thing in carried],
+            "ended": torch.from_numpy(self._ended.copy()),
+        }
+
+    def load_games_state_dict(self, state: dict[str, Any]) -> None:
+        """Put the games back where they were, in the middle of their episodes."""
+        self.set_extra_state(state["stream"])
+        self._board[:] = state["board"].numpy()
+        self._ended[:] = state["ended"].numpy()
+        self._cell, self._facing = list(state["cell"]), list(state["facing"])
+        S = self.size
+        for i, game in enumerate(self._games):
+            game.grid, _ = Grid.decode(self._board[i, :, :3].reshape(S, S, 3))
+            game.agent_pos = divmod(self._cell[i], S)
+            game.agent_dir = self._facing[i]
+            game.step_count = state["steps"][i]
+            game.carrying = WorldObj.decode(*state["carried"][i])
+            self._carries[i] = game.carrying is not None
 
     def _locate(self, i: int) -> None:
         x, y = self._games[i].agent_pos

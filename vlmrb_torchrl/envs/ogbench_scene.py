@@ -189,6 +189,8 @@ class OGBenchEnv(SeededEpisodes):
         self._local = games(self.env_id, len(self._shares[0]))
         self._ended = np.zeros((self.num_envs, 2), bool)  # terminated, truncated
         self._steps = np.zeros(self.num_envs, np.int64)
+        self._begun = [0] * self.num_envs  # seeds of the episodes in progress
+        self._played: list[list[NDArray[np.float32]]] = [[] for _ in self._begun]  # their actions
         return self._ask("begin", {})
 
     def _time_limit(self) -> int:
@@ -234,6 +236,8 @@ class OGBenchEnv(SeededEpisodes):
         for i in games:
             self._episodes[i] += 1
         self._ended[games], self._steps[games] = False, 0
+        for i, seed in seeds.items():
+            self._begun[i], self._played[i] = seed, []
         outcome = self._ask("begin", seeds)
         return self._pack(outcome, np.zeros_like(outcome.events))
 
@@ -247,12 +251,39 @@ class OGBenchEnv(SeededEpisodes):
             )
         actions = action.detach().cpu().numpy()
         outcome = self._ask("play", {i: actions[i] for i in games})
+        for i in games:
+            self._played[i].append(actions[i].copy())
         self._steps[games] += 1
         self._ended[games, 0] = outcome.terminated[games]
         self._ended[games, 1] = self._steps[games] >= self.max_steps
         packed = self._pack(outcome, outcome.events)
         packed.set("reward", torch.from_numpy(outcome.reward[:, None]).to(self.device))
         return packed
+
+    def games_state_dict(self) -> dict[str, Any]:
+        """The games as they stand: the seed of each episode, and what was done in it.
+
+        The simulator's own state would be less: what OGBench reads of it after a step is older
+        than its positions, and the solver remembers its last answer.
+        """
+        played = [torch.from_numpy(np.array(a, np.float32).reshape(-1, 5)) for a in self._played]
+        return {
+            "stream": self.get_extra_state(),
+            "begun": list(self._begun),
+            "played": played,
+            "ended": torch.from_numpy(self._ended.copy()),
+        }
+
+    def load_games_state_dict(self, state: dict[str, Any]) -> None:
+        """Play the episodes again up to where they were: a millisecond for each step of each."""
+        self.set_extra_state(state["stream"])
+        self._begun = list(state["begun"])
+        self._played = [list(actions.numpy()) for actions in state["played"]]
+        self._steps[:] = [len(actions) for actions in self._played]
+        self._ended[:] = state["ended"].numpy()
+        self._ask("begin", dict(enumerate(self._begun)))
+        for step in range(self._steps.max()):
+            self._ask("play", {i: a[step] for i, a in enumerate(self._played) if step < len(a)})
 
     def _concerned(self, tensordict: TensorDictBase | None, mask: str) -> list[int]:
         asked = None if tensordict is None else tensordict.get(mask, None)

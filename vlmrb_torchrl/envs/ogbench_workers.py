@@ -11,6 +11,9 @@ from typing import Any
 from torch import multiprocessing
 
 _GOODBYE_SECONDS = 5.0
+_GRACE_SECONDS = 10
+"""How long a process asked to end by SIGTERM still answers: where a whole job is asked, whoever
+plays finishes a step and saves."""
 
 
 class RemoteGames:
@@ -62,13 +65,14 @@ class RemoteGames:
         self._connection.close()
         self._process.join(_GOODBYE_SECONDS)
         if self._process.is_alive():
-            self._process.terminate()
+            self._process.kill()
 
 
 def _serve(connection: Connection, env_id: str, num_games: int) -> None:
     from vlmrb_torchrl.envs.ogbench_games import Games
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever asks ends it, by closing
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS))
     games = Games(env_id, num_games)
     while True:
         try:

@@ -1,0 +1,247 @@
+"""Checkpoints of a run: written whole or not at all, the last two kept, refused if not this run's.
+
+One is a folder in the format of ``torchrl.checkpoint``: a manifest in JSON, and a file of tensors
+and numbers that ``torch.load`` reads with ``weights_only=True``, so that no code is in it. Each
+rank has its own.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from torchrl.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointRotation,
+    StateDictCheckpointAdapter,
+)
+
+from recipes.interruption import StoppedError
+from recipes.run_state import RunState
+from recipes.telemetry import Telemetry
+from vlmrb_torchrl.checks import ConfigError, one_line
+
+VERSION = 1
+"""Of the state's layout; one of another version is refused."""
+CHECKPOINTS = "checkpoints"
+_KEPT = 2
+_WRITING = ".writing"
+_FREE = {
+    "training.total_env_steps",
+    "training.checkpoint_every_env_steps",
+    "training.log_dir",
+    "training.name",
+    "training.progress",
+    "training.torch_threads",
+    "scoring.timeout_s",
+}
+"""Settings that a resumed run may change."""
+
+Config = Mapping[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints in a run's folder.
+
+    Args:
+        fabric: A launched Fabric.
+        folder: Folder of the run.
+        every_env_steps: Distance of two; 0: none is ever written.
+        config: The run's configuration, as JSON has it.
+        resume: Whether the run is to go on from the last one.
+
+    Raises:
+        ConfigError: There is none to go on from, or it is one of another number of ranks.
+    """
+
+    def __init__(
+        self, fabric: Fabric, folder: Path, every_env_steps: int, config: Config, *, resume: bool
+    ) -> None:
+        self._fabric, self._every, self._config = fabric, every_env_steps, config
+        self._folder = folder / CHECKPOINTS / f"rank{fabric.global_rank}"
+        self._from = None
+        if resume:
+            self._from = self._folder / latest(folder, fabric.world_size).name
+        self._next = every_env_steps
+        for leftover in self._folder.glob(".*"):  # of a run that was killed while it wrote
+            shutil.rmtree(leftover)
+
+    def restore(self, run: RunState) -> bool:
+        """Load the last checkpoint, if the run is to go on from it.
+
+        Returns:
+            Whether it did.
+
+        Raises:
+            ConfigError: It cannot be read, or a part of the run cannot be saved at all.
+        """
+        if self._every:
+            run.state_dict()  # what cannot be saved is refused now, not after hours
+        if self._from is None:
+            return False
+        try:
+            _registered(run).load(self._from, map_location="cpu")
+        except CheckpointError as error:
+            raise ConfigError(
+                f"{self._from} is damaged ({one_line(error)}): remove it, on every rank, to go on "
+                "from the one before"
+            ) from error
+        steps = int(self._from.name.rsplit("-", 1)[1])
+        self._next = (steps // self._every + 1) * self._every if self._every else 0
+        return True
+
+    def after_step(self, run: RunState, env_steps: int, telemetry: Telemetry, stop: int) -> None:
+        """Write a checkpoint if it is time for one, or if the run is to end here.
+
+        Args:
+            run: The run.
+            env_steps: Its steps.
+            telemetry: Where size and time are said; training time stands still meanwhile.
+            stop: The signal that asks the run to end; 0: none does.
+
+        Raises:
+            StoppedError: It was asked to.
+        """
+        saved = False
+        if self._every and (stop or env_steps >= self._next):
+            with telemetry.paused():
+                saved = self._save(run, env_steps, telemetry)
+            self._next = (env_steps // self._every + 1) * self._every
+        if stop:
+            raise StoppedError(stop, saved)
+
+    def _save(self, run: RunState, env_steps: int, telemetry: Telemetry) -> bool:
+        """Write a checkpoint and remove the oldest; return whether that went well.
+
+        A disk that is full or gone does not end the run: what was written before stays.
+        """
+        begun = time.perf_counter()
+        done = self._folder / f"checkpoint-{env_steps:012d}"  # as CheckpointRotation names it
+        shown = f"checkpoint at {env_steps} env steps"
+        try:
+            size = self._write(run, env_steps, done)
+            shown = f"{shown}: {size / 1e6:.1f} MB, {time.perf_counter() - begun:.2f} s"
+            written = True
+        except (OSError, RuntimeError) as error:
+            shutil.rmtree(self._folder / _WRITING, ignore_errors=True)
+            shown, written = f"no {shown}: {one_line(error)}", False
+        telemetry.say(shown)
+        if not self._everywhere(written):  # one that a rank lacks is none
+            shutil.rmtree(done, ignore_errors=True)
+            return False
+        CheckpointRotation(self._folder, keep_last=_KEPT).prune()
+        return True
+
+    def _everywhere(self, written: bool) -> bool:
+        flag = torch.tensor(float(written), device=self._fabric.device)
+        return bool(self._fabric.all_gather(flag).min())  # type: ignore[union-attr]
+
+    def _write(self, run: RunState, env_steps: int, done: Path) -> int:
+        identity = {
+            "vlmrb_torchrl": VERSION,
+            "env_steps": env_steps,
+            "world_size": self._fabric.world_size,
+            "config": self._config,
+        }
+        writing: Path = _registered(run).save(self._folder / _WRITING, metadata=identity)
+        files = [path for path in writing.rglob("*") if path.is_file()]
+        for path in (*files, *(path for path in writing.rglob("*") if path.is_dir()), writing):
+            _sync(path)
+        size: int = sum(path.stat().st_size for path in files)
+        if done.exists():
+            shutil.rmtree(done)
+        os.replace(writing, done)
+        _sync(self._folder)
+        return size
+
+
+def latest(folder: Path, world_size: int | None = None) -> Path:
+    """The last checkpoint that every rank has, rank 0's.
+
+    Raises:
+        ConfigError: There is none, or it is one of other than ``world_size`` ranks.
+    """
+    ranks = sorted((folder / CHECKPOINTS).glob("rank*"))
+    names = [
+        {path.name for path in CheckpointRotation(rank, keep_last=_KEPT).checkpoints()}
+        for rank in ranks
+    ]
+    common: set[str] = set.intersection(*names) if names else set()
+    if not common:
+        raise ConfigError(f"--resume {folder}: no checkpoint lies there, start the run anew")
+    if world_size and world_size != len(ranks):
+        raise ConfigError(
+            f"--resume {folder}: it was run by {len(ranks)} processes, and these are {world_size}"
+        )
+    return ranks[0] / max(common)
+
+
+def check_resumable(folder: Path, config: Config) -> None:
+    """Refuse to go on from the checkpoints of another run, or of another version of this code.
+
+    Raises:
+        ConfigError: In one line, with what differs and the remedy.
+    """
+    path = latest(folder)
+    saved = Checkpoint.manifest(path)["metadata"]
+    version = saved.get("vlmrb_torchrl")
+    if version != VERSION:
+        raise ConfigError(
+            f"{path} has version {version}, this code reads {VERSION}: go on with the code that "
+            "wrote it, or start the run anew"
+        )
+    before, now = _flat(saved["config"]), _flat(config)
+    for name in sorted((before.keys() | now.keys()) - _FREE):
+        was, is_now = before.get(name), now.get(name)
+        if was != is_now:
+            raise ConfigError(
+                f"{name} is {is_now!r}, but {folder} was run with {was!r}: leave it, or start a "
+                "run of another name"
+            )
+
+
+def start_afresh(folder: Path) -> None:
+    """Make room for a new run, but not of a run that could go on.
+
+    Raises:
+        ConfigError: There is one in ``folder``.
+    """
+    checkpoints, policy = folder / CHECKPOINTS, folder / "policy.ckpt"
+    if any(checkpoints.glob("rank*/checkpoint-*")) and not policy.exists():
+        raise ConfigError(
+            f"{folder} holds a run that is not finished: go on with --resume {folder}, or remove "
+            f"{checkpoints}"
+        )
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    policy.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _registered(run: RunState) -> Checkpoint:
+    # "torch": one file, whose writing fails by an error if the disk is full. Memory-mapped files,
+    # the default, would end the process.
+    return Checkpoint().register("run", run, adapter=StateDictCheckpointAdapter("torch"))
+
+
+def _sync(path: Path) -> None:
+    """Bring a file, or the list of a folder's files, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flat(config: Config, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        whole = f"{prefix}{name}"
+        flat |= _flat(value, f"{whole}.") if isinstance(value, Mapping) else {whole: value}
+    return flat

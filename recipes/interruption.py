@@ -1,0 +1,68 @@
+"""Ctrl-C and SIGTERM as a request: the loop finishes its step, saves, and ends."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import torch
+from lightning.fabric import Fabric
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StoppedError(Exception):
+    """A run that ended because a signal asked it to.
+
+    Attributes:
+        signal: Which one.
+        saved: Whether a checkpoint holds where it was.
+    """
+
+    def __init__(self, number: int, saved: bool) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.signal, self.saved = number, saved
+
+
+class Interruption:
+    """While it is entered, a first signal is only noted; the same once more ends at once.
+
+    Not the same: a shell's Ctrl-C reaches a run and whoever started it, who then asks by SIGTERM.
+
+    Args:
+        fabric: A launched Fabric; its ranks agree on when to end.
+    """
+
+    def __init__(self, fabric: Fabric) -> None:
+        self._fabric = fabric
+        self._noted = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._noted == number:
+            raise KeyboardInterrupt
+        self._noted = self._noted or number
+
+    def requested(self) -> int:
+        """The signal that asks this run, on any rank, to end; 0: none does."""
+        if self._fabric.world_size == 1:
+            return self._noted
+        noted = torch.tensor(float(self._noted), device=self._fabric.device)
+        largest = self._fabric.all_gather(noted).max()  # type: ignore[union-attr]
+        return int(largest)
