@@ -230,7 +230,9 @@ def launch(
         if fabric.is_global_zero:
             if not resume:
                 start_afresh(folder)
-            parser.save(config, folder / "config.yaml", overwrite=True)
+            written = folder / "config.yaml.writing"  # whole or not at all: --resume reads it
+            parser.save(config, written, overwrite=True)
+            written.replace(folder / "config.yaml")
             (folder / "policy.yaml").write_text(json.dumps(describe_policy(algorithm)))
         every, whole = training.checkpoint_every_env_steps, as_json(parser, config)
         checkpoints = Checkpoints(fabric, folder, every, whole, resume=resume)

@@ -32,7 +32,7 @@ class LineEnv(SeededEpisodes):
         for i in games.nonzero().flatten().tolist():
             start = torch.Generator().manual_seed(self.episode_seed(i, self._episodes[i]))
             self._episodes[i] += 1
-            self.at[i] = torch.rand(2, generator=start) * 2 - 1
+            self.at[i] = torch.rand(2, generator=start) / 10 - torch.tensor([1.0, 0.0])
             self.left[i] = torch.randint(11, 21, (), generator=start)
         return self._seen()
 

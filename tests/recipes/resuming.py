@@ -26,7 +26,7 @@ COLLECTIONS = 32  # of 4 environments x 8 steps
 
 def start(algorithm, folder, *arguments):
     place = [f"--training.log_dir={folder.parent}", f"--training.name={folder.name}"]
-    cli.run(algorithm, [*arguments, *SHORT, *place])
+    cli.run(algorithm, [*SHORT, *arguments, *place])
 
 
 def resume(algorithm, folder, *arguments):
@@ -51,7 +51,8 @@ def stopped(monkeypatch, algorithm, folder, *arguments, after, by=start):
 def last_state(folder):
     """The whole state at the run's end, which is a multiple of its checkpoints' distance."""
     path = latest(folder)
-    assert path.name.endswith("-000000001024")
+    steps = torch.load(folder / "policy.ckpt", weights_only=True)["env_steps"]
+    assert path.name == f"checkpoint-{steps:012d}"
     (file,) = path.rglob("state.pt")
     state = torch.load(file, weights_only=True)
     for timed in ("seconds", "written"):  # rows hold clips/s, whose digits vary

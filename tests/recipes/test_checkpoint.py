@@ -1,0 +1,234 @@
+"""Checkpoints: whole or not there, the last two kept, refused in one line if not this run's."""
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensordict import TensorDict
+
+from recipes import checkpoint, cli
+from recipes.checkpoint import CHECKPOINTS
+from recipes.dqn import DQN
+from recipes.metrics import read_rows
+from recipes.run_state import plain, restored
+from recipes.sac import SAC
+from recipes.settings import Training
+from tests.recipes.resuming import assert_same_end, resume, start, stopped
+from vlmrb_torchrl.checks import ConfigError
+
+LINE = ["--env=tests.recipes.line_task.Line", "--algorithm.hidden_features=[8]", "--replay=Uniform"]
+FORGETFUL = ["--env=tests.recipes.line_task.Forgetful", *LINE[1:]]
+
+
+class KilledError(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
+def names(folder):
+    return sorted(path.name for path in (folder / CHECKPOINTS / "rank0").iterdir())
+
+
+def refused(algorithm, *arguments):
+    with pytest.raises(SystemExit) as refusal:
+        cli.run(algorithm, [*arguments])
+    text = str(refusal.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.fixture
+def unfinished(tmp_path, monkeypatch):
+    """A run that was stopped after 10 of 32 collections, with checkpoints at 256 and 320 steps."""
+    stopped(monkeypatch, SAC, tmp_path / "run", *LINE, after=10)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("place", ["while the file is written", "before it is renamed"])
+def test_kill_in_mid_write_leaves_the_last_good_one(place, tmp_path, monkeypatch):
+    """In the third: one good checkpoint is older, one is newer."""
+    folder, calls = tmp_path / "run", []
+    owner, name = {
+        "while the file is written": (torch, "save"),
+        "before it is renamed": (checkpoint.os, "replace"),
+    }[place]
+    write = getattr(owner, name)
+
+    def killed(source, target):
+        calls.append(target)
+        if len(calls) < 5:
+            return write(source, target)
+        if owner is torch:
+            target.write_bytes(b"half of it")
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, killed)
+        with pytest.raises(KilledError):
+            start(SAC, folder, *LINE)
+    left = [name for name in names(folder) if name.startswith("checkpoint-")]
+    start(SAC, tmp_path / "whole", *LINE)
+    resume(SAC, folder)
+    assert left
+    assert_same_end(tmp_path / "whole", folder)
+    assert names(folder) == ["checkpoint-000000000960", "checkpoint-000000001024"]
+
+
+def test_last_two_are_kept_and_size_and_time_are_said(unfinished, capsys):
+    assert names(unfinished) == ["checkpoint-000000000256", "checkpoint-000000000320"]
+    resume(SAC, unfinished)
+    assert names(unfinished) == ["checkpoint-000000000960", "checkpoint-000000001024"]
+    said = capsys.readouterr().out
+    assert "checkpoint at 1024 env steps: 0." in said
+    assert "MB, 0." in said
+
+
+def test_checkpoint_is_json_and_tensors(unfinished):
+    files = [path for path in (unfinished / CHECKPOINTS).rglob("*") if path.is_file()]
+    assert {path.name for path in files} == {"manifest.json", "state.pt"}
+    for path in files:
+        if path.name == "state.pt":
+            torch.load(path, weights_only=True)
+        else:
+            json.loads(path.read_text())
+
+
+def test_command_to_go_on_is_shown(tmp_path, monkeypatch, capsys):
+    stopped(monkeypatch, SAC, tmp_path / "run", *LINE, after=1)
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last == f"stopped by SIGTERM; go on: python -m recipes.sac --resume {tmp_path}/run"
+
+
+def edit_manifests(folder, **changes):
+    for path in (folder / CHECKPOINTS).rglob("manifest.json"):
+        manifest = json.loads(path.read_text())
+        manifest["metadata"] |= changes
+        path.write_text(json.dumps(manifest))
+
+
+def test_another_version_is_refused_in_one_line(unfinished):
+    edit_manifests(unfinished, vlmrb_torchrl=999)
+    text = refused(SAC, f"--resume={unfinished}")
+    assert "has version 999, this code reads 1: " in text
+
+
+@pytest.mark.parametrize(
+    ("argument", "named"),
+    [
+        ("--training.seed=5", "training.seed is 5, but"),
+        ("--replay.batch_size=32", "replay.init_args.batch_size is 32, but"),
+        ("--algorithm.gamma=0.5", "algorithm.gamma is 0.5, but"),
+        ("--replay=Prioritized", "replay.class_path is 'recipes.replay.Prioritized', but"),
+    ],
+)
+def test_other_settings_are_refused_in_one_line(argument, named, unfinished):
+    text = refused(SAC, f"--resume={unfinished}", argument)
+    assert named in text
+
+
+def test_what_is_not_there_or_damaged_is_refused_in_one_line(unfinished, tmp_path):
+    assert "name a run's folder" in refused(SAC, f"--resume={tmp_path / 'nowhere'}")
+    newest = max((unfinished / CHECKPOINTS).rglob("state.pt"))
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    text = refused(SAC, f"--resume={unfinished}")
+    assert "checkpoint-000000000320 is damaged" in text
+    assert "to go on from the one before" in text
+    checkpoint.shutil.rmtree(newest.parents[2])
+    resume(SAC, unfinished)
+    checkpoint.shutil.rmtree(unfinished / CHECKPOINTS)
+    assert "no checkpoint lies there" in refused(SAC, f"--resume={unfinished}")
+
+
+def test_run_that_could_go_on_is_not_written_over(unfinished):
+    before = names(unfinished), (unfinished / "metrics.jsonl").read_text()
+    with pytest.raises(SystemExit, match="a run that is not finished: go on with --resume"):
+        start(SAC, unfinished, *LINE)
+    assert before == (names(unfinished), (unfinished / "metrics.jsonl").read_text())
+    resume(SAC, unfinished)
+    start(SAC, unfinished, *LINE)  # a finished one is
+
+
+def test_run_can_be_made_longer(unfinished):
+    resume(SAC, unfinished)
+    resume(SAC, unfinished, "--training.total_env_steps=1280")
+    assert read_rows(unfinished)[-1]["env_steps"] == 1280
+    assert torch.load(unfinished / "policy.ckpt", weights_only=True)["env_steps"] == 1280
+
+
+def test_full_disk_does_not_end_the_run_and_leaves_the_last_good_one(tmp_path, monkeypatch, capsys):
+    folder, save, saved = tmp_path / "run", torch.save, []
+
+    def full(state, path):
+        saved.append(path)
+        if len(saved) > 5 and isinstance(path, Path):
+            path.write_bytes(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(state, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    start(SAC, folder, *LINE, "--training.checkpoint_every_env_steps=128")
+    said = capsys.readouterr().out
+    assert "no checkpoint at 768 env steps: [Errno 28] No space left on device" in said
+    assert names(folder) == ["checkpoint-000000000512", "checkpoint-000000000640"]
+    assert (folder / "metrics.jsonl").exists()
+
+
+def test_without_checkpoints_none_is_written(tmp_path, monkeypatch, capsys):
+    none = "--training.checkpoint_every_env_steps=0"
+    stopped(monkeypatch, SAC, tmp_path / "run", *LINE, none, after=2)
+    assert not (tmp_path / "run" / CHECKPOINTS).exists()
+    assert "stopped by SIGTERM; not saved" in capsys.readouterr().err
+
+
+def test_tensorboard_shows_each_point_once(unfinished, monkeypatch):
+    """Killed after points of 512 steps were written, from the checkpoint before them."""
+    stopped(monkeypatch, SAC, unfinished, after=5, by=resume)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Checkpoints, "_save", lambda *_: False)
+        stopped(monkeypatch, SAC, unfinished, after=10, by=resume)
+    assert read_rows(unfinished)[-1]["env_steps"] == 768
+    resume(SAC, unfinished)
+    events = EventAccumulator(str(unfinished)).Reload()
+    for tag, expected in (("loss/critic", [256, 512, 768, 1024]), ("eval/return", [512, 1024])):
+        assert [point.step for point in events.Scalars(tag)] == expected
+
+
+def test_env_that_cannot_be_put_back_begins_new_episodes_and_says_so_once(
+    tmp_path, monkeypatch, capsys
+):
+    """Its episodes take 11 to 20 steps, those after the resume included."""
+    stopped(monkeypatch, SAC, tmp_path / "run", *FORGETFUL, after=10)
+    capsys.readouterr()
+    resume(SAC, tmp_path / "run", "--training.log_every_env_steps=256")
+    said = capsys.readouterr().out
+    assert said.count("ForgetfulEnv cannot be put back into the middle of its episodes") == 1
+    lengths = [r["train/episode_length"] for r in read_rows(tmp_path / "run") if "loss/critic" in r]
+    assert len(lengths) == 4
+    assert all(1 <= length <= 20 for length in lengths)
+
+
+def test_state_that_a_checkpoint_cannot_hold_is_refused_before_the_first_step(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(DQN, "get_extra_state", lambda _: object(), raising=False)
+    monkeypatch.setattr(DQN, "set_extra_state", lambda *_: None, raising=False)
+    with pytest.raises(SystemExit, match=r"algorithm\._extra_state is a object, which") as refusal:
+        start(DQN, tmp_path / "run", "--replay=Uniform")
+    assert "\n" not in str(refusal.value)
+    assert Training().checkpoint_every_env_steps > 0
+
+
+def test_plain_states_are_restored_exactly():
+    state = {
+        "td": TensorDict({"a": torch.arange(3), "b": {"c": torch.ones(3, 2)}}, [3]),
+        "many": [1, (2.5, None, "x"), b"y"],
+        "dtype": torch.float64,
+    }
+    again = restored(plain(state, "state"))
+    assert (again["td"] == state["td"]).all()
+    assert again["td"].batch_size == state["td"].batch_size
+    assert again["many"] == state["many"]
+    with pytest.raises(ConfigError, match=r"state\.many\.1 is a function"):
+        plain({"many": [1, lambda: 0]}, "state")
