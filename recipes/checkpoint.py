@@ -24,13 +24,13 @@ from torchrl.checkpoint import (
 )
 
 from recipes.interruption import StoppedError
+from recipes.metrics import CHECKPOINTS
 from recipes.run_state import RunState
 from recipes.telemetry import Telemetry
 from vlmrb_torchrl.checks import ConfigError, one_line
 
 VERSION = 1
 """Of the state's layout; one of another version is refused."""
-CHECKPOINTS = "checkpoints"
 _KEPT = 2
 _WRITING = ".writing"
 _FREE = {

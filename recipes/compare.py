@@ -4,13 +4,14 @@
     python -m recipes.compare --methods '[uer, vlm_rb]' --seeds 10 --first_seed 100
 
 Each run is a process of its own.  Ctrl-C stops them; the same command goes on with the runs
-that are not finished.
+that are not finished, each from its last checkpoint.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ import jsonargparse
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from recipes.metrics import last_row
+from recipes.metrics import CHECKPOINTS, last_row
 from recipes.report import report
 from vlmrb_torchrl.checks import ConfigError, require
 
@@ -70,13 +71,20 @@ class Run:
         return marker.exists() and json.loads(marker.read_text()) == self.identity()
 
     def start(self) -> None:
-        """Start the process; what it prints goes to ``output.txt``."""
+        """Start the process, or go on with this very run; it prints into ``output.txt``."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "finished.json").unlink(missing_ok=True)
-        for events in self.folder.glob("events.out.tfevents.*"):
-            events.unlink()
-        with (self.folder / "output.txt").open("wb") as output:
-            self.process = subprocess.Popen(self.command, stdout=output, stderr=output)
+        started, checkpoints = self.folder / "started.json", self.folder / CHECKPOINTS
+        command, mode = [*self.command[:3], f"--resume={self.folder}"], "ab"
+        known = started.exists() and json.loads(started.read_text()) == self.identity()
+        if not (known and any(checkpoints.glob("*/checkpoint-*"))):
+            command, mode = self.command, "wb"
+            shutil.rmtree(checkpoints, ignore_errors=True)
+            for events in self.folder.glob("events.out.tfevents.*"):
+                events.unlink()
+            started.write_text(json.dumps(self.identity()))
+        with (self.folder / "output.txt").open(mode) as output:
+            self.process = subprocess.Popen(command, stdout=output, stderr=output)
 
     def ended(self) -> bool:
         """Whether the process has ended; a failed one is reported.
@@ -91,13 +99,13 @@ class Run:
             lines = output.read_text().strip().splitlines() or ["(nothing printed)"]
             raise ConfigError(f"{self.name} failed: {lines[-1]} (whole output: {output})")
         (self.folder / "finished.json").write_text(json.dumps(self.identity()))
+        shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)  # of many runs they are large
         return True
 
     def stop(self) -> None:
-        """End the process and wait for it."""
+        """Ask the process to save and end."""
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
-            self.process.wait()
 
 
 def plan(
@@ -149,6 +157,8 @@ def execute(runs: list[Run], jobs: int, progress: Progress) -> None:
     finally:
         for run in running:
             run.stop()
+        for run in running:
+            run.process.wait()  # type: ignore[union-attr]
 
 
 def show(progress: Progress, run: Run) -> None:

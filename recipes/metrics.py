@@ -7,6 +7,8 @@ from collections import deque
 from pathlib import Path
 
 METRICS_FILE = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+"""Folder beside it."""
 
 Row = dict[str, float]
 

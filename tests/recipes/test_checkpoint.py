@@ -10,9 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensordict import TensorDict
 
 from recipes import checkpoint, cli
-from recipes.checkpoint import CHECKPOINTS
 from recipes.dqn import DQN
-from recipes.metrics import read_rows
+from recipes.metrics import CHECKPOINTS, read_rows
 from recipes.run_state import plain, restored
 from recipes.sac import SAC
 from recipes.settings import Training

@@ -73,6 +73,34 @@ def test_failed_run_stops_the_others_and_is_reported_in_one_line(tmp_path):
     assert not runs[1].finished()
 
 
+@pytest.mark.slow
+def test_comparison_that_was_stopped_goes_on_with_a_run_where_it_was(tmp_path, monkeypatch):
+    """Stopped as its only run says that it has a checkpoint; then that run is made to end soon."""
+    endless = [*SHORT, "--training.total_env_steps=10000000", "--training.eval_every_env_steps=0"]
+    task = compare.CONFIGS / "doorkey_6x6"
+    extra = [*endless, "--training.checkpoint_every_env_steps=64"]
+    (run,) = compare.plan(task, "dqn", ["uer"], [0], tmp_path, extra)
+
+    def saved(*_):
+        if any(run.folder.glob("checkpoints/rank0/checkpoint-*")):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "show", saved)
+        with pytest.raises(KeyboardInterrupt):
+            compare.execute([run], 1, Progress())
+    assert run.process.returncode == 143
+    rows = (run.folder / "metrics.jsonl").read_text().splitlines()
+    config = run.folder / "config.yaml"
+    config.write_text(config.read_text().replace("10000000", "250"))
+    (again,) = compare.plan(task, "dqn", ["uer"], [0], tmp_path, extra)
+    compare.execute([again], 1, Progress())
+    assert again.finished()
+    assert (run.folder / "metrics.jsonl").read_text().splitlines()[: len(rows)] == rows
+    assert not (run.folder / "checkpoints").exists()
+    assert "go on: python -m recipes.dqn" in (run.folder / "output.txt").read_text()
+
+
 @pytest.mark.parametrize(
     ("argument", "named"),
     [

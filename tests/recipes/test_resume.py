@@ -20,6 +20,7 @@ PRIVILEGED, NOISY = (f"--config={METHODS / name}.yaml" for name in ("privileged"
 DEMONSTRATIONS = ["--demonstrations.episodes=4", "--demonstrations.batch_share=0.25"]
 RUNS = {
     "dqn, judge": (DQN, [*DOORKEY, SYNC, PRIVILEGED]),
+    "dqn, embedded judge": (DQN, [*DOORKEY, SYNC, "--scoring.clip_transitions=32"]),
     "dqn, judge and td boost": (
         DQN,
         [*DOORKEY, SYNC, PRIVILEGED, "--replay.td_boost=true"],
