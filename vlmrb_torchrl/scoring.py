@@ -20,6 +20,7 @@ from vlmrb_torchrl.cutting import ClipCutter
 from vlmrb_torchrl.insertions import check_inserted
 from vlmrb_torchrl.keys import CLIP, GENERATION, INDEX
 from vlmrb_torchrl.scorers.base import SeededScorer
+from vlmrb_torchrl.scorers.local import LocalScorer
 from vlmrb_torchrl.scoring_backends import Mode, check_scorer, choose_mode
 from vlmrb_torchrl.scoring_dispatcher import Dispatcher, check_buffer
 from vlmrb_torchrl.scoring_ledger import Ledger
@@ -248,8 +249,9 @@ class AsyncScorer:
                 "pending": [clip.state_dict() for clip in pending],
                 "ledger": books,
                 "scorer": {
-                    name: module.get_extra_state() for name, module in self._seeded().items()
+                    name: module.get_extra_state() for name, module in self._of(SeededScorer)
                 },
+                "kept": {name: module.kept_state() for name, module in self._exact()},
             }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -260,16 +262,21 @@ class AsyncScorer:
         """
         with self._cutting:
             self._cutter.load_state_dict(state["cutter"])
-            for name, module in self._seeded().items():
+            for name, module in self._of(SeededScorer):
                 module.set_extra_state(state["scorer"][name])
+            for name, module in self._exact():
+                module.load_kept_state(state["kept"][name])
             pending = [Clip.from_state_dict(clip) for clip in state["pending"]]
             self._ledger.load_state_dict(state["ledger"])
             self._dispatcher.put(pending, self._cutter.transitions, bounded=False)
 
-    def _seeded(self) -> dict[str, SeededScorer]:
+    def _of(self, kind: type) -> list[tuple[str, Any]]:
         # A worker process has its own copy, which starts from the seed.
-        modules = self._scorer.named_modules()
-        return {name: module for name, module in modules if isinstance(module, SeededScorer)}
+        return [pair for pair in self._scorer.named_modules() if isinstance(pair[1], kind)]
+
+    def _exact(self) -> list[tuple[str, Any]]:
+        # Bit by bit the same scores are the "sync" mode's promise; elsewhere this is weight only.
+        return self._of(LocalScorer) if self.mode == "sync" else []
 
     @property
     def worker_pid(self) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,21 @@ class FrameEmbeddings:
     def clear(self) -> None:
         """Let go of everything."""
         self._kept.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is kept, the least recently used first."""
+        return {
+            "keys": list(self._kept),
+            # Of one camera's frames, and so of one shape.
+            "embeddings": torch.stack(list(self._kept.values())).cpu() if self._kept else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Keep, on ``device``, what `state_dict` returned."""
+        self.clear()
+        if state["keys"]:
+            kept = state["embeddings"].to(device).unbind()
+            self._kept.update((key, e.clone()) for key, e in zip(state["keys"], kept, strict=True))
 
     def __call__(self, frames: Tensor) -> Tensor:
         """Embeddings of ``[N, 3, H, W]``, one a frame, in their order.

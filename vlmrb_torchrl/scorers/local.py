@@ -110,6 +110,20 @@ class LocalScorer(PromptedScorer):
         if self._loaded is None:
             self._loaded = self._read()
 
+    def kept_state(self) -> dict[str, Any] | None:
+        """The embeddings kept, on which the last bits of the next scores depend.
+
+        Which frames are encoded together, and so are rounded alike, follows from what is kept.
+        """
+        embeddings = getattr(self._loaded, "embeddings", None)
+        return None if embeddings is None else dict(embeddings.state_dict())
+
+    def load_kept_state(self, state: dict[str, Any] | None) -> None:
+        """Go on with the embeddings of `kept_state`: the next scores are the same to the bit."""
+        if state is not None:
+            self.load()
+            self._loaded.embeddings.load_state_dict(state, self._device)
+
     def score_prompts(self, tensordict: TensorDictBase) -> Tensor:
         """Score of each clip under each prompt, float32 ``[B, P]``."""
         self.load()
