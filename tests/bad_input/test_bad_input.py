@@ -20,7 +20,7 @@ from tests.bad_input import recipe_rows, replay_rows, scorer_rows, world_rows
 from tests.bad_input.case import check_refusal
 
 ROWS = {**replay_rows.ROWS, **scorer_rows.ROWS, **world_rows.ROWS, **recipe_rows.ROWS}
-EXAMPLES = 50
+EXAMPLES = int(os.environ.get("BAD_INPUT_EXAMPLES", "50"))
 SEED = int(os.environ.get("BAD_INPUT_SEED", random.randrange(2**32)))
 REFUSED: Counter[str] = Counter()
 

@@ -141,17 +141,17 @@ class SlotState(PrioritizedSampler):
         version = state_dict.get("_version")
         if version != _VERSION:
             raise ValueError(
-                f"sampler state has version {version}, this code reads {_VERSION}: "
+                f"sampler state has version {shown(version)}, this code reads {_VERSION}: "
                 "load it with the code that saved it."
             )
         if lacks := [name for name in (*_FIXED, *_RESTORED, *_ARRAYS) if name not in state_dict]:
             raise ValueError(f"sampler state has no {', '.join(lacks)}: it is damaged.")
         for name in _FIXED:
             if state_dict[name] != getattr(self, name):
-                known_as = name.removeprefix("_")
+                known_as, theirs = name.removeprefix("_"), shown(state_dict[name])
                 raise ValueError(
-                    f"sampler state has {known_as}={state_dict[name]}, this sampler has "
-                    f"{getattr(self, name)}: build it with {known_as}={state_dict[name]}."
+                    f"sampler state has {known_as}={theirs}, this sampler has "
+                    f"{getattr(self, name)}: build it with {known_as}={theirs}."
                 )
         for name in _ARRAYS:
             self._check_array(name, state_dict[name])
