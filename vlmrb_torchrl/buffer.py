@@ -253,9 +253,8 @@ class VLMReplayBuffer(TensorDictReplayBuffer):
 
     def _check_slots(self, index: Tensor) -> None:
         """Refuses what is no slot, and so was never one's own; -1 is what was not stored."""
-        slots = self._storage._max_size_along_dim0() if index.ndim > 1 else self._storage.max_size
-        first = index[:, 0] if index.ndim > 1 else index
-        outside = first[(first < -1) | (first >= slots)]
+        slots = self._storage.max_size
+        outside = index[(index < -1) | (index >= slots)]
         if len(outside):
             raise IndexError(
                 f"index {int(outside[0])} is no slot of a buffer of {slots}: pass the indices that "

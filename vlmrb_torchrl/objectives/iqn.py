@@ -187,16 +187,14 @@ class IQNLoss(LossModule):
         require(is_whole(online_quantiles, 1), "online_quantiles", online_quantiles, _AT_LEAST_1)
         require(is_whole(target_quantiles, 1), "target_quantiles", target_quantiles, _AT_LEAST_1)
         require(is_positive(kappa), "kappa", kappa, "use more than 0")
-        for name, flag in (("delay_value", delay_value), ("double_dqn", double_dqn)):
-            require(isinstance(flag, bool), name, flag, "use True or False")
-        reductions, weights = ("mean", "sum", "none"), (True, False, "auto")
-        require(reduction in reductions, "reduction", reduction, "use mean, sum or none")
-        require(
-            use_prioritized_weights in weights,
-            "use_prioritized_weights",
-            use_prioritized_weights,
-            "use True, False or auto",
-        )
+        for name, value, choices in (
+            ("delay_value", delay_value, (True, False)),
+            ("double_dqn", double_dqn, (True, False)),
+            ("reduction", reduction, ("mean", "sum", "none")),
+            ("use_prioritized_weights", use_prioritized_weights, (True, False, "auto")),
+        ):
+            one = isinstance(value, (bool, str)) and value in choices
+            require(one, name, value, f"use one of {choices}")
         require(
             delay_value or not double_dqn, "double_dqn", double_dqn, "it needs delay_value=True"
         )

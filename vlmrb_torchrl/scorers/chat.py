@@ -12,7 +12,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -193,6 +193,18 @@ def _is_url(url: str) -> bool:
         )
     except ValueError:  # brackets or a port that are none
         return False
+
+
+def checked_body(fields: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return a copy of the fields to add to a request, or raise ValueError: JSON must hold them."""
+    try:
+        body = dict(fields or {})
+        json.dumps(body, allow_nan=False, sort_keys=True)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"extra_body={shown(fields)}: pass a dict of what JSON can hold."
+        ) from None
+    return body
 
 
 def picture(frame: Tensor, image_format: str, upscale: int = 1) -> str:

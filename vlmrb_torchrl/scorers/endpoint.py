@@ -17,13 +17,20 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from vlmrb_torchrl.checks import quoted, shown
+from vlmrb_torchrl.checks import quoted
 from vlmrb_torchrl.frames import frame_digests, thin
 from vlmrb_torchrl.keys import CLIP
 from vlmrb_torchrl.prompts import GOAL
 from vlmrb_torchrl.scorers.answers import Answer
 from vlmrb_torchrl.scorers.base import PromptedScorer, check_positive
-from vlmrb_torchrl.scorers.chat import FORMATS, ChatServer, RequestRefusedError, part, picture
+from vlmrb_torchrl.scorers.chat import (
+    FORMATS,
+    ChatServer,
+    RequestRefusedError,
+    checked_body,
+    part,
+    picture,
+)
 
 _LOGGER = logging.getLogger("vlmrb_torchrl.scorers")
 
@@ -110,7 +117,7 @@ class EndpointScorer(PromptedScorer):
         self.upscale = upscale
         self.media = media
         self.fps = fps
-        self.extra_body = _checked_body(extra_body)
+        self.extra_body = checked_body(extra_body)
         self._served: _Served | None = None
         self._check()
 
@@ -277,17 +284,6 @@ class EndpointScorer(PromptedScorer):
                 "ask for one of them, raise max_tokens, or turn its thinking off (extra_body)."
             )
         return score
-
-
-def _checked_body(fields: Mapping[str, Any] | None) -> dict[str, Any]:
-    try:
-        body = dict(fields or {})
-        json.dumps(body, allow_nan=False, sort_keys=True)
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"extra_body={shown(fields)}: pass a dict of what JSON can hold."
-        ) from None
-    return body
 
 
 @dataclass
