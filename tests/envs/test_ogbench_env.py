@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import subprocess
 import sys
 from typing import Any
@@ -14,6 +16,7 @@ from tensordict import TensorDict
 from torchrl.collectors import Collector
 
 from vlmrb_torchrl.envs import DemonstratedEnv, OGBenchEnv
+from vlmrb_torchrl.envs.ogbench_scene import simulator
 from vlmrb_torchrl.scorers import PrivilegedScorer
 
 SCENE, CUBE = "scene-singletask-task{}-v0", "cube-single-singletask-task1-v0"
@@ -238,6 +241,55 @@ def test_games_in_other_processes_play_the_same_and_their_death_is_one_line() ->
         spread.reset()
     assert "\n" not in str(refusal.value)
     spread.close()
+
+
+def test_call_that_fails_leaves_no_answer_behind_and_a_closed_environment_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The other process has answered the step by then; the reset must not take that answer."""
+
+    def fail(actions: object) -> None:
+        raise KeyboardInterrupt
+
+    alone, spread = (OGBenchEnv(CUBE, 2, seed=2, workers=workers) for workers in (1, 2))
+    for env in (alone, spread):
+        state = env.reset()
+        with monkeypatch.context() as patched:
+            patched.setattr(env._local, "play", fail)
+            with pytest.raises(KeyboardInterrupt):
+                env.rand_step(state)
+    assert torch.equal(spread.reset()["render_state"], alone.reset()["render_state"])
+    spread.close()
+    with pytest.raises(RuntimeError, match="closed; make a new one"):
+        spread.reset()
+
+
+def test_games_that_cannot_be_built_leave_no_process_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = set(multiprocessing.active_children())
+
+    def fail(env_id: str, num_games: int) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(simulator(), "Games", fail)
+    with pytest.raises(MemoryError):
+        OGBenchEnv(CUBE, 2, workers=2)
+    started = set(multiprocessing.active_children()) - before
+    for process in started:
+        process.join(60)
+    assert not any(process.is_alive() for process in started)
+
+
+def test_environment_is_built_where_the_graphics_library_that_was_asked_for_is_missing() -> None:
+    """Games draw nothing. The choice of a library stays the user's."""
+    program = (
+        "import os, sys, mujoco; from vlmrb_torchrl.envs import OGBenchEnv\n"
+        f"if __name__ == '__main__': OGBenchEnv({CUBE!r}, 2, workers=2).rollout(2)\n"
+        "assert os.environ['MUJOCO_GL'] == 'egl' and hasattr(mujoco, 'GLContext')"
+    )
+    setting = {"MUJOCO_GL": "egl", "__EGL_VENDOR_LIBRARY_DIRS": "/nonexistent"}
+    subprocess.run([sys.executable, "-c", program], check=True, env=os.environ | setting)
 
 
 def test_nothing_of_mujoco_is_imported_unless_it_is_used() -> None:

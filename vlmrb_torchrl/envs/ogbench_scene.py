@@ -6,8 +6,10 @@ when an environment is built, not before.
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -41,13 +43,35 @@ INSTALL = "pip install 'vlmrb-torchrl[ogbench]'"
 def simulator() -> Any:
     """The module of OGBench's games, whose import takes a second.
 
+    OGBench imports dm_control, which looks for a graphics library once and for all, and fails
+    where ``MUJOCO_GL`` names one that is not here; the games draw nothing, so it is told not to.
+
     Raises:
         ImportError: OGBench is not installed.
     """
     try:
-        return import_module("vlmrb_torchrl.envs.ogbench_games")
-    except ImportError as error:
+        import_module("mujoco")  # its own choice of a graphics library is the user's
+        with _without_graphics():
+            return import_module("vlmrb_torchrl.envs.ogbench_games")
+    except ModuleNotFoundError as error:
         raise ImportError(f"OGBench's tasks need OGBench ({error}): {INSTALL}") from error
+
+
+@contextmanager
+def _without_graphics() -> Iterator[None]:
+    asked = os.environ.get("MUJOCO_GL")
+    os.environ["MUJOCO_GL"] = "disabled"
+    try:
+        yield
+    finally:
+        if asked is None:
+            del os.environ["MUJOCO_GL"]
+        else:
+            os.environ["MUJOCO_GL"] = asked
+
+
+def _games(env_id: str, num_games: int) -> Any:
+    return simulator().Games(env_id, num_games)
 
 
 def ogbench_renderer(env_id: str, width: int, height: int, **options: Any) -> MuJoCoRenderer:
@@ -170,6 +194,9 @@ class OGBenchEnv(SeededEpisodes):
     def close(self, *, raise_if_closed: bool = True) -> None:
         """End the processes of games."""
         super().close(raise_if_closed=raise_if_closed)
+        self._end_remote()
+
+    def _end_remote(self) -> None:
         while self._remote:
             self._remote.pop().close()
 
@@ -183,15 +210,21 @@ class OGBenchEnv(SeededEpisodes):
     def _open(self) -> Outcome:
         """Build the games, spread over the processes."""
         self._remote: list[RemoteGames] = []
-        games = simulator().Games
+        simulator()  # refuses here, not in a process
         self._shares = np.array_split(np.arange(self.num_envs), self.workers)
-        self._remote += [RemoteGames(self.env_id, len(share)) for share in self._shares[1:]]
-        self._local = games(self.env_id, len(self._shares[0]))
         self._ended = np.zeros((self.num_envs, 2), bool)  # terminated, truncated
         self._steps = np.zeros(self.num_envs, np.int64)
         self._begun = [0] * self.num_envs  # seeds of the episodes in progress
         self._played: list[list[NDArray[np.float32]]] = [[] for _ in self._begun]  # their actions
-        return self._ask("begin", {})
+        mine, *others = (partial(_games, self.env_id, len(share)) for share in self._shares)
+        try:
+            for theirs in others:
+                self._remote.append(RemoteGames(theirs))
+            self._local = mine()
+            return self._ask("begin", {})
+        except BaseException:
+            self._end_remote()
+            raise
 
     def _time_limit(self) -> int:
         import gymnasium
@@ -200,6 +233,8 @@ class OGBenchEnv(SeededEpisodes):
 
     def _ask(self, method: str, arguments: Mapping[int, Any]) -> Outcome:
         """Call a method of all games, with an argument for each game that it concerns."""
+        if len(self._remote) < self.workers - 1:
+            raise RuntimeError("This OGBenchEnv is closed; make a new one.")
         mine, *others = (
             {i - share[0]: arguments[i] for i in share if i in arguments} for share in self._shares
         )

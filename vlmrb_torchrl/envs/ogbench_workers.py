@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -20,33 +20,37 @@ class RemoteGames:
     """`Games` in a process of its own: `send` returns at once, `receive` waits for the answer.
 
     Args:
-        env_id: A registered task of OGBench.
-        num_games: Games that the process plays.
+        build: Builds the games, in that process; it is pickled.
     """
 
-    def __init__(self, env_id: str, num_games: int) -> None:
+    def __init__(self, build: Callable[[], Any]) -> None:
         # Never by a fork: this process has threads, and a picture's context, maybe.
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(
-            target=_serve, args=(theirs, env_id, num_games), name="games", daemon=True
+            target=_serve, args=(theirs, build), name="games", daemon=True
         )
         self._process.start()
         theirs.close()
+        self._calls = 0
 
     def send(self, method: str, argument: Any) -> None:
         """Call a method of the games."""
+        self._calls += 1
         with self._alive():
-            self._connection.send((method, argument))
+            self._connection.send((self._calls, method, argument))
 
     def receive(self) -> Any:
-        """What the method returned.
+        """What the method called last returned; answers nobody waited for are passed over.
 
         Raises:
             RuntimeError: The process has died; what it wrote says why.
         """
         with self._alive():
-            return self._connection.recv()
+            while True:
+                call, answer = self._connection.recv()
+                if call == self._calls:
+                    return answer
 
     @contextmanager
     def _alive(self) -> Iterator[None]:
@@ -66,17 +70,18 @@ class RemoteGames:
         self._process.join(_GOODBYE_SECONDS)
         if self._process.is_alive():
             self._process.kill()
+            self._process.join(_GOODBYE_SECONDS)
 
 
-def _serve(connection: Connection, env_id: str, num_games: int) -> None:
-    from vlmrb_torchrl.envs.ogbench_games import Games
-
+def _serve(connection: Connection, build: Callable[[], Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever asks ends it, by closing
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS))
-    games = Games(env_id, num_games)
+    games = build()
     while True:
         try:
-            method, argument = connection.recv()
-        except EOFError:
+            call, method, argument = connection.recv()
+        except (EOFError, OSError):  # closed, maybe before the last answer was read
             return
-        connection.send(getattr(games, method)(argument))
+        answer = getattr(games, method)(argument)
+        with suppress(OSError):
+            connection.send((call, answer))
