@@ -10,6 +10,7 @@ T: transitions, B: transitions of a batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -77,15 +78,14 @@ class Demonstrations:
         """
         if not self.episodes:
             return []
-        env = task.make(self.episodes, seed=_SEED_OFFSET + seed)
-        require(
-            isinstance(env, DemonstratedEnv),
-            "demonstrations.episodes",
-            self.episodes,
-            f"{type(task).__name__} has no demonstrator, use 0",
-        )
-        rollout = self._rollout(env, seed)
-        env.close()
+        with closing(task.make(self.episodes, seed=_SEED_OFFSET + seed)) as env:
+            require(
+                isinstance(env, DemonstratedEnv),
+                "demonstrations.episodes",
+                self.episodes,
+                f"{type(task).__name__} has no demonstrator, use 0",
+            )
+            rollout = self._rollout(env, seed)
         ends = rollout["next", "done"].squeeze(-1).int().argmax(-1).tolist()
         whole = [rollout[game, : end + 1] for game, end in enumerate(ends)]
         played = [episode for episode in whole if _succeeds(task, episode)]

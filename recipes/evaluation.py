@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import torch
 from tensordict.nn import TensorDictModuleBase
 from torchrl.data import Categorical
+from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from recipes.settings import Training
@@ -31,9 +34,18 @@ def evaluate(
         ``success`` (share of episodes, if the task knows it), ``return`` (mean, undiscounted) and
         ``length`` (mean, environment steps).
     """
+    threads = torch.get_num_threads()
+    with closing(task.make(training.eval_episodes, seed=number, held_out=True)) as env:
+        result = _play(env, policy, task, training, number)
+    torch.set_num_threads(threads)  # TorchRL's batched environments raise it when they close
+    return result
+
+
+def _play(
+    env: EnvBase, policy: TensorDictModuleBase, task: Task, training: Training, number: int
+) -> dict[str, float]:
     episodes = training.eval_episodes
     device = next(policy.parameters()).device
-    env = task.make(episodes, seed=number, held_out=True)
     noise = torch.Generator().manual_seed(number)
     discrete = isinstance(env.action_spec, Categorical)
     alive = torch.ones(episodes, dtype=torch.bool)
@@ -47,7 +59,9 @@ def evaluate(
                 random = torch.rand(episodes, generator=noise) < training.eval_epsilon
                 anything = torch.randint(env.action_spec.space.n, (episodes,), generator=noise)
                 action = torch.where(random, anything, action)
-            played, state = env.step_and_maybe_reset(state.set("action", action))
+            # Finished games wait, where the environment can leave some alone.
+            state = state.set("action", action).set("_step", alive.clone())
+            played, state = env.step_and_maybe_reset(state)
             outcome = played["next"]
             succeeded = task.success(outcome)
             if succeeded is not None:
@@ -55,8 +69,5 @@ def evaluate(
             total += outcome["reward"].squeeze(-1) * alive
             length += alive
             alive &= ~outcome["done"].squeeze(-1)
-    threads = torch.get_num_threads()
-    env.close()
-    torch.set_num_threads(threads)  # TorchRL's batched environments raise it when they close
     result = {} if succeeded is None else {"success": success.float().mean().item()}
     return result | {"return": total.mean().item(), "length": length.mean().item()}

@@ -57,6 +57,7 @@ class Telemetry:
         self._sums: dict[str, list[Tensor]] = defaultdict(list)
         self._episode_return: Tensor | None = None
         self._episode_length: Tensor | None = None
+        self._episode_success: Tensor | None = None
         self._episodes = 0
         self._updates = 0
         self._drawn: list[Tensor] = []  # slots drawn since the last row
@@ -135,13 +136,19 @@ class Telemetry:
         if self._episode_return is None or self._episode_length is None:
             self._episode_return = torch.zeros_like(reward[:, 0])
             self._episode_length = torch.zeros_like(reward[:, 0])
+        if self._episode_success is None and success is not None:
+            self._episode_success = torch.zeros_like(success[:, 0])
         for step in range(reward.shape[1]):
             self._episode_return += reward[:, step]
             self._episode_length += 1
+            if self._episode_success is not None and success is not None:
+                self._episode_success |= success[:, step]
             if done[:, step].any():
                 ended = done[:, step]
-                if success is not None:
-                    self._sums["train/success"].extend(success[ended, step].float().unbind())
+                if self._episode_success is not None:
+                    succeeded = self._episode_success[ended].float()
+                    self._sums["train/success"].extend(succeeded.unbind())
+                    self._episode_success[ended] = False
                 self._sums["train/return"].extend(self._episode_return[ended].unbind())
                 self._sums["train/episode_length"].extend(self._episode_length[ended].unbind())
                 self._episodes += int(ended.sum())

@@ -1,0 +1,104 @@
+"""Success is any step's, in training and in evaluation; environments are closed come what may."""
+
+import pytest
+import torch
+from lightning.fabric import Fabric
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torchrl.data import Binary, Bounded, Categorical, Composite, Unbounded
+from torchrl.envs import EnvBase
+
+from recipes.demonstrations import Demonstrations
+from recipes.evaluation import evaluate
+from recipes.metrics import read_rows
+from recipes.settings import Training
+from recipes.tasks import Task
+from recipes.telemetry import Telemetry
+from vlmrb_torchrl import VLMReplayBuffer
+
+
+class CountingEnv(EnvBase):
+    """Game i's episodes last i + 1 steps of reward 1; each succeeds in its first step."""
+
+    def __init__(self, num_envs):
+        super().__init__(batch_size=[num_envs])
+        N = num_envs
+        self.observation_spec = Composite(
+            {"observation": Unbounded((N, 1)), "events": Binary(1, (N, 1), dtype=torch.bool)},
+            shape=(N,),
+        )
+        self.action_spec = Bounded(-1, 1, (N, 1), dtype=torch.float32)
+        self.reward_spec = Unbounded((N, 1))
+        self.done_spec = Composite({"done": Categorical(2, shape=(N, 1), dtype=torch.bool)}, shape=(N,))
+        self.steps, self.stepped = torch.zeros(N, 1), torch.zeros(N, 1)
+
+    def _reset(self, tensordict=None, **_):
+        asked = None if tensordict is None else tensordict.get("_reset", None)
+        self.steps *= 0 if asked is None else ~asked
+        return self._seen(torch.zeros_like(self.steps, dtype=torch.bool))
+
+    def _step(self, tensordict):
+        asked = tensordict.get("_step", torch.ones(self.batch_size, dtype=torch.bool))
+        self.steps += asked.view(-1, 1)
+        self.stepped += asked.view(-1, 1)
+        last = 1 + torch.arange(self.steps.shape[0]).view(-1, 1)
+        seen = self._seen(self.steps == 1, self.steps == last)
+        return seen.set("reward", torch.ones_like(self.steps))
+
+    def _seen(self, events, done=None):
+        done = torch.zeros_like(events) if done is None else done
+        seen = {"observation": self.steps.clone(), "events": events, "done": done}
+        return TensorDict(seen, self.batch_size)
+
+    def _set_seed(self, seed):
+        return seed
+
+
+class Counting(Task):
+    name, event_names, success_event = "counting", ("first",), "first"
+
+    def __init__(self):
+        self.made = []
+
+    def make(self, num_envs, seed, *, held_out=False):
+        self.made.append(CountingEnv(num_envs))
+        return self.made[-1]
+
+
+def policy(act=torch.zeros_like):
+    module = TensorDictModule(act, in_keys=["observation"], out_keys=["action"])
+    module.weight = torch.nn.Parameter(torch.zeros(()))
+    return module
+
+
+def test_each_game_plays_one_episode_and_waits_for_the_others():
+    task = Counting()
+    result = evaluate(policy(), task, Training(eval_episodes=3), number=0)
+    assert result == {"success": 1, "return": 2, "length": 2}  # 1, 2 and 3 steps
+    assert task.made[0].stepped.flatten().tolist() == [1, 2, 3]
+    assert task.made[0].is_closed
+
+
+def test_training_counts_the_success_of_any_step_over_the_end_of_collections(tmp_path):
+    """Game 1's success is in the first collection, its end in the second."""
+    training = Training(log_every_env_steps=1, progress=False)
+    with Telemetry(Fabric(accelerator="cpu"), Counting(), training, tmp_path / "run") as telemetry:
+        steps = CountingEnv(2).rollout(4, policy(), break_when_any_done=False)
+        for data in (steps[:, :1], steps[:, 1:]):
+            telemetry.collected(data)
+        telemetry.log(8, VLMReplayBuffer(), None)
+    (row,) = read_rows(tmp_path / "run")
+    assert row["train/episodes"] == 6
+    assert row["train/success"] == 1
+
+
+def test_environments_are_closed_when_playing_fails():
+    def fail(observation):
+        raise KeyboardInterrupt
+
+    task = Counting()
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(policy(fail), task, Training(), number=0)
+    with pytest.raises(ValueError, match="no demonstrator"):
+        Demonstrations(2).play(task, seed=0)
+    assert [env.is_closed for env in task.made] == [True, True]
