@@ -848,6 +848,22 @@ def test_showcase_draws_the_best_and_a_random_clip_since_the_last_call():
         assert scoring.showcase() == {}
 
 
+def test_clips_that_cannot_be_drawn_are_not_shown_and_that_is_said_once(caplog):
+    """A judge that looks at no frames works without graphics; its pictures must not stop a run."""
+
+    def fail(render_state):
+        raise RuntimeError("no\ngraphics")
+
+    buffer = make_buffer()
+    with AsyncScorer(buffer, ClipRenderTransform(fail), ConstantScorer(), mode="sync") as scoring:
+        for _ in range(2):
+            insert(buffer, scoring, stream([32]))
+            assert scoring.showcase() == {}
+        assert books(scoring)["clips_scored"] == 2
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings == ["No clips will be shown: RuntimeError: no graphics"]
+
+
 def test_any_scored_clip_may_be_the_random_one():
     """12 clips, 40 seeds: the chance that the random one is always the last is 12^-40."""
     lasts = set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from types import TracebackType
@@ -25,6 +26,8 @@ from vlmrb_torchrl.scoring_backends import Mode, check_scorer, choose_mode
 from vlmrb_torchrl.scoring_dispatcher import Dispatcher, check_buffer
 from vlmrb_torchrl.scoring_ledger import Ledger
 from vlmrb_torchrl.scoring_process import ProcessBackend, make_backend
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class AsyncScorer:
@@ -114,6 +117,7 @@ class AsyncScorer:
             clip_transitions, frames_per_clip, stride, needs_frames=needs_frames, patience=patience
         )
         self._cutting = threading.Lock()
+        self._blind = False  # pictures to look at failed
         self._ledger = Ledger(seed)
         self.mode = choose_mode(mode, scorer)
         self._worker = make_backend(
@@ -225,16 +229,23 @@ class AsyncScorer:
 
         Returns:
             ``"best"`` and ``"random"`` to (frames uint8 ``[F, 3, H, W]``, score); empty without
-            a transform, or if nothing was scored since.
+            a transform, if nothing was scored since, or if they cannot be drawn: that is logged
+            once, and not tried again.
         """
         shown = self._ledger.pop_shown()
-        if self._transform is None:
+        if self._transform is None or self._blind:
             return {}
-        return {
-            name: (self._transform(stack_clips([clip]))[CLIP][0].cpu(), score)
-            for name, (clip, score) in shown.items()
-            if clip.render_state is not None
-        }
+        try:
+            return {
+                name: (self._transform(stack_clips([clip]))[CLIP][0].cpu(), score)
+                for name, (clip, score) in shown.items()
+                if clip.render_state is not None
+            }
+        except Exception as error:
+            self._blind = True
+            text = " ".join(str(error).split())
+            _LOGGER.warning("No clips will be shown: %s: %s", type(error).__name__, text)
+            return {}
 
     def state_dict(self) -> dict[str, Any]:
         """Pending and open clips, counts and random states, as tensors and numbers.
