@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from ctypes.util import find_library
 from typing import Any
 
@@ -28,6 +28,13 @@ def _draws_here() -> None:
         drawing._graphics()
     except RuntimeError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def _tried_anew() -> Iterator[None]:
+    drawing._problem.cache_clear()
+    yield
+    drawing._problem.cache_clear()
 
 
 def stock(env_id: str, samples: int, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -120,6 +127,7 @@ def test_frames_depend_on_the_state_alone() -> None:
     assert torch.equal(render(states), frames)
 
 
+@pytest.mark.usefixtures("_tried_anew")
 def test_library_that_fails_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """EGL without any vendor's driver."""
     if find_library("OSMesa") is None:
@@ -127,17 +135,34 @@ def test_library_that_fails_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> N
     for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("__EGL_VENDOR_LIBRARY_DIRS", "/nonexistent")
-    assert drawing._graphics.__wrapped__() == "osmesa"
+    assert drawing._graphics() == "osmesa"
 
 
+@pytest.mark.usefixtures("_tried_anew")
 def test_no_library_at_all_is_one_line_that_names_the_package(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("MUJOCO_GL", "egl")
     monkeypatch.setenv("__EGL_VENDOR_LIBRARY_DIRS", "/nonexistent")
     with pytest.raises(RuntimeError, match=r"egl: .*apt-get install libegl1") as refusal:
-        drawing._graphics.__wrapped__()
+        drawing._graphics()
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.usefixtures("_tried_anew")
+def test_library_that_hangs_or_fails_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    run = drawing.subprocess.run
+    monkeypatch.setattr(
+        drawing.subprocess, "run", lambda command, **how: tried.append(how) or run(command, **how)
+    )
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    monkeypatch.setattr(drawing, "_TRIAL", "import threading; threading.Event().wait()")
+    monkeypatch.setattr(drawing, "_TRIAL_SECONDS", 0.2)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match=r"egl: nothing drawn in 0\.2 s"):
+            drawing._graphics()
+    assert len(tried) == 1
 
 
 @pytest.mark.parametrize("arguments", [{"width": 0}, {"height": -1}, {"samples": -1}])

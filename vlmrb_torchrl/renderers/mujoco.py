@@ -31,6 +31,7 @@ context = graphics.GLContext(8, 8)
 context.make_current()
 mujoco.MjrContext(mujoco.MjModel.from_xml_string("<mujoco/>"), 100)
 """
+_TRIAL_SECONDS = 60.0
 _REMEDY = "apt-get install libegl1 libgl1 libgl1-mesa-dri (or libosmesa6)"
 
 
@@ -204,11 +205,8 @@ def _camera(model: Any, name: str) -> int:
     return cameras.index(name)
 
 
-@lru_cache
 def _graphics() -> str:
     """The first graphics library that works: ``MUJOCO_GL``'s, else EGL, else OSMesa.
-
-    Each is tried in a process of its own. One that fails leaves behind what no other works with.
 
     Raises:
         RuntimeError: None does.
@@ -216,9 +214,25 @@ def _graphics() -> str:
     asked = os.environ.get("MUJOCO_GL", "").lower()
     problems = []
     for backend in (asked,) if asked in ("egl", "osmesa", "glfw") else ("egl", "osmesa"):
-        command = [sys.executable, "-c", _TRIAL.format(backend)]
-        trial = subprocess.run(command, capture_output=True, text=True, check=False)
-        if trial.returncode == 0:
+        problem = _problem(backend)
+        if problem is None:
             return backend
-        problems.append(f"{backend}: {(trial.stderr.strip().splitlines() or ['it crashes'])[-1]}")
+        problems.append(f"{backend}: {problem}")
     raise RuntimeError(f"MuJoCo cannot draw here ({'; '.join(problems)}): {_REMEDY}.")
+
+
+@lru_cache
+def _problem(backend: str) -> str | None:
+    """Why a graphics library does not work here, in one line; None if it does.
+
+    It is tried once, in a process of its own: what fails leaves behind what no other works with.
+    """
+    command = [sys.executable, "-c", _TRIAL.format(backend)]
+    limit = _TRIAL_SECONDS
+    try:
+        trial = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return f"nothing drawn in {limit} s"
+    if trial.returncode == 0:
+        return None
+    return (trial.stderr.strip().splitlines() or ["it crashes"])[-1]
