@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -114,18 +115,21 @@ def check(settings: Namespace) -> None:
 
 
 def check_view(task: Task, scorer: ClipScorer) -> None:
-    """Refuse a task without a camera, and a camera whose frames the judge does not know."""
+    """Refuse a camera that the task lacks, that cannot draw here or that the judge does not know.
+
+    Faults of a judge stop no run, so one that cannot be shown a frame is found out before.
+    """
     renderer = task.renderer()
-    if scorer.frame_size is None:
+    if keys.CLIP not in scorer.in_keys:
         return
-    env = task.make(1, seed=0)
-    height, width = renderer(env.reset()[keys.RENDER_STATE]).shape[-2:]
-    env.close()
+    with closing(task.make(1, seed=0)) as env:
+        height, width = renderer(env.reset()[keys.RENDER_STATE]).shape[-2:]
     require(
-        (height, width) == scorer.frame_size,
+        scorer.frame_size in (None, (height, width)),
         "the view of env, in pixels,",
         (height, width),
-        f"{type(scorer).__name__} knows {scorer.frame_size} only: set env.tile_size and env.window",
+        f"{type(scorer).__name__} knows {scorer.frame_size} only: use another scoring.scorer, or "
+        f"another view ('--env.help {type(task).__name__}' shows its settings)",
     )
 
 
@@ -180,7 +184,7 @@ def run(algorithm: type[L.LightningModule], argv: list[str] | None = None) -> No
         check(settings)
         # Built once to refuse its arguments before any process or file exists.
         module = build_algorithm(algorithm, settings)
-    except (ArgumentError, ValueError, TypeError, OSError, RuntimeError) as error:
+    except (ArgumentError, ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {one_line(error)}")
     launch(module, parser, config, settings, algorithm, resume=folder is not None)
 

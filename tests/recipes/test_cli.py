@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ import yaml
 from recipes import cli
 from recipes.dqn import DQN
 from recipes.iqn import IQN
+from recipes.sac import SAC
+from vlmrb_torchrl.prompts import OGBENCH
+from vlmrb_torchrl.renderers import mujoco as drawing
 
 CONFIGS = Path(cli.__file__).parent / "configs"
 RECIPES = {"dqn": DQN, "iqn": IQN}
@@ -41,7 +45,7 @@ REFUSED = {
     "--training.updates_per_env_step=-1": ("training.updates_per_env_step", "-1"),
     "--no_such_group.key=1": ("no_such_group",),
     "--config=no_such_file.yaml": ("no_such_file.yaml",),
-    "--env.tile_size=16": ("EmbeddedJudge knows (64, 64) only", "env.tile_size"),
+    "--env.tile_size=16": ("EmbeddedJudge knows (64, 64) only", "--env.help DoorKey"),
     "--training.eval_every_env_steps=300000": ("training.eval_every_env_steps", "240000"),
     "--scoring.scorer={class_path: HuggingFaceScorer, init_args: {model: ./nope}}": ("./nope",),
     "--scoring.scorer={class_path: EmbeddedJudge, init_args: {device: cudaa}}": ("cudaa",),
@@ -84,6 +88,36 @@ def test_every_config_is_accepted(path):
     config = parser.parse_args([f"--config={path}"])
     settings = parser.instantiate(config)
     cli.check(settings)
+
+
+VLM = "--scoring.scorer={class_path: HuggingFaceScorer, init_args: {model: org/name}}"
+
+
+@pytest.mark.parametrize("missing", ["ogbench", "graphics"])
+def test_task_that_cannot_be_built_or_drawn_here_is_refused_in_one_line(missing, monkeypatch):
+    def fail():
+        raise RuntimeError("MuJoCo cannot draw here: apt-get install libegl1")
+
+    monkeypatch.setattr(cli, "launch", lambda *_: pytest.fail("something was launched"))
+    if missing == "ogbench":
+        monkeypatch.delitem(sys.modules, "vlmrb_torchrl.envs.ogbench_games", raising=False)
+        for module in [name for name in sys.modules if name.split(".")[0] == "ogbench"]:
+            monkeypatch.delitem(sys.modules, module)
+        monkeypatch.setitem(sys.modules, "ogbench", None)
+    else:
+        monkeypatch.setattr(drawing, "_graphics", fail)
+    with pytest.raises(SystemExit, match=r"(pip|apt-get) install") as refusal:
+        cli.run(SAC, ["--env=Cube", "--replay=VLMGuided", VLM])
+    assert "\n" not in str(refusal.value)
+
+
+def test_judge_of_ogbench_is_asked_the_question_of_ogbench():
+    parser = cli.build_parser(SAC)
+    settings = parser.instantiate(
+        parser.parse_args(["--env=Scene", f"--config={CONFIGS}/ogbench/vlm_rb.yaml"])
+    )
+    assert settings.scoring.scorer.prompts == (OGBENCH["success"],)
+    assert settings.replay.td_boost
 
 
 def test_value_on_the_command_line_overrides_the_file():
