@@ -29,7 +29,9 @@ class CountingEnv(EnvBase):
         )
         self.action_spec = Bounded(-1, 1, (N, 1), dtype=torch.float32)
         self.reward_spec = Unbounded((N, 1))
-        self.done_spec = Composite({"done": Categorical(2, shape=(N, 1), dtype=torch.bool)}, shape=(N,))
+        self.done_spec = Composite(
+            {"done": Categorical(2, shape=(N, 1), dtype=torch.bool)}, shape=(N,)
+        )
         self.steps, self.stepped = torch.zeros(N, 1), torch.zeros(N, 1)
 
     def _reset(self, tensordict=None, **_):
