@@ -7,12 +7,15 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torch import nn
+from torchrl.data import Categorical
+from torchrl.modules import QValueActor
 
+from tests.objectives.lines import transitions
 from vlmrb_torchrl.checks import ConfigError
-from vlmrb_torchrl.objectives import QuantileNetwork, cvar
+from vlmrb_torchrl.objectives import IQNLoss, QuantileNetwork, cvar
 
 
-def by_hand(policy_quantiles=2, distortion=None):
+def by_hand(policy_quantiles=2, distortion=None, **keys):
     """Z_τ(x, a) = ±x φ(τ) for the two actions, with φ(τ) = ReLU(cos 0 + cos πτ) = 1 + cos πτ."""
     network = QuantileNetwork(
         nn.Identity(),
@@ -21,6 +24,7 @@ def by_hand(policy_quantiles=2, distortion=None):
         num_cosines=2,
         policy_quantiles=policy_quantiles,
         distortion=distortion,
+        **keys,
     )
     with torch.no_grad():
         network.embedding.weight.fill_(1.0)
@@ -70,6 +74,25 @@ def test_acting_is_the_mean_over_quantiles_whether_the_head_is_linear_or_not():
     torch.testing.assert_close(network(state())["action_value"], expected)
     network.head = nn.Sequential(network.head)
     torch.testing.assert_close(network(state())["action_value"], expected)
+
+
+def test_loss_finds_quantiles_under_keys_that_both_are_told_and_refuses_others_in_one_line():
+    renamed = {"tau": "fraction", "quantiles": "values"}
+    batch = transitions([1], [0], [1.0], [2], [False])
+    values = {}
+    for keys in ({}, {f"{name}_key": key for name, key in renamed.items()}):
+        loss = IQNLoss(QValueActor(by_hand(**keys), spec=Categorical(2)))
+        if keys:
+            loss.set_keys(**renamed)
+        loss.make_value_estimator(gamma=0.5)
+        torch.manual_seed(0)
+        values[bool(keys)] = loss(batch.clone())["loss"]
+    assert torch.equal(values[False], values[True])
+    loss = IQNLoss(QValueActor(by_hand(), spec=Categorical(2)))
+    loss.set_keys(**renamed)
+    with pytest.raises(KeyError, match=r"'fraction', wrote no 'values'.*tau_key") as refusal:
+        loss(batch)
+    assert "\n" not in str(refusal.value)
 
 
 def test_acting_draws_no_random_number():

@@ -280,7 +280,13 @@ class IQNLoss(LossModule):
         state.set(self.tensor_keys.tau, tau)
         with params.to_module(self.value_network, preserve_module_state=False):
             self.value_network(state)
-        return state.get(self.tensor_keys.quantiles), tau
+        asked, written = self.tensor_keys.tau, self.tensor_keys.quantiles
+        if (quantiles := state.get(written, None)) is None:
+            raise KeyError(
+                f"value_network, given fractions under {asked!r}, wrote no {written!r}: name its "
+                "keys as the loss does (QuantileNetwork's tau_key and quantiles_key)"
+            )
+        return quantiles, tau
 
     @torch.no_grad()
     def _target(self, tensordict: TensorDictBase) -> Tensor:

@@ -51,8 +51,8 @@ class QuantileNetwork(TensorDictModuleBase):
 
     φ_j(τ) = ReLU(Σ_i cos(π i τ) w_ij + b_j), i from 0 to ``num_cosines`` − 1.
 
-    Given fractions under ``"tau"``, float32 ``[B, N]``, it writes the quantiles at them to
-    ``"quantiles"``, ``[B, N, A]``.  Given none, it acts: it takes the distorted midpoints
+    Given fractions under ``tau_key``, float32 ``[B, N]``, it writes the quantiles at them to
+    ``quantiles_key``, ``[B, N, A]``.  Given none, it acts: it takes the distorted midpoints
     β((k + ½)/K).  Either way their mean is ``"action_value"``, ``[B, A]``, so that TorchRL's
     ``QValueActor`` makes it a policy, π_β. The paper draws K fractions to act; the midpoints
     approximate the same mean without noise, the policy is deterministic, and φ is computed once
@@ -63,6 +63,8 @@ class QuantileNetwork(TensorDictModuleBase):
         head: f, from ``[B, N, num_features]`` to ``[B, N, A]``.
         num_features: D.
         in_key: Key of the observation.
+        tau_key: Key of the fractions.
+        quantiles_key: Key of the quantiles at them.
         num_cosines: Cosines of the embedding, 64 in the paper.
         policy_quantiles: K, fractions that an action is chosen by, 32 in the paper.
         distortion: β, from fractions to fractions, such as ``cvar``; None is risk-neutral.
@@ -91,6 +93,8 @@ class QuantileNetwork(TensorDictModuleBase):
         *,
         num_features: int,
         in_key: NestedKey = "observation",
+        tau_key: NestedKey = "tau",
+        quantiles_key: NestedKey = "quantiles",
         num_cosines: int = 64,
         policy_quantiles: int = 32,
         distortion: Callable[[Tensor], Tensor] | None = None,
@@ -107,6 +111,7 @@ class QuantileNetwork(TensorDictModuleBase):
         require(distortion is None or callable(distortion), "distortion", distortion, "use cvar")
         require(is_key(in_key), "in_key", in_key, "name an entry")
         self.in_keys, self.out_keys = [in_key], ["action_value"]
+        self.tau_key, self.quantiles_key = tau_key, quantiles_key
         self.features, self.head = features, head
         self.embedding = nn.Linear(num_cosines, num_features)
         midpoints = (torch.arange(policy_quantiles) + 0.5) / policy_quantiles
@@ -121,8 +126,8 @@ class QuantileNetwork(TensorDictModuleBase):
         self.register_buffer("policy_tau", policy_tau)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write ``"action_value"``, and ``"quantiles"`` where ``"tau"`` is given."""
-        tau = tensordict.get("tau", None)
+        """Write ``"action_value"``, and the quantiles where fractions are given."""
+        tau = tensordict.get(self.tau_key, None)
         fractions = self.policy_tau if tau is None else tau
         phi = torch.relu(self.embedding(torch.cos(fractions.unsqueeze(-1) * self.frequencies)))
         if tau is None and isinstance(self.head, nn.Linear):
@@ -131,5 +136,5 @@ class QuantileNetwork(TensorDictModuleBase):
         psi = self.features(tensordict.get(self.in_keys[0])).unsqueeze(-2)
         quantiles = self.head(psi * phi)
         if tau is not None:
-            tensordict.set("quantiles", quantiles)
+            tensordict.set(self.quantiles_key, quantiles)
         return tensordict.set("action_value", quantiles.mean(-2))
