@@ -26,7 +26,9 @@ from vlmrb_torchrl import VLMReplayBuffer, keys
 from vlmrb_torchrl.checks import is_real, is_whole, require
 from vlmrb_torchrl.envs import DemonstratedEnv
 
-_SEED_OFFSET = 1 << 30  # beyond the seed of any run: demonstrations start where training does not
+# Beyond the seed of any run: demonstrations start where training does not, and what is random about
+# them is drawn from other numbers than the buffer's draws, which have the seed of the run.
+_SEED_OFFSET, _NOISE_OFFSET, _DRAWS_OFFSET = 1 << 30, 2 << 30, 3 << 30
 _LONGEST = 1 << 20  # steps; the environment's own time limit ends episodes long before
 
 
@@ -121,7 +123,7 @@ class Demonstrations:
 
     def _rollout(self, env: EnvBase, seed: int) -> TensorDictBase:
         demonstrator, spec = env.demonstrator(), env.action_spec
-        random = torch.Generator().manual_seed(seed)
+        random = torch.Generator().manual_seed(_NOISE_OFFSET + seed)
 
         def act(tensordict: TensorDictBase) -> TensorDictBase:
             action: Tensor = demonstrator(tensordict).get("action")
@@ -181,7 +183,7 @@ class Batches:
                 "demonstration_transitions": sum(len(episode) for episode in episodes),
                 "demonstration_rows": rows,
             }
-        self._random = torch.Generator().manual_seed(seed)
+        self._random = torch.Generator().manual_seed(_DRAWS_OFFSET + seed)
         if rows:
             self._memory = TensorDict.cat([transitions(episode) for episode in episodes])
 

@@ -9,8 +9,10 @@ from recipes import cli
 from recipes.demonstrations import Batches, Demonstrations
 from recipes.dqn import DQN
 from recipes.metrics import read_rows
+from recipes.replay import Uniform
 from recipes.sac import SAC
 from recipes.tasks import Cube, DoorKey, Scene
+from recipes.transitions import Transitions
 from vlmrb_torchrl import VLMReplayBuffer
 from vlmrb_torchrl.checks import ConfigError
 
@@ -65,7 +67,36 @@ def test_noise_changes_continuous_actions_within_their_bounds():
     assert not torch.equal(quiet["action"][0], noisy["action"][0])
 
 
-def test_failed_episodes_are_left_out_and_none_at_all_is_refused():
+def test_failed_episodes_are_left_out():
+    """A time limit between the lengths of the same episodes fails the longer ones."""
+
+    def lengths(max_steps):
+        played = Demonstrations(8, action_noise=0).play(DoorKey(6, max_steps), seed=0)
+        return [len(episode) for episode in played]
+
+    whole = lengths(None)
+    limit = sorted(whole)[3]
+    assert min(whole) < max(whole)
+    assert lengths(limit) == [length for length in whole if length <= limit]
+
+
+def test_noise_draws_and_the_buffer_s_draws_follow_from_different_numbers(monkeypatch):
+    seeds, make = [], torch.Generator
+
+    class Recorded:
+        def manual_seed(self, seed):
+            seeds.append(seed % 2**32)  # the rest is nothing to torch
+            return make().manual_seed(seed)
+
+    monkeypatch.setattr(torch, "Generator", Recorded)
+    buffer, replay = VLMReplayBuffer(batch_size=4), Uniform(batch_size=8)
+    shown = Demonstrations(2, batch_share=0.5)
+    shown.batches(buffer, replay, DoorKey(5), Transitions(gamma=0.9), seed=7)
+    assert len(seeds) == 2
+    assert len({7, *seeds}) == 3  # the buffer's is the seed of the run
+
+
+def test_no_success_at_all_is_refused():
     """Only random actions, in 9 steps: the goal of 5x5 is too far away."""
     with pytest.raises(ConfigError, match=r"demonstrations.episodes is 4: none of them"):
         Demonstrations(4, action_noise=1.0).play(DoorKey(5, max_steps=9), seed=0)
@@ -123,7 +154,10 @@ def test_without_a_share_they_are_for_the_buffer_and_batches_are_the_buffer_s():
 
 @pytest.mark.parametrize("share", ["0", "0.5"])
 @pytest.mark.parametrize("method", ["uer", "per", "privileged"])
-def test_every_method_trains_with_the_same_ones_and_logs_them(method, share, tmp_path):
+def test_every_method_trains_with_the_same_ones_and_logs_them(method, share, tmp_path, monkeypatch):
+    used, play = [], Demonstrations.play
+    expected = Demonstrations(4).play(DoorKey(5), seed=0)
+    monkeypatch.setattr(Demonstrations, "play", lambda *a: used.append(play(*a)) or used[-1])
     rows = train(
         tmp_path,
         "run",
@@ -133,7 +167,10 @@ def test_every_method_trains_with_the_same_ones_and_logs_them(method, share, tmp
         "--demonstrations.episodes=4",
         f"--demonstrations.batch_share={share}",
     )
-    shown = sum(len(episode) for episode in Demonstrations(4).play(DoorKey(5), seed=0))
+    assert len(used) == 1
+    for episode, same in zip(used[0], expected, strict=True):
+        assert all(torch.equal(episode[key], same[key]) for key in ("observation", "action"))
+    shown = sum(len(episode) for episode in expected)
     last = rows[-1]
     assert last["train/demonstration_episodes"] == 4
     assert last["train/demonstration_transitions"] == shown
