@@ -123,7 +123,11 @@ def test_target_critics_follow_by_the_polyak_rate(algorithm):
 def test_td3_moves_actor_and_targets_once_in_policy_delay_updates():
     trained = module(TD3, policy_delay=3)
     optimizers = trained.configure_optimizers()
-    moving = (trained.loss.actor_network_params, trained.loss.target_qvalue_network_params)
+    moving = (
+        trained.loss.actor_network_params,
+        trained.loss.target_qvalue_network_params,
+        trained.loss.target_actor_network_params,
+    )
     stepped, moved = [], []
     for _ in range(7):
         before = [copied(params) for params in moving]
@@ -131,7 +135,7 @@ def test_td3_moves_actor_and_targets_once_in_policy_delay_updates():
         moved.append([not unchanged(*pair) for pair in zip(moving, before, strict=True)])
     due = [True, False, False] * 2 + [True]
     assert stepped == due
-    assert moved == [[is_due, is_due] for is_due in due]
+    assert moved == [[is_due] * 3 for is_due in due]
 
 
 def test_td3_target_actions_are_smoothed_by_clipped_noise():
@@ -165,8 +169,11 @@ def test_sac_temperature_rises_below_the_target_entropy_and_falls_above():
         assert sign * (trained.loss.log_alpha.exp().item() - 0.2) > 0
 
 
-def test_sac_target_entropy_is_minus_one_per_number_of_an_action():
-    assert module(SAC).loss.target_entropy == -1.0
+@pytest.mark.parametrize("numbers", [1, 3])
+def test_sac_target_entropy_is_minus_one_per_number_of_an_action(numbers):
+    env = ChainEnv(2, discrete=False)
+    env.action_spec = Bounded(-1, 1, (2, numbers), dtype=torch.float32)
+    assert SAC(env, hidden_features=(8,)).loss.target_entropy == -numbers
 
 
 def test_sac_values_the_entropy_of_what_it_would_do_next():
@@ -199,7 +206,12 @@ def test_actions_are_uniform_in_the_warm_up_and_the_policy_s_afterwards(algorith
     assert uniform.mean().item() == pytest.approx(0, abs=0.05)
     if algorithm is TD3:  # the policy's action and noise of 0.1, whose estimate is 0.1 ± 0.0011
         assert after.std().item() == pytest.approx(0.1, abs=0.006)
-    assert after.abs().max() <= 1
+        assert after.abs().max() <= 1
+    else:  # the tanh of a normal draw; estimates of mean 0 ± 0.016 and deviation 1 ± 0.011
+        policy = trained.actor[0](state[:1].clone())
+        normal = (after.atanh() - policy["loc"]) / policy["scale"]
+        assert normal.mean().item() == pytest.approx(0, abs=0.08)
+        assert normal.std().item() == pytest.approx(1, abs=0.06)
 
 
 @BOTH
