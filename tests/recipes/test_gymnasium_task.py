@@ -10,7 +10,7 @@ import pytest
 import torch
 from torchrl.envs.utils import ExplorationType, check_env_specs, set_exploration_type
 
-from recipes import cli
+from recipes import cli, demonstrations
 from recipes.evaluation import evaluate
 from recipes.metrics import read_rows
 from recipes.policies import TrainedPolicy
@@ -43,8 +43,9 @@ def train(algorithm, tmp_path, name, *arguments):
     return read_rows(tmp_path / name)
 
 
-def test_task_builds_environments_that_keep_torchrl_s_word():
-    check_env_specs(Gymnasium().make(2, seed=0))
+@pytest.mark.parametrize("name", ["InvertedPendulum-v5", "HalfCheetah-v5", "Pendulum-v1"])
+def test_task_builds_environments_that_keep_torchrl_s_word(name):
+    check_env_specs(Gymnasium(name).make(2, seed=0))
 
 
 def test_episodes_follow_from_the_seed_and_evaluation_has_its_own():
@@ -54,7 +55,8 @@ def test_episodes_follow_from_the_seed_and_evaluation_has_its_own():
         for held_out in (False, False, True)
     )
     assert torch.equal(first, again)
-    assert not torch.equal(first, held_out)
+    shown = task.make(2, seed=demonstrations._SEED_OFFSET).reset()["observation"]
+    assert len(torch.stack([first, held_out, shown]).unique(dim=0)) == 3
 
 
 @pytest.mark.parametrize("replay", ["Uniform", "Prioritized"])
@@ -80,6 +82,53 @@ def test_rerun_is_equal(algorithm, tmp_path):
         for rows in runs
     ]
     assert kept[0] == kept[1]
+
+
+EVENTS = "{event_names: [success], events: [success]}"
+PRIVILEGED = f"--scoring.scorer={{class_path: PrivilegedScorer, init_args: {EVENTS}}}"
+
+
+def test_mujoco_task_is_judged_by_its_events(tmp_path):
+    """A step of InvertedPendulum pays 1 while the pole stands, 0 when it falls."""
+    arguments = ["--env.success_reward=1", "--replay=VLMGuided", PRIVILEGED]
+    arguments += ["--scoring.mode=sync", "--scoring.clip_transitions=1"]
+    rows = train(SAC, tmp_path, "run", *arguments)
+    last = [row for row in rows if "scoring/clips_scored" in row][-1]
+    assert last["scoring/clips_scored"] == last["env_steps"]
+    falls = last["scoring/clips_scored"] - last["scoring/clips_positive"]
+    assert falls == last["train/episodes"] > 0
+    assert last["train/success"] == 1
+
+
+def test_mujoco_task_is_drawn_from_its_state():
+    task = Gymnasium()
+    env = task.make(1, seed=0)
+    steps = env.rollout(20, break_when_any_done=False)
+    states = steps["render_state"][0]
+    assert states.shape == (20, 4)  # two positions, two velocities
+    # It observes the same.
+    assert torch.equal(states, steps["observation"][0])
+    assert not steps["next", "events"].any()  # success is not known
+    try:
+        frames = task.renderer()(states)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    assert frames.shape == (20, 3, 200, 200)
+    assert not torch.equal(frames[0], frames[-1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--env.id=NoSuchEnv-v0"], "env.id is NoSuchEnv-v0: Environment `NoSuchEnv`"),
+        (["--env.id=Pendulum-v1", "--replay=VLMGuided"], "Gymnasium: it has no renderer"),
+        (["--env.id=Pendulum-v1", "--env.success_reward=0"], "Pendulum-v1 is not MuJoCo's"),
+    ],
+)
+def test_what_the_task_lacks_is_refused_in_one_line(arguments, message):
+    with pytest.raises(SystemExit, match=message) as refusal:
+        cli.run(SAC, ["--env=tests.recipes.gymnasium_task.Gymnasium", *arguments])
+    assert "\n" not in str(refusal.value)
 
 
 class Upright(Gymnasium):

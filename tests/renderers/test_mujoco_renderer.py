@@ -83,6 +83,41 @@ def test_frames_equal_what_ogbench_draws(
     assert len(frames.flatten(1).unique(dim=0)) == len(frames)
 
 
+class Ball:
+    """A world without a camera of its own; its state is where the ball is."""
+
+    def __init__(self) -> None:
+        xml = (
+            "<mujoco><worldbody><light pos='0 0 3'/><geom type='plane' size='1 1 1'/><body>"
+            "<freejoint/><geom size='.2' rgba='1 0 0 1'/></body></worldbody></mujoco>"
+        )
+        self.model = mujoco.MjModel.from_xml_string(xml)
+        self.data = mujoco.MjData(self.model)
+
+    def pose(self, state: Any) -> None:
+        self.data.qpos[:3] = state
+        mujoco.mj_forward(self.model, self.data)
+
+
+def test_model_without_cameras_is_drawn_by_mujoco_s_free_camera(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import mujoco.rendering.classic.gl_context as contexts
+
+    used = pytest.importorskip(f"mujoco.{drawing._graphics()}").GLContext
+    monkeypatch.setattr(contexts, "GLContext", used)
+    world, states = Ball(), torch.tensor([[0.0, 0.0, 0.5], [0.4, 0.0, 0.3]])
+    frames = MuJoCoRenderer(Ball, WIDTH, HEIGHT, camera=None)(states)
+    world.model.vis.quality.offsamples = 0
+    with mujoco.Renderer(world.model, HEIGHT, WIDTH) as theirs:
+        for state, frame in zip(states, frames, strict=True):
+            world.pose(state.numpy())
+            theirs.update_scene(world.data)
+            shadows(False)(theirs.scene)
+            assert np.array_equal(frame.permute(1, 2, 0), theirs.render())
+    assert not torch.equal(*frames)
+
+
 def test_cube_is_drawn_where_the_state_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """OGBench's cube task, alone, draws bodies 2 ms late: one physics step, made up for here."""
     env, game = OGBenchEnv(CUBE, 1, seed=1), stock(CUBE, 0, monkeypatch)

@@ -65,7 +65,7 @@ class MuJoCoRenderer:
         stage: Builds the world; called once, wherever the frames are drawn.
         width: Of a frame, in pixels.
         height: Of a frame, in pixels.
-        camera: Name of one of the model's cameras.
+        camera: Name of one of the model's cameras; None: a free one, as in MuJoCo's viewer.
         shadows: Draw shadows.
         samples: For each pixel, to smooth edges; 0 and 1 do not, MuJoCo's own default is 4.
 
@@ -86,7 +86,7 @@ class MuJoCoRenderer:
         width: int = 200,
         height: int = 200,
         *,
-        camera: str = "front",
+        camera: str | None = "front",
         shadows: bool = False,
         samples: int = 0,
     ) -> None:
@@ -164,8 +164,11 @@ class _Canvas:
         self._stage = options.stage()
         model, width, height = self._stage.model, options.width, options.height
         self._camera = mujoco.MjvCamera()
-        self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
-        self._camera.fixedcamid = _camera(model, options.camera)
+        if options.camera is None:
+            mujoco.mjv_defaultFreeCamera(model, self._camera)
+        else:
+            self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
+            self._camera.fixedcamid = _camera(model, options.camera)
         model.vis.global_.offwidth, model.vis.global_.offheight = width, height
         model.vis.quality.offsamples = options.samples
         self._scene = mujoco.MjvScene(model, _MAX_GEOMS)
