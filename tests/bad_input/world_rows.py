@@ -149,7 +149,7 @@ ROWS: dict[str, Callable[[], Case]] = {
             "width": values.whole(1, 8192),
             "height": values.whole(1, 8192),
             "samples": values.whole(0, 8192),
-            "camera": st.one_of(st.just(""), st.integers(), st.floats(), st.none()),
+            "camera": st.one_of(st.just(""), st.integers(), st.floats()),
             "shadows": values.flag(),
         },
         good={"stage": print},

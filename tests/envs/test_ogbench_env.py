@@ -236,7 +236,7 @@ def test_games_in_other_processes_play_the_same_and_their_death_is_one_line() ->
     arguments = {"env_id": SCENE.format(4), "num_envs": 3, "seed": 2, "max_steps": 8}
     spread = OGBenchEnv(**arguments, workers=2)
     assert (play(OGBenchEnv(**arguments)) == play(spread)).all()
-    spread._remote[0]._process.terminate()
+    spread._remote[0]._process.kill()
     with pytest.raises(RuntimeError, match="process of games has died") as refusal:
         spread.reset()
     assert "\n" not in str(refusal.value)

@@ -99,8 +99,8 @@ class MuJoCoRenderer:
                 raise ValueError(f"{name}={shown(value)}: take {least} to {_MOST}.")
         if not callable(stage):
             raise TypeError(f"stage={shown(stage)}: pass a function that builds the world.")
-        if not isinstance(camera, str) or not camera:
-            raise ValueError(f"camera={shown(camera)}: name one of the model's cameras.")
+        if camera is not None and (not isinstance(camera, str) or not camera):
+            raise ValueError(f"camera={shown(camera)}: name one of the model's, or None.")
         if not isinstance(shadows, bool):
             raise ValueError(f"shadows={quoted(shadows)}: say True or False.")
         self.stage, self.width, self.height = stage, width, height
