@@ -25,7 +25,15 @@ from recipes.divergence import clip_gradients
 from recipes.evaluation import evaluate
 from recipes.interruption import Interruption
 from recipes.replay import Replay
-from recipes.run_state import Counters, Episodes, ReplayState, RunState, Schedules, Several
+from recipes.run_state import (
+    Counters,
+    Episodes,
+    Learner,
+    ReplayState,
+    RunState,
+    Schedules,
+    Several,
+)
 from recipes.settings import Scoring, Training
 from recipes.tasks import Task
 from recipes.telemetry import Telemetry
@@ -215,7 +223,7 @@ def train(
         telemetry.note(batches.figures)
         run = RunState(
             {
-                "algorithm": algorithm,
+                "algorithm": Learner(module),
                 "optimizers": Several(optimizers),
                 "replay": ReplayState(buffer, draws),
                 "schedules": Schedules(schedulers),

@@ -19,14 +19,11 @@ Demonstrations are played anew, schedules' ends and all else follow from the con
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from tensordict import TensorDict, TensorDictBase
-from torch import Tensor
 from torchrl.checkpoint import GlobalRNGState
 from torchrl.collectors import Collector
 from torchrl.data import PrioritizedSampler
@@ -34,14 +31,12 @@ from torchrl.data.replay_buffers.scheduler import ParameterScheduler
 from torchrl.envs import EnvBase, TransformedEnv
 from torchrl.envs.batched_envs import BatchedEnvBase
 
+from recipes.plain import plain, restored
 from recipes.telemetry import Telemetry
 from vlmrb_torchrl import AsyncScorer, VLMReplayBuffer
-from vlmrb_torchrl.checks import ConfigError
 from vlmrb_torchrl.envs import ResumableEnv
 
 State = dict[str, Any]
-_TENSORDICT = "__tensordict__"
-_NUMBERS = (Tensor, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _TREES = ("_sum_tree", "_min_tree")
 
 
@@ -89,7 +84,7 @@ class RunState:
         parts: By name, in the order of loading.
 
     Example:
-        >>> run = RunState({"algorithm": module, "counters": Counters()})
+        >>> run = RunState({"algorithm": Learner(module), "counters": Counters()})
         >>> torch.save(run.state_dict(), "run.pt")  # doctest: +SKIP
     """
 
@@ -111,6 +106,32 @@ class RunState:
 
     def _reversed(self) -> Iterable[tuple[str, Stateful]]:
         return reversed(self._parts.items())
+
+
+class Learner:
+    """An algorithm: its module's weights and buffers, and what else it counts by.
+
+    Args:
+        module: The module. Its ``counts``, if there are any, name attributes that hold numbers,
+            tensors or containers of these.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def state_dict(self) -> State:
+        """The weights, buffers and counts."""
+        counts = {name: getattr(self._module, name) for name in self._names()}
+        return {"weights": self._module.state_dict(), "counts": counts}
+
+    def load_state_dict(self, state: State) -> None:
+        """Load them."""
+        self._module.load_state_dict(state["weights"])
+        for name in self._names():
+            setattr(self._module, name, state["counts"][name])
+
+    def _names(self) -> Sequence[str]:
+        return getattr(self._module, "counts", ())
 
 
 class Several:
@@ -218,29 +239,28 @@ class Episodes:
         games = _games(env)
         return {
             "games": games.games_state_dict() if isinstance(games, ResumableEnv) else None,
-            "wrapped": dict(env.state_dict()) if _wraps(env) else {},
+            "transforms": _of_transforms(env),
             "carrier": collector._carrier.to("cpu"),
-            "progress": {
-                name: entry
-                for name, entry in collector.state_dict().items()
-                if name in ("frames", "iter", "traj_pool")
-            },
+            # Not the collector's own state: it holds the policy again, and no episodes.
+            "frames": collector._frames,
+            "trajectories": collector._traj_pool.state_dict(),
         }
 
     def load_state_dict(self, state: State) -> None:
         """Put the games back, or begin new ones, which no earlier ones were."""
         collector, env = self._collector, self._collector.env
         games = _games(env)
-        if state["wrapped"]:
-            env.load_state_dict(state["wrapped"])
-        collector.load_state_dict(state["progress"], strict=False)
+        if state["transforms"] is None:
+            self._telemetry.say("The environment's transforms cannot be saved: they start anew.")
+        elif state["transforms"]:
+            env.load_state_dict(state["transforms"])
+        collector._frames = state["frames"]
+        collector._traj_pool.load_state_dict(state["trajectories"])
         if isinstance(games, ResumableEnv) and state["games"] is not None:
             games.load_games_state_dict(state["games"])
             collector._carrier.update(state["carrier"])
-            # A collector that loads a state takes new ids, for episodes that it thinks are new.
-            collector._traj_pool.load_state_dict(state["progress"]["traj_pool"])
             return
-        env.set_seed(self._seed + state["progress"]["frames"])
+        env.set_seed(self._seed + state["frames"])
         collector.reset()
         self._telemetry.episodes_restarted()
         if self._scoring is not None:
@@ -257,40 +277,11 @@ def _games(env: EnvBase) -> EnvBase:
     return env
 
 
-def _wraps(env: EnvBase) -> bool:
-    return isinstance(env, TransformedEnv | BatchedEnvBase)
-
-
-def plain(value: Any, path: str) -> Any:
-    """A state as tensors, numbers and containers, which ``torch.load`` reads without pickled code.
-
-    Raises:
-        ConfigError: There is something else in it, at ``path``.
-    """
-    if isinstance(value, TensorDictBase):
-        entries = {str(k): plain(v, f"{path}.{k}") for k, v in value.items()}
-        return {_TENSORDICT: entries, "batch_size": list(value.batch_size)}
-    if isinstance(value, Mapping):
-        return {key: plain(entry, f"{path}.{key}") for key, entry in value.items()}
-    if isinstance(value, list | tuple) and not isinstance(value, torch.Size):
-        return type(value)(plain(entry, f"{path}.{i}") for i, entry in enumerate(value))
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, _NUMBERS):
-        return value
-    raise ConfigError(
-        f"training.checkpoint_every_env_steps: {path} is a {type(value).__name__}, which a "
-        "checkpoint cannot hold: save it as tensors and numbers, or use 0 for no checkpoints"
-    )
-
-
-def restored(value: Any) -> Any:
-    """The inverse of `plain`."""
-    if isinstance(value, dict):
-        if _TENSORDICT in value:
-            entries = {name: restored(entry) for name, entry in value[_TENSORDICT].items()}
-            return TensorDict(entries, value["batch_size"])
-        return {key: restored(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple) and not isinstance(value, torch.Size):
-        return type(value)(map(restored, value))
-    return value
+def _of_transforms(env: EnvBase) -> State | None:
+    """What the environment's transforms have learnt, such as means; None: it cannot be had."""
+    if not isinstance(env, TransformedEnv | BatchedEnvBase):
+        return {}
+    try:
+        return dict(env.state_dict())
+    except ValueError:  # torch's, of buffers that have no size before they are used
+        return None

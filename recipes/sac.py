@@ -100,6 +100,9 @@ class SAC(L.LightningModule):
         self.weight_actor_loss = weight_actor_loss
         self.figures: dict[str, Tensor] = {}
 
+    counts = ("figures",)
+    """What checkpoints hold beside the weights: figures are shown again until the next update."""
+
     @property
     def policy(self) -> TensorDictModule:
         """The policy; in an evaluation the tanh of its location."""
@@ -121,14 +124,6 @@ class SAC(L.LightningModule):
             name: Adam(chosen, lr=self.learning_rate, fused=True)
             for name, chosen in parameters.items()
         }
-
-    def get_extra_state(self) -> dict[str, Tensor]:
-        """For checkpoints: the latest figures, shown again where no update comes before a row."""
-        return dict(self.figures)
-
-    def set_extra_state(self, state: dict[str, Tensor]) -> None:
-        """Show them on."""
-        self.figures = dict(state)
 
     def training_step(self, batch: TensorDictBase, optimizer: str) -> Tensor:
         """Compute a loss of a batch; the critics' writes |δ| into it, the actor's log π."""

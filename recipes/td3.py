@@ -102,6 +102,9 @@ class TD3(L.LightningModule):
         self.policy_delay, self.updates = policy_delay, 0
         self.weight_actor_loss = weight_actor_loss
 
+    counts = ("updates",)
+    """What checkpoints hold beside the weights: by them the actor's turns are counted."""
+
     @property
     def policy(self) -> TensorDictModule:
         """The policy without noise."""
@@ -122,14 +125,6 @@ class TD3(L.LightningModule):
             name: Adam(chosen, lr=self.learning_rate, fused=True)
             for name, chosen in parameters.items()
         }
-
-    def get_extra_state(self) -> int:
-        """For checkpoints: the updates made, by which the actor's turns are counted."""
-        return self.updates
-
-    def set_extra_state(self, state: int) -> None:
-        """Go on counting."""
-        self.updates = state
 
     @property
     def actor_is_due(self) -> bool:

@@ -12,7 +12,7 @@ from tensordict import TensorDict
 from recipes import checkpoint, cli
 from recipes.dqn import DQN
 from recipes.metrics import CHECKPOINTS, read_rows
-from recipes.run_state import plain, restored
+from recipes.plain import plain, restored
 from recipes.sac import SAC
 from recipes.settings import Training
 from tests.recipes.resuming import assert_same_end, resume, start, stopped
@@ -194,6 +194,15 @@ def test_tensorboard_shows_each_point_once(unfinished, monkeypatch):
         assert [point.step for point in events.Scalars(tag)] == expected
 
 
+def test_gymnasium_env_begins_new_episodes(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("mujoco")
+    pendulum = ["--env=tests.recipes.gymnasium_task.Gymnasium", *LINE[1:]]
+    stopped(monkeypatch, SAC, tmp_path / "run", *pendulum, after=10)
+    resume(SAC, tmp_path / "run")
+    assert "SerialEnv cannot be put back into the middle" in capsys.readouterr().out
+    assert read_rows(tmp_path / "run")[-1]["env_steps"] == 1024
+
+
 def test_env_that_cannot_be_put_back_begins_new_episodes_and_says_so_once(
     tmp_path, monkeypatch, capsys
 ):
@@ -211,9 +220,8 @@ def test_env_that_cannot_be_put_back_begins_new_episodes_and_says_so_once(
 def test_state_that_a_checkpoint_cannot_hold_is_refused_before_the_first_step(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(DQN, "get_extra_state", lambda _: object(), raising=False)
-    monkeypatch.setattr(DQN, "set_extra_state", lambda *_: None, raising=False)
-    with pytest.raises(SystemExit, match=r"algorithm\._extra_state is a object, which") as refusal:
+    monkeypatch.setattr(DQN, "counts", ("learning_rate", "transitions"), raising=False)
+    with pytest.raises(SystemExit, match=r"algorithm\.counts\.transitions is a Tr.*") as refusal:
         start(DQN, tmp_path / "run", "--replay=Uniform")
     assert "\n" not in str(refusal.value)
     assert Training().checkpoint_every_env_steps > 0
