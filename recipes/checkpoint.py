@@ -34,6 +34,8 @@ VERSION = 1
 _KEPT = 2
 _WRITING = ".writing"
 _FREE = {
+    "algorithm.learning_rate",
+    "algorithm.gradient_clip_norm",
     "training.total_env_steps",
     "training.checkpoint_every_env_steps",
     "training.log_dir",

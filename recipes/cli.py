@@ -19,7 +19,9 @@ from lightning.fabric import Fabric
 
 from recipes.checkpoint import Checkpoints, check_resumable, start_afresh
 from recipes.demonstrations import Demonstrations
+from recipes.divergence import DivergedError
 from recipes.interruption import StoppedError
+from recipes.metrics import CHECKPOINTS
 from recipes.off_policy import train
 from recipes.replay import Replay, VLMGuided
 from recipes.settings import Scoring, Training
@@ -230,6 +232,7 @@ def launch(
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
     fabric.seed_everything(training.seed * fabric.world_size + fabric.global_rank, verbose=False)
     folder = Path(training.log_dir) / (training.name or run_name(algorithm, settings))
+    again = f"python -m recipes.{algorithm.__name__.lower()} --resume {folder}"
     try:
         if fabric.is_global_zero:
             if not resume:
@@ -252,11 +255,19 @@ def launch(
                 telemetry,
                 checkpoints,
             )
+    except DivergedError as error:
+        saved = any(folder.glob(f"{CHECKPOINTS}/*/checkpoint-*"))
+        sys.exit(
+            f"{error}; before it: {again} --algorithm.learning_rate …" if saved else str(error)
+        )
     except ConfigError as error:
         sys.exit(str(error))
     except StoppedError as stop:
-        again = f"go on: python -m recipes.{algorithm.__name__.lower()} --resume {folder}"
-        end(fabric, f"stopped by {stop}; {again if stop.saved else 'not saved'}", stop.signal)
+        end(
+            fabric,
+            f"stopped by {stop}; {f'go on: {again}' if stop.saved else 'not saved'}",
+            stop.signal,
+        )
     except KeyboardInterrupt:
         end(fabric, f"stopped at once; figures so far: {folder}", signal.SIGINT)
     if fabric.is_global_zero and training.progress:

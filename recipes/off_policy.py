@@ -29,10 +29,10 @@ from recipes.run_state import (
     Counters,
     Episodes,
     Learner,
+    Optimizers,
     ReplayState,
     RunState,
     Schedules,
-    Several,
 )
 from recipes.settings import Scoring, Training
 from recipes.tasks import Task
@@ -224,7 +224,7 @@ def train(
         run = RunState(
             {
                 "algorithm": Learner(module),
-                "optimizers": Several(optimizers),
+                "optimizers": Optimizers(optimizers),
                 "replay": ReplayState(buffer, draws),
                 "schedules": Schedules(schedulers),
                 "demonstrations": batches,

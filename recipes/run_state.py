@@ -134,20 +134,23 @@ class Learner:
         return getattr(self._module, "counts", ())
 
 
-class Several:
-    """Optimizers or schedulers by name, as one part."""
+class Optimizers:
+    """The optimizers by name; their learning rates are the configuration's, which may change."""
 
-    def __init__(self, parts: Mapping[str, Any]) -> None:
-        self._parts = parts
+    def __init__(self, optimizers: Mapping[str, Any]) -> None:
+        self._optimizers = optimizers
 
     def state_dict(self) -> State:
         """Theirs, by name."""
-        return {name: part.state_dict() for name, part in self._parts.items()}
+        return {name: optimizer.state_dict() for name, optimizer in self._optimizers.items()}
 
     def load_state_dict(self, state: State) -> None:
-        """Load each of them."""
-        for name, part in self._parts.items():
-            part.load_state_dict(state[name])
+        """Load each of them, but for its learning rates."""
+        for name, optimizer in self._optimizers.items():
+            rates = [group["lr"] for group in optimizer.param_groups]
+            optimizer.load_state_dict(state[name])
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
 
 
 class Schedules:

@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensordict import TensorDict
 
 from recipes import checkpoint, cli
+from recipes.demonstrations import Batches
 from recipes.dqn import DQN
 from recipes.metrics import CHECKPOINTS, read_rows
 from recipes.plain import plain, restored
@@ -154,6 +155,30 @@ def test_run_can_be_made_longer(unfinished):
     resume(SAC, unfinished, "--training.total_env_steps=1280")
     assert read_rows(unfinished)[-1]["env_steps"] == 1280
     assert torch.load(unfinished / "policy.ckpt", weights_only=True)["env_steps"] == 1280
+
+
+def test_run_that_diverged_says_where_it_may_go_on_with_another_learning_rate(
+    unfinished, monkeypatch
+):
+    """The loss is no number at 512 steps; the checkpoint before is of 480 or less."""
+    drawn = Batches.sample
+
+    def spoilt(self):
+        batch = drawn(self)
+        if len(self.buffer) >= 512:
+            batch["next", "reward"].fill_(torch.nan)
+        return batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Batches, "sample", spoilt)
+        text = refused(SAC, f"--resume={unfinished}")
+    assert "the step was not taken" in text
+    assert f"before it: python -m recipes.sac --resume {unfinished} --algorithm.learn" in text
+    lower = "--algorithm.learning_rate=1e-5"
+    resume(SAC, unfinished, lower)
+    (file,) = max((unfinished / CHECKPOINTS).glob("rank0/*")).rglob("state.pt")
+    (group,) = torch.load(file, weights_only=True)["optimizers"]["critic"]["param_groups"]
+    assert group["lr"] == 1e-5
 
 
 def test_full_disk_does_not_end_the_run_and_leaves_the_last_good_one(tmp_path, monkeypatch, capsys):
