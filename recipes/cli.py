@@ -257,17 +257,13 @@ def launch(
             )
     except DivergedError as error:
         saved = any(folder.glob(f"{CHECKPOINTS}/*/checkpoint-*"))
-        sys.exit(
-            f"{error}; before it: {again} --algorithm.learning_rate …" if saved else str(error)
-        )
+        remedy = f"; before it: {again} --algorithm.learning_rate …" if saved else ""
+        sys.exit(f"{error}{remedy}")
     except ConfigError as error:
         sys.exit(str(error))
     except StoppedError as stop:
-        end(
-            fabric,
-            f"stopped by {stop}; {f'go on: {again}' if stop.saved else 'not saved'}",
-            stop.signal,
-        )
+        rest = f"go on: {again}" if stop.saved else "not saved"
+        end(fabric, f"stopped by {stop}; {rest}", stop.signal)
     except KeyboardInterrupt:
         end(fabric, f"stopped at once; figures so far: {folder}", signal.SIGINT)
     if fabric.is_global_zero and training.progress:

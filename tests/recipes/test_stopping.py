@@ -24,16 +24,18 @@ JUDGED += [f"--config={ROOT / 'recipes' / 'configs' / 'methods' / 'privileged.ya
 
 
 def shared_memory():
-    return set(os.listdir("/dev/shm"))
+    """Names and inodes; a semaphore is opened by another name than it has here."""
+    with os.scandir("/dev/shm") as entries:
+        return {(entry.name, entry.inode()) for entry in entries}
 
 
 def leaked(before):
-    """Shared memory that came since then and that no process holds."""
-    held = []
+    """Shared memory that came since then, and that no process, this run's or another's, holds."""
+    new, held = shared_memory() - before, set()
     for maps in Path("/proc").glob("[0-9]*/maps"):
         with contextlib.suppress(OSError):
-            held.append(maps.read_text())
-    return [name for name in shared_memory() - before if not any(name in text for text in held)]
+            held |= {int(line.split()[4]) for line in maps.read_text().splitlines()}
+    return [name for name, inode in new & shared_memory() if inode not in held]
 
 
 @pytest.fixture
