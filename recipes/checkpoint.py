@@ -185,6 +185,17 @@ def latest(folder: Path, world_size: int | None = None) -> Path:
     return ranks[0] / max(common)
 
 
+def last_good(folder: Path, again: str) -> str:
+    """Say which checkpoint a run that diverged leaves behind, and how to go on from it."""
+    try:
+        return (
+            f"the last good checkpoint is {latest(folder)}, go on from it: {again} "
+            "--algorithm.learning_rate …"
+        )
+    except ConfigError:
+        return "no checkpoint was written yet"
+
+
 def check_resumable(folder: Path, config: Config) -> None:
     """Refuse to go on from the checkpoints of another run, or of another version of this code.
 

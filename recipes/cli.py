@@ -17,11 +17,10 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, lazy_instance
 from lightning.fabric import Fabric
 
-from recipes.checkpoint import Checkpoints, check_resumable, start_afresh
+from recipes.checkpoint import Checkpoints, check_resumable, last_good, start_afresh
 from recipes.demonstrations import Demonstrations
 from recipes.divergence import DivergedError
 from recipes.interruption import StoppedError
-from recipes.metrics import CHECKPOINTS
 from recipes.off_policy import train
 from recipes.replay import Replay, VLMGuided
 from recipes.settings import Scoring, Training
@@ -256,9 +255,7 @@ def launch(
                 checkpoints,
             )
     except DivergedError as error:
-        saved = any(folder.glob(f"{CHECKPOINTS}/*/checkpoint-*"))
-        remedy = f"; before it: {again} --algorithm.learning_rate …" if saved else ""
-        sys.exit(f"{error}{remedy}")
+        sys.exit(f"{error}; {last_good(folder, again)}")
     except ConfigError as error:
         sys.exit(str(error))
     except StoppedError as stop:

@@ -16,7 +16,10 @@ import recipes
 import vlmrb_torchrl
 from recipes import cli
 from recipes.dqn import DQN
+from recipes.metrics import CHECKPOINTS
 from recipes.policies import TrainedPolicy
+from recipes.sac import SAC
+from tests.recipes.resuming import stopped
 from vlmrb_torchrl import VLMPrioritizedSampler
 from vlmrb_torchrl.checks import ConfigError
 
@@ -71,6 +74,20 @@ def test_a_sampler_s_checkpoint_that_holds_code_is_refused(tmp_path: Path) -> No
     torch.save({**sampler.state_dict(), "_score": Bomb(mark)}, file)
     with pytest.raises(pickle.UnpicklingError):
         sampler.loads(tmp_path)
+    assert not mark.exists()
+
+
+def test_a_run_s_checkpoint_that_holds_code_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, mark = tmp_path / "run", tmp_path / "mark"
+    line = ["--env=tests.recipes.line_task.Line", "--algorithm.hidden_features=[8]"]
+    stopped(monkeypatch, SAC, folder, *line, "--replay=Uniform", after=10)
+    for file in (folder / CHECKPOINTS).rglob("state.pt"):
+        torch.save({"algorithm": Bomb(mark)}, file)
+    with pytest.raises(SystemExit, match="damaged") as refusal:
+        cli.run(SAC, [f"--resume={folder}"])
+    assert len(str(refusal.value).splitlines()) == 1
     assert not mark.exists()
 
 

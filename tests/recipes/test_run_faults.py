@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,6 +45,15 @@ def refusal(folder: Path, algorithm: type, *arguments: str) -> str:
     text = str(ended.value)
     assert len(text.splitlines()) == 1
     return text
+
+
+def leaves(state: Any) -> Iterator[torch.Tensor]:
+    """The tensors in nested containers."""
+    if isinstance(state, torch.Tensor):
+        yield state
+    elif isinstance(state, dict):
+        for each in state.values():
+            yield from leaves(each)
 
 
 class SpoiltEnv(ChainEnv):
@@ -86,11 +98,18 @@ def test_reward_that_is_no_number_stops_the_run_before_a_weight_is_spoilt(
         f"--env.discrete={discrete}",
         "--replay=Uniform",
         "--replay.capacity=1000",
+        "--training.checkpoint_every_env_steps=64",
     )
     assert "('next', 'reward')" in text
+    (last,) = re.findall(r"the last good checkpoint is (\S+)", text)
+    (file,) = Path(last).rglob("state.pt")
+    saved = torch.load(file, weights_only=True)["algorithm"]
+    weights = list(leaves(saved))
+    assert weights
+    assert all(bool(each.isfinite().all()) for each in weights)
     assert "the step was not taken" in text
     assert len(modules) == len(updates) + 1, "it stopped in the update that met the reward"
-    assert all(bool(weights.isfinite().all()) for weights in modules[-1].state_dict().values())
+    assert all(bool(weights.isfinite().all()) for weights in modules[-1].parameters())
     rows = read_rows(tmp_path / "run")
     losses = [value for row in rows for name, value in row.items() if name.startswith("loss/")]
     assert all(map(math.isfinite, losses))
