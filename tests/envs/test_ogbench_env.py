@@ -16,7 +16,7 @@ from tensordict import TensorDict
 from torchrl.collectors import Collector
 
 from vlmrb_torchrl.envs import DemonstratedEnv, OGBenchEnv
-from vlmrb_torchrl.envs.ogbench_scene import simulator
+from vlmrb_torchrl.envs.ogbench_simulator import simulator
 from vlmrb_torchrl.scorers import PrivilegedScorer
 
 SCENE, CUBE = "scene-singletask-task{}-v0", "cube-single-singletask-task1-v0"

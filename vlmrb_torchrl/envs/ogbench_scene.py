@@ -6,12 +6,9 @@ when an environment is built, not before.
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +19,7 @@ from torchrl.data import Binary, Bounded, Categorical, Composite, Unbounded
 
 from vlmrb_torchrl import keys
 from vlmrb_torchrl.checks import checked_device, is_whole, quoted, shown
+from vlmrb_torchrl.envs.ogbench_simulator import build_games, simulator
 from vlmrb_torchrl.envs.ogbench_workers import RemoteGames
 from vlmrb_torchrl.envs.seeds import SeededEpisodes, check_games, check_seed
 from vlmrb_torchrl.prompts import OGBENCH
@@ -37,41 +35,6 @@ SUBTASKS = {
 }
 """Names of what has to be in its place, in OGBench's order."""
 _ENV_ID = re.compile(rf"({'|'.join(SUBTASKS)})-singletask-task[1-5]-v0")
-INSTALL = "pip install 'vlmrb-torchrl[ogbench]'"
-
-
-def simulator() -> Any:
-    """The module of OGBench's games, whose import takes a second.
-
-    OGBench imports dm_control, which looks for a graphics library once and for all, and fails
-    where ``MUJOCO_GL`` names one that is not here; the games draw nothing, so it is told not to.
-
-    Raises:
-        ImportError: OGBench is not installed.
-    """
-    try:
-        import_module("mujoco")  # its own choice of a graphics library is the user's
-        with _without_graphics():
-            return import_module("vlmrb_torchrl.envs.ogbench_games")
-    except ModuleNotFoundError as error:
-        raise ImportError(f"OGBench's tasks need OGBench ({error}): {INSTALL}") from error
-
-
-@contextmanager
-def _without_graphics() -> Iterator[None]:
-    asked = os.environ.get("MUJOCO_GL")
-    os.environ["MUJOCO_GL"] = "disabled"
-    try:
-        yield
-    finally:
-        if asked is None:
-            del os.environ["MUJOCO_GL"]
-        else:
-            os.environ["MUJOCO_GL"] = asked
-
-
-def _games(env_id: str, num_games: int) -> Any:
-    return simulator().Games(env_id, num_games)
 
 
 def ogbench_renderer(env_id: str, width: int, height: int, **options: Any) -> MuJoCoRenderer:
@@ -216,7 +179,7 @@ class OGBenchEnv(SeededEpisodes):
         self._steps = np.zeros(self.num_envs, np.int64)
         self._begun = [0] * self.num_envs  # seeds of the episodes in progress
         self._played: list[list[NDArray[np.float32]]] = [[] for _ in self._begun]  # their actions
-        mine, *others = (partial(_games, self.env_id, len(share)) for share in self._shares)
+        mine, *others = (partial(build_games, self.env_id, len(share)) for share in self._shares)
         try:
             for theirs in others:
                 self._remote.append(RemoteGames(theirs))
