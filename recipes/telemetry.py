@@ -237,6 +237,7 @@ class Telemetry:
             "drawn": torch.cat(self._drawn).cpu() if self._drawn else None,
             "latest": dict(self._latest),
             "episodes": (self._episodes, self._episode_return, self._episode_length),
+            "episode_success": self._episode_success,
             "updates": self._updates,
             "env_steps": self._last_env_steps,
             "next": (self._next_log, self._next_strip),
@@ -252,6 +253,7 @@ class Telemetry:
         self._drawn = [] if state["drawn"] is None else [state["drawn"]]
         self._latest = dict(state["latest"])
         self._episodes, self._episode_return, self._episode_length = state["episodes"]
+        self._episode_success = state["episode_success"]
         self._updates, self._last_env_steps = state["updates"], state["env_steps"]
         self._next_log, self._next_strip = state["next"]
         self._start, self._last_time = (now - seconds for seconds in state["seconds"])
@@ -263,4 +265,4 @@ class Telemetry:
 
     def episodes_restarted(self) -> None:
         """Forget the episodes in progress."""
-        self._episode_return = self._episode_length = None
+        self._episode_return = self._episode_length = self._episode_success = None

@@ -81,15 +81,22 @@ def test_each_game_plays_one_episode_and_waits_for_the_others():
     assert task.made[0].is_closed
 
 
-def test_training_counts_the_success_of_any_step_over_the_end_of_collections(tmp_path):
+def test_training_counts_the_success_of_any_step_over_the_end_of_collections_and_a_resume(tmp_path):
     """Game 1's success is in the first collection, its end in the second."""
-    training = Training(log_every_env_steps=1, progress=False)
-    with Telemetry(Fabric(accelerator="cpu"), Counting(), training, tmp_path / "run") as telemetry:
-        steps = CountingEnv(2).rollout(4, policy(), break_when_any_done=False)
-        for data in (steps[:, :1], steps[:, 1:]):
-            telemetry.collected(data)
-        telemetry.log(8, VLMReplayBuffer(), None)
-    (row,) = read_rows(tmp_path / "run")
+
+    def telemetry(**resumed):
+        training = Training(log_every_env_steps=1, progress=False)
+        return Telemetry(Fabric(accelerator="cpu"), Counting(), training, tmp_path / "r", **resumed)
+
+    steps = CountingEnv(2).rollout(4, policy(), break_when_any_done=False)
+    with telemetry() as stopped:
+        stopped.collected(steps[:, :1])
+        state = stopped.state_dict()
+    with telemetry(resumed=True) as resumed:
+        resumed.load_state_dict(state)
+        resumed.collected(steps[:, 1:])
+        resumed.log(8, VLMReplayBuffer(), None)
+    (row,) = read_rows(tmp_path / "r")
     assert row["train/episodes"] == 6
     assert row["train/success"] == 1
 
