@@ -147,15 +147,16 @@ def evaluate_if_due(
     telemetry: Telemetry,
     count: Counters,
 ) -> None:
-    """Play held-out episodes, on rank 0, every so many steps."""
+    """Play held-out episodes, on rank 0, every so many steps after the warm-up."""
     every = training.eval_every_env_steps
     if not every or count.env_steps < (count.evaluations + 1) * every:
         return
-    with telemetry.paused():
-        if fabric.is_global_zero:
-            result = evaluate(module.policy, task, training, count.evaluations)
-            telemetry.evaluated(count.env_steps, result)
-        fabric.barrier()
+    if count.env_steps > training.warmup_env_steps:  # before, nothing has been learnt
+        with telemetry.paused():
+            if fabric.is_global_zero:
+                result = evaluate(module.policy, task, training, count.evaluations)
+                telemetry.evaluated(count.env_steps, result)
+            fabric.barrier()
     count.evaluations += 1
 
 

@@ -24,7 +24,8 @@ class Training:
         warmup_env_steps: Environment steps of random actions before the first update.
         updates_per_env_step: Gradient steps per environment step (0.125: one every 8 steps).
         seed: Seed of the networks, the environments and the draws.
-        eval_every_env_steps: Distance of two evaluations, in environment steps; 0 for none.
+        eval_every_env_steps: Distance of two evaluations, in environment steps; 0 for none. There
+            are none in the warm-up.
         eval_episodes: Episodes of an evaluation, on seeds that training never sees.
         eval_epsilon: Share of random actions in an evaluation, if actions are discrete; it breaks
             endless loops.

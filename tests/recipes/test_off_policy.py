@@ -9,7 +9,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from recipes import cli
+from recipes import cli, off_policy
 from recipes.dqn import DQN
 from recipes.iqn import IQN
 from recipes.metrics import read_rows
@@ -78,6 +78,22 @@ def test_synchronous_rerun_is_equal_and_another_seed_is_not(algorithm, tmp_path)
     kept = [[(row.get("loss/value"), row.get("eval/return")) for row in rows] for rows in runs]
     assert kept[0] == kept[1]
     assert kept[0] != kept[2]
+
+
+def test_nothing_is_evaluated_in_the_warm_up_and_evaluations_keep_their_numbers(
+    tmp_path, monkeypatch
+):
+    """The number chooses the games: the second evaluation plays the same whatever came before."""
+    played = []
+    monkeypatch.setattr(
+        off_policy, "evaluate", lambda *inputs: played.append(inputs[-1]) or {"return": 0.0}
+    )
+    settings = ["--replay=Uniform", "--training.warmup_env_steps=600", "--training.name=run"]
+    settings += ["--training.eval_every_env_steps=250", f"--training.log_dir={tmp_path}"]
+    cli.run(DQN, [*SHORT, *settings])
+    rows = read_rows(tmp_path / "run")
+    assert [row["env_steps"] for row in rows if "eval/return" in row] == [768, 1024]
+    assert played == [2, 3]
 
 
 def test_judge_that_does_not_load_stops_the_run_in_one_line(tmp_path):
