@@ -189,8 +189,8 @@ def last_good(folder: Path, again: str) -> str:
     """Say which checkpoint a run that diverged leaves behind, and how to go on from it."""
     try:
         return (
-            f"the last good checkpoint is {latest(folder)}, go on from it: {again} "
-            "--algorithm.learning_rate …"
+            f"the last good checkpoint is {latest(folder)} (go on from it: {again} "
+            "--algorithm.learning_rate …)"
         )
     except ConfigError:
         return "no checkpoint was written yet"

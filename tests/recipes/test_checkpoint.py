@@ -174,7 +174,7 @@ def test_run_that_diverged_says_where_it_may_go_on_with_another_learning_rate(
         patch.setattr(Batches, "sample", spoilt)
         text = refused(SAC, f"--resume={unfinished}")
     assert "the step was not taken" in text
-    assert f"before it: python -m recipes.sac --resume {unfinished} --algorithm.learn" in text
+    assert f"go on from it: python -m recipes.sac --resume {unfinished} --algorithm.learn" in text
     lower = "--algorithm.learning_rate=1e-5"
     resume(SAC, unfinished, lower)
     (file,) = max((unfinished / CHECKPOINTS).glob("rank0/*")).rglob("state.pt")
