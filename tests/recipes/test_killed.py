@@ -10,25 +10,37 @@ from tests.recipes.resuming import SHORT, assert_same_end, resume, start
 from tests.recipes.runs import started
 from tests.recipes.test_resume import DOORKEY, PRIVILEGED, SYNC
 
-JUDGED = [*DOORKEY, SYNC, PRIVILEGED, "--training.checkpoint_every_env_steps=32"]
-LONGEST_SECONDS = 2.0  # until a run is killed
+EVERY = 32  # env steps between two checkpoints
+JUDGED = [*DOORKEY, SYNC, PRIVILEGED, f"--training.checkpoint_every_env_steps={EVERY}"]
+FARTHEST = 20  # checkpoints until a run is killed
+SPREAD_SECONDS = 0.02  # over which the moment lies after the last of them
+
+
+def newest(folder):
+    """Env steps of the last checkpoint."""
+    names = [path.name for path in folder.glob("checkpoints/rank0/checkpoint-*")]
+    return max((int(name[-12:]) for name in names), default=0)
 
 
 def killed_and_resumed(folder, arguments, kills, moments):
-    """Start, or go on with, the run; kill it at a random moment; say where it was each time."""
+    """Start, or go on with, the run; kill it at a random moment; say where it was each time.
+
+    Moments are counted in checkpoints, so that a fast machine is not at the end before the last.
+    """
     place = [f"--training.log_dir={folder.parent}", f"--training.name={folder.name}"]
-    was_at = []
+    was_at = [0]
     for _ in range(kills):
-        goes_on = any(folder.glob("checkpoints/rank0/checkpoint-*"))
-        asked = [f"--resume={folder}"] if goes_on else [*SHORT, *arguments, *place]
+        asked = [f"--resume={folder}"] if was_at[-1] else [*SHORT, *arguments, *place]
         process = started(asked, folder.with_suffix(".txt"))
-        process.join(moments.uniform(0.0, LONGEST_SECONDS))
+        due = was_at[-1] + EVERY * moments.randint(0 if was_at[-1] else 1, FARTHEST)
+        while newest(folder) < due and process.is_alive():
+            process.join(0.001)
+        process.join(moments.uniform(0.0, SPREAD_SECONDS))
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL, folder.with_suffix(".txt").read_text()
-        names = [path.name for path in folder.glob("checkpoints/rank0/checkpoint-*")]
-        was_at.append(max((int(name[-12:]) for name in names), default=0))
-    return was_at
+        was_at.append(newest(folder))
+    return was_at[1:]
 
 
 @pytest.mark.parametrize(
