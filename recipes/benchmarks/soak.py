@@ -31,7 +31,7 @@ from recipes.metrics import Row, last_row, read_rows
 from vlmrb_torchrl.checks import ConfigError, require
 
 FATES = ("scored", "late", "dropped", "failed", "pending", "open")
-GOODBYE_SECONDS = 120
+GOODBYE_SECONDS = 60
 
 
 @dataclass
@@ -150,7 +150,8 @@ def soak(
     finally:
         training.terminate()
         training.wait(GOODBYE_SECONDS)
-    report(watch, read_rows(out), outside, replay_capacity, [p.pid for p in left], out)
+    _, left = psutil.wait_procs(left, timeout=GOODBYE_SECONDS)
+    report(watch, read_rows(out), outside, replay_capacity, len(left), out)
 
 
 def report(
@@ -158,7 +159,7 @@ def report(
     rows: list[Row],
     outside: dict[str, int],
     replay_capacity: int,
-    children: list[int],
+    left: int,
     out: Path,
 ) -> None:
     """Print the table and draw the figure."""
@@ -190,7 +191,7 @@ def report(
     table.add_row(
         "unaccounted for, most in any row", f"{max(abs(unaccounted(r)) for r in rows):.0f}"
     )
-    table.add_row("children left behind", str(sum(psutil.pid_exists(pid) for pid in children)))
+    table.add_row("children left behind", str(left))
     Console().print(table)
     draw(watch, warm, out / "soak.png")
     Console().print(f"figure: {out / 'soak.png'}", soft_wrap=True)
