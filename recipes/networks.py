@@ -58,8 +58,8 @@ class CellOneHot(nn.Module):
 class GridQNetwork(TensorDictModuleBase):
     """MLP over the one-hot window: ``"observation"`` in, ``"action_value"`` out.
 
-    A module of its own and not a ``TensorDictModule``, whose general way in and out takes a
-    fifth of the time of a loss on networks of this size.
+    A module of its own and not a ``TensorDictModule``, whose general way in and out is dear
+    for networks of this size.
 
     Args:
         num_cells: Cells of the window.

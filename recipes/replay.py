@@ -7,7 +7,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from torchrl.data import LazyTensorStorage, PrioritizedSampler, RandomSampler
+from torchrl.data import (
+    LazyTensorStorage,
+    PrioritizedSampler,
+    RandomSampler,
+    TensorDictReplayBuffer,
+)
 from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl.data.replay_buffers.scheduler import LinearScheduler, ParameterScheduler
 
@@ -32,6 +37,8 @@ class Replay(ABC):
     """Whether clips are scored for this method."""
     uses_td_error = False
     """Whether |δ| is written back after each gradient step."""
+    buffer_class: type[TensorDictReplayBuffer] = VLMReplayBuffer
+    """What holds the transitions; scores need a ``VLMReplayBuffer``."""
 
     def __init__(self, capacity: int = 200_000, batch_size: int = 64) -> None:
         require(
@@ -68,12 +75,13 @@ class Replay(ABC):
         Args:
             other_rows: Transitions of a batch that come from elsewhere.
         """
-        return VLMReplayBuffer(
+        buffer: VLMReplayBuffer = self.buffer_class(
             storage=LazyTensorStorage(self.capacity),
             sampler=self.sampler(),
             batch_size=self.batch_size - other_rows,
             priority_key="td_error",
         )
+        return buffer
 
 
 class Uniform(Replay):

@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.data import TensorDictReplayBuffer
 
 from recipes.replay import Prioritized, Uniform, VLMGuided
-
-
-def _stock_buffer(replay: Uniform | Prioritized, other_rows: int) -> TensorDictReplayBuffer:
-    return TensorDictReplayBuffer(
-        storage=LazyTensorStorage(replay.capacity),
-        sampler=replay.sampler(),
-        batch_size=replay.batch_size - other_rows,
-        priority_key="td_error",
-    )
 
 
 class TorchRLUniform(Uniform):
     """``RandomSampler`` in a ``TensorDictReplayBuffer``."""
 
-    def buffer(self, other_rows: int = 0) -> TensorDictReplayBuffer:
-        """Build TorchRL's buffer."""
-        return _stock_buffer(self, other_rows)
+    buffer_class = TensorDictReplayBuffer
 
 
 class TorchRLPrioritized(Prioritized):
     """``PrioritizedSampler`` in a ``TensorDictReplayBuffer``."""
 
-    def buffer(self, other_rows: int = 0) -> TensorDictReplayBuffer:
-        """Build TorchRL's buffer."""
-        return _stock_buffer(self, other_rows)
+    buffer_class = TensorDictReplayBuffer
 
 
 class Unscored(VLMGuided):

@@ -1,9 +1,6 @@
 """An environment from outside, in one file, trains without an edit to the package."""
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +14,7 @@ from recipes.policies import TrainedPolicy
 from recipes.sac import SAC
 from recipes.settings import Training
 from recipes.td3 import TD3
+from tests.recipes.fabric_run import fabric_run
 from tests.recipes.gymnasium_task import Gymnasium
 
 ROOT = Path(cli.__file__).parent.parent
@@ -172,23 +170,11 @@ def test_continuous_policy_is_evaluated_without_chance_and_torch_keeps_its_threa
 
 
 @pytest.mark.parametrize("algorithm", [pytest.param(SAC, marks=pytest.mark.slow), TD3])
-def test_two_ranks_train_together(algorithm, tmp_path, fabric_port):
+def test_two_ranks_train_together(algorithm, tmp_path):
     """DDP is told that an optimizer's step leaves the weights of the others alone."""
-    command = [str(Path(sys.executable).parent / "fabric"), "run", "--accelerator=cpu"]
-    command += [f"--main-port={fabric_port}"]
-    command += ["--strategy=ddp_find_unused_parameters_true", "--devices=2"]
-    command += [str(ROOT / "recipes" / f"{algorithm.__name__.lower()}.py"), *SHORT]
-    command += ["--replay=Uniform", f"--training.log_dir={tmp_path}", "--training.name=run"]
-    done = subprocess.run(
-        command,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    place = ["--replay=Uniform", f"--training.log_dir={tmp_path}", "--training.name=run"]
+    strategy = "ddp_find_unused_parameters_true"
+    fabric_run(algorithm.__name__.lower(), tmp_path, *SHORT, *place, strategy=strategy)
     assert any("loss/actor" in row for row in read_rows(tmp_path / "run"))
 
 

@@ -1,8 +1,5 @@
 """The loop: every method trains, figures are written, ranks count together, reruns are equal."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ from recipes.dqn import DQN
 from recipes.iqn import IQN
 from recipes.metrics import read_rows
 from recipes.tasks import DoorKey
+from tests.recipes.fabric_run import fabric_run
 
 ROOT = Path(cli.__file__).parent.parent
 CONFIGS = ROOT / "recipes" / "configs"
@@ -138,26 +136,11 @@ def test_training_step_writes_the_absolute_td_error(algorithm):
 
 
 @pytest.mark.parametrize(("recipe", "devices"), [("dqn", 1), ("dqn", 2), ("iqn", 2)])
-def test_fabric_run_trains_on_cpu_ranks(recipe, devices, tmp_path, fabric_port):
+def test_fabric_run_trains_on_cpu_ranks(recipe, devices, tmp_path):
     method = CONFIGS / "methods" / "privileged.yaml"
-    script = ROOT / "recipes" / f"{recipe}.py"
-    command = [str(Path(sys.executable).parent / "fabric"), "run", "--accelerator=cpu"]
-    command += [f"--main-port={fabric_port}"]
-    command += ["--strategy=ddp"] if devices > 1 else []
-    command += [f"--devices={devices}", str(script), f"--config={method}", *SHORT]
-    command += ["--training.total_env_steps=1100"]
-    command += [f"--training.log_dir={tmp_path}", "--training.name=run"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command,
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    length = "--training.total_env_steps=1100"
+    place = [f"--training.log_dir={tmp_path}", "--training.name=run"]
+    fabric_run(recipe, tmp_path, f"--config={method}", *SHORT, length, *place, devices=devices)
     rows = read_rows(tmp_path / "run")
     # Steps are counted over all ranks: 4 envs x 8 steps x ranks at a time, up to 1100 or more.
     saved = torch.load(tmp_path / "run" / "policy.ckpt", weights_only=True)

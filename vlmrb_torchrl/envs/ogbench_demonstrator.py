@@ -20,7 +20,7 @@ from vlmrb_torchrl.envs.ogbench_games import game
 _ALIGNED = 0.04  # metres: an oracle that is this close from above goes down
 _CLOSE = 0.06  # metres: an object that may be in the gripper, or under it
 _LOOSE = 0.03  # metres: OGBench's tolerance is 0.04
-_GENTLE = 0.15  # a cube is let down within 0.02 m; OGBench's 0.4 overshoots at times
+_GENTLE = 0.15  # a cube is let down within 0.02 m; OGBench's own step can overshoot
 _REST = np.array([0.425, 0.0, 0.3])  # where the arm goes when nothing is left to do
 _CENTRE, _SCALE = np.array([0.425, 0.0, 0.0]), 10.0  # of positions in the observation
 _OPEN = -0.16  # position of the open drawer

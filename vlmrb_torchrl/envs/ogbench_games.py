@@ -1,7 +1,7 @@
 """OGBench's simulators, as `OGBenchEnv` plays them: compiled once, many games on one model.
 
 The dynamics are OGBench's own code. Added is what a batch of games needs: they share a compiled
-model (64 MB each otherwise), what OGBench computes again and again in a step is kept, and
+model, what OGBench computes again and again in a step is kept, and
 the actions that OGBench itself draws at a reset follow the seed.
 
 N: games, D: numbers observed, S: bytes of a render state, E: events.
@@ -154,7 +154,7 @@ class _CubeGame(_Game, CubeEnv):  # type: ignore[misc]
 
 @lru_cache
 def _prototype(kind: type[_Game]) -> _Game:
-    """A compiled scene: a second and a half and 0.1 GB, once in a process for all its tasks."""
+    """A compiled scene, which is slow and large: once in a process for all its tasks."""
     compiled: _Game = kind(**gymnasium.spec(kind.first_task).kwargs)  # type: ignore[call-arg]
     compiled.begin(0)
     return compiled

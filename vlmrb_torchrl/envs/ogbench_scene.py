@@ -90,8 +90,7 @@ class OGBenchEnv(SeededEpisodes):
         max_steps: Steps until truncation; None is OGBench's own, 750 (scene) or 200 (cube).
         seed: Of the whole stream of episodes; ``set_seed`` restarts the stream with another.
         held_out: Play the episodes that training never draws, for evaluation.
-        workers: Processes that the games are spread over, this one among them. A step takes
-            about a millisecond of a core, a process 4 s to start.
+        workers: Processes that the games are spread over, this one among them.
         device: Where the tensors go. The games themselves are played on the CPU.
 
     Raises:
@@ -273,7 +272,7 @@ class OGBenchEnv(SeededEpisodes):
         }
 
     def load_games_state_dict(self, state: dict[str, Any]) -> None:
-        """Play the episodes again up to where they were: a millisecond for each step of each."""
+        """Play the episodes again up to where they were."""
         self.set_extra_state(state["stream"])
         self._begun = list(state["begun"])
         self._played = [list(actions.numpy()) for actions in state["played"]]
