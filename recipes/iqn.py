@@ -6,6 +6,8 @@ fabric run --devices=2 recipes/iqn.py --config recipes/configs/doorkey_6x6/iqn.y
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning as L
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictSequential
@@ -115,6 +117,10 @@ class IQN(L.LightningModule):
         parameters = self.loss.parameters()
         adam = Adam(parameters, lr=self.learning_rate, eps=self.adam_eps, fused=True)
         return {"value": adam}
+
+    def compile_losses(self, **options: Any) -> None:
+        """Compile the loss by ``torch.compile``, with its options."""
+        self.loss.compile(**options)
 
     def training_step(self, batch: TensorDictBase, optimizer: str) -> Tensor:
         """Compute the loss of a batch and write |δ| into it."""

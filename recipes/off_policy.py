@@ -17,6 +17,7 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torch.optim import Optimizer
+from torchrl import timeit
 from torchrl.collectors import Collector
 
 from recipes.checkpoint import Checkpoints
@@ -52,6 +53,9 @@ class Algorithm(Protocol):
 
     def configure_optimizers(self) -> dict[str, Optimizer]:
         """Build the optimizers, in the order of their steps: the critic, whence |δ|, is first."""
+
+    def compile_losses(self, **options: Any) -> None:
+        """Compile what ``training_step`` spends its time in, with options of ``torch.compile``."""
 
     def training_step(self, batch: TensorDictBase, optimizer: str) -> Tensor | None:
         """Return the loss that ``optimizer`` descends, or None where it has nothing to do.
@@ -100,6 +104,7 @@ def wait_for_judge(scoring: AsyncScorer, settings: Scoring) -> None:
         )
 
 
+@timeit("store")
 def store(
     data: TensorDictBase,
     transitions: Transitions,
@@ -122,20 +127,26 @@ def update(
     telemetry: Telemetry,
 ) -> None:
     """Learn from one batch: sample, a gradient step of each optimizer, re-prioritise."""
-    batch = batches.sample().to(fabric.device)
+    with timeit("sample"):
+        batch = batches.sample().to(fabric.device)
     for name, optimizer in optimizers.items():
-        loss = algorithm.training_step(batch, name)
+        with timeit("loss"):
+            loss = algorithm.training_step(batch, name)
         if loss is None:
             continue
-        optimizer.zero_grad()
-        fabric.backward(loss)
-        norm = clip_gradients(fabric, algorithm, optimizer, name, loss, batch)
-        optimizer.step()
+        with timeit("backward"):
+            optimizer.zero_grad()
+            fabric.backward(loss)
+        with timeit("optimizer"):
+            norm = clip_gradients(fabric, algorithm, optimizer, name, loss, batch)
+            optimizer.step()
         telemetry.stepped(name, loss, norm)
-    algorithm.after_update()
+    with timeit("target"):
+        algorithm.after_update()
     replayed = batches.replayed(batch)
     if replay.uses_td_error:
-        batches.buffer.update_tensordict_priority(replayed)
+        with timeit("priority"):
+            batches.buffer.update_tensordict_priority(replayed)
     telemetry.updated(replayed)
 
 
@@ -187,6 +198,8 @@ def train(
     Raises:
         StoppedError: By Ctrl-C or SIGTERM, after the step and a checkpoint.
     """
+    if training.compile:
+        module.compile_losses()
     optimizers = module.configure_optimizers()
     algorithm, *prepared = fabric.setup(module, *optimizers.values())
     optimizers = dict(zip(optimizers, prepared, strict=True))
@@ -242,7 +255,8 @@ def train(
         interruption = cleanup.enter_context(Interruption(fabric))
         collected = iter(collector)
         while count.env_steps < training.total_env_steps:
-            data = next(collected)
+            with timeit("collect"):
+                data = next(collected)
             count.env_steps += new_env_steps
             store(data, module.transitions, buffer, scoring)
             telemetry.collected(data)

@@ -7,8 +7,10 @@ fabric run --devices=2 --strategy=ddp_find_unused_parameters_true recipes/sac.py
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import lightning as L
+import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import Tensor
@@ -86,7 +88,6 @@ class SAC(L.LightningModule):
             self.actor,
             ActionValue(*sizes, hidden_features, critic_layer_norm),
             num_qvalue_nets=num_critics,
-            deactivate_vmap=True,  # on a core, small critics in turn are cheaper
             loss_function="l2",
             alpha_init=alpha_init,
             action_spec=action_spec,
@@ -124,6 +125,11 @@ class SAC(L.LightningModule):
             name: Adam(chosen, lr=self.learning_rate, fused=True)
             for name, chosen in parameters.items()
         }
+
+    def compile_losses(self, **options: Any) -> None:
+        """Compile the critics' loss and the actor's by ``torch.compile``, with its options."""
+        self.loss.qvalue_v2_loss = torch.compile(self.loss.qvalue_v2_loss, **options)
+        self.loss.actor_loss = torch.compile(self.loss.actor_loss, **options)
 
     def training_step(self, batch: TensorDictBase, optimizer: str) -> Tensor:
         """Compute a loss of a batch; the critics' writes |δ| into it, the actor's log π."""

@@ -7,8 +7,10 @@ fabric run --devices=2 --strategy=ddp_find_unused_parameters_true recipes/td3.py
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import lightning as L
+import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import Tensor
@@ -89,7 +91,6 @@ class TD3(L.LightningModule):
             self.actor,
             ActionValue(*sizes, hidden_features, critic_layer_norm),
             num_qvalue_nets=num_critics,
-            deactivate_vmap=True,  # on a core, small critics in turn are cheaper
             loss_function="l2",
             action_spec=action_spec,
             policy_noise=target_noise,
@@ -130,6 +131,11 @@ class TD3(L.LightningModule):
     def actor_is_due(self) -> bool:
         """Whether actor and targets move in this update."""
         return self.updates % self.policy_delay == 0
+
+    def compile_losses(self, **options: Any) -> None:
+        """Compile the critics' loss and the actor's by ``torch.compile``, with its options."""
+        self.loss.value_loss = torch.compile(self.loss.value_loss, **options)
+        self.loss.actor_loss = torch.compile(self.loss.actor_loss, **options)
 
     def training_step(self, batch: TensorDictBase, optimizer: str) -> Tensor | None:
         """Compute a loss of a batch; the critics' writes |δ| into it."""

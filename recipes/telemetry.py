@@ -18,6 +18,7 @@ from lightning.fabric.loggers import TensorBoardLogger
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensordict import TensorDictBase
 from torch import Tensor
+from torchrl import timeit
 
 from recipes.metrics import METRICS_FILE
 from recipes.settings import Training
@@ -31,7 +32,8 @@ class Telemetry:
 
     ``metrics.jsonl`` holds one JSON object per row: ``env_steps``, ``total_env_steps``,
     ``seconds`` of training (evaluations left out) and the figures under the names that
-    TensorBoard shows. Only rank 0 writes.
+    TensorBoard shows; ``time/...`` are shares of the seconds between two rows, on CUDA of the
+    learner's thread, which does not wait for the kernels. Only rank 0 writes.
 
     Args:
         fabric: A launched Fabric.
@@ -85,6 +87,7 @@ class Telemetry:
                 self._bar = self._progress.add_task(
                     self.folder.name, total=self._training.total_env_steps, note=""
                 )
+        timeit.erase()
         self._start = self._last_time = time.perf_counter()
         self._last_env_steps = 0
         return self
@@ -175,6 +178,9 @@ class Telemetry:
         row |= self._latest
         row["speed/env_steps_per_s"] = (env_steps - self._last_env_steps) / seconds
         row["speed/updates_per_s"] = self._updates / seconds
+        spent = timeit.todict(percall=False, prefix="time")
+        row |= {name: total / seconds for name, total in spent.items()}
+        timeit.erase()
         row["train/episodes"] = self._episodes
         row |= self._replay_figures(buffer)
         if scoring is not None:

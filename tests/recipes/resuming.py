@@ -62,7 +62,7 @@ def last_state(folder):
 
 def curves(folder):
     """Its rows without what depends on the machine's speed."""
-    timed = ("seconds", "speed/", "scoring/clips_per_s", "scoring/latency_")
+    timed = ("seconds", "speed/", "time/", "scoring/clips_per_s", "scoring/latency_")
     return [
         {name: value for name, value in row.items() if not name.startswith(timed)}
         for row in read_rows(folder)

@@ -1,5 +1,6 @@
 """The loop: every method trains, figures are written, ranks count together, reruns are equal."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,9 @@ def test_every_method_trains_over_the_end_of_the_ring_and_writes_its_figures(
     assert figures[-1]["replay/transitions"] == 600
     assert (tmp_path / "run" / "policy.ckpt").exists()
     assert all(row["loss/value"] >= 0 for row in figures)
+    times = {name: share for name, share in figures[-1].items() if name.startswith("time/")}
+    assert {"time/collect", "time/store", "time/sample", "time/loss"} < set(times)
+    assert 0 < sum(times.values()) <= 1
     if "replay/lambda" in figures[-1]:
         last = figures[-1]
         assert last["scoring/clips_failed"] == last["scoring/clips_dropped"] == 0
@@ -92,6 +96,22 @@ def test_nothing_is_evaluated_in_the_warm_up_and_evaluations_keep_their_numbers(
     rows = read_rows(tmp_path / "run")
     assert [row["env_steps"] for row in rows if "eval/return" in row] == [768, 1024]
     assert played == [2, 3]
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile wants a C++ compiler")
+def test_compiled_run_learns_what_the_uncompiled_one_learns(tmp_path):
+    """Greedy values round otherwise when compiled, so that its curves are close, not equal."""
+    arguments = ("--replay=Uniform", "--algorithm.hidden_features=[8]")
+    plain, compiled = (
+        [row for row in train(tmp_path, name, *arguments, *more) if "loss/value" in row]
+        for name, more in (("plain", ()), ("compiled", ["--training.compile=true"]))
+    )
+    assert compiled[0]["loss/value"] == pytest.approx(plain[0]["loss/value"], rel=0.05)
+    weights, others = (
+        torch.load(tmp_path / name / "policy.ckpt", weights_only=True)["algorithm"]
+        for name in ("plain", "compiled")
+    )
+    assert weights.keys() == others.keys()
 
 
 def test_judge_that_does_not_load_stops_the_run_in_one_line(tmp_path):
