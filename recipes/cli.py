@@ -124,7 +124,14 @@ def check_view(task: Task, scorer: ClipScorer) -> None:
     if keys.CLIP not in scorer.in_keys:
         return
     with closing(task.make(1, seed=0)) as env:
-        height, width = renderer(env.reset()[keys.RENDER_STATE]).shape[-2:]
+        first = env.reset()
+        require(
+            keys.RENDER_STATE in first.keys(),  # noqa: SIM118
+            f"what {type(task).__name__}'s environment writes",
+            sorted(map(str, first.keys())),
+            f'write "{keys.RENDER_STATE}", which its renderer() draws from',
+        )
+        height, width = renderer(first[keys.RENDER_STATE]).shape[-2:]
     require(
         scorer.frame_size in (None, (height, width)),
         "the view of env, in pixels,",

@@ -19,13 +19,14 @@ import torch
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, RandomSampler
 
+from tests.recipes.resuming import assert_equal
 from tests.scoring_doubles import Brightness, Faulty, Foreign, Gate, Gated, NumberRenderer, Yes
 from tests.streams import stream
 from vlmrb_torchrl.buffer import VLMReplayBuffer
 from vlmrb_torchrl.clips import ClipRenderTransform
 from vlmrb_torchrl.envs import DoorKeyEnv
 from vlmrb_torchrl.samplers import VLMPrioritizedSampler
-from vlmrb_torchrl.scorers import ConstantScorer, NoisyScorer, PrivilegedScorer
+from vlmrb_torchrl.scorers import ConstantScorer, NoisyScorer, PrivilegedScorer, RandomScorer
 from vlmrb_torchrl.scoring import AsyncScorer, choose_mode
 
 ROOT = Path(__file__).parent.parent
@@ -826,6 +827,62 @@ def test_what_is_pending_is_saved_and_scored_after_loading(gate):
     assert scores(buffer)[:14] == [1] * 14
     assert figures["clips_submitted"] == 4
     assert figures["clips_scored"] == 4
+
+
+def removed(*path):
+    def damage(state):
+        for name in path[:-1]:
+            state = state[name]
+        del state[path[-1]]
+
+    return damage
+
+
+def replaced(value, *path):
+    def damage(state):
+        for name in path[:-1]:
+            state = state[name]
+        state[path[-1]] = value
+
+    return damage
+
+
+DAMAGES = {
+    "no cutter": removed("cutter"),
+    "no pending": removed("pending"),
+    "no ledger": removed("ledger"),
+    "no scorer": removed("scorer"),
+    "a scorer's state that is none": replaced(3, "scorer", ""),
+    "a clip without slots": removed("pending", 0, "index"),
+    "a clip beyond the buffer": replaced(torch.tensor([10**6]), "pending", 0, "index"),
+    "slots that are no numbers": replaced(torch.ones(4), "pending", 0, "index"),
+    "fewer generations than slots": replaced(torch.tensor([1]), "pending", 0, "generation"),
+    "a count missing": removed("ledger", "clips_scored"),
+    "a count that is none": replaced(float("nan"), "ledger", "clips_scored"),
+    "a track without its rest": replaced({}, "cutter", "tracks", 0),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_damaged_state_is_refused_and_changes_nothing(damage, gate):
+    buffer = make_buffer()
+    with make(buffer, Gated(gate), "thread", batch_clips=2) as scoring:
+        insert(buffer, scoring, stream([4]))
+        gate.await_arrival()
+        insert(buffer, scoring, stream([4, 2], start=4, open_end=True))
+        state = scoring.state_dict()
+        gate.release(9)
+    state["scorer"] = make(buffer, RandomScorer(seed=1), "sync").state_dict()["scorer"]
+    with make(buffer, RandomScorer(seed=0), "sync") as other:
+        insert(buffer, other, stream([4, 3], start=10, open_end=True))
+        before = pickle.loads(pickle.dumps(other.state_dict()))
+        damaged = pickle.loads(pickle.dumps(state))
+        damage(damaged)
+        with pytest.raises(ValueError, match=r"AsyncScorer\.state_dict"):
+            other.load_state_dict(damaged)
+        assert_equal(other.state_dict(), before)
+        other.load_state_dict(state)
+        assert books(other)["clips_scored"] == 2
 
 
 # ---------------------------------------------------------------- looking

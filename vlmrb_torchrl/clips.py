@@ -7,7 +7,7 @@ transitions shown as 32 frames cost a quarter of the judge's time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,6 +126,20 @@ class Clip:
             None if events is None else events.numpy(),
             state["cut_at"],
         )
+
+
+def check_slots(clips: Iterable[Clip], capacity: int) -> None:
+    """Refuse clips whose transitions cannot lie in a buffer of ``capacity`` slots.
+
+    Raises:
+        ValueError: If a slot is out of range or has no generation.
+    """
+    for clip in clips:
+        index, generation = clip.index, clip.generation
+        if not (index.dtype == generation.dtype == np.int64 and index.shape == generation.shape):
+            raise ValueError("a clip's index and generation must be int64 of one length")
+        if not ((index >= 0) & (index < capacity)).all():
+            raise ValueError(f"a clip's slots must be 0 to {capacity - 1}, got {index}")
 
 
 def stack_clips(clips: Sequence[Clip]) -> TensorDict:

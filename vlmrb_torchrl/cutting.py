@@ -222,12 +222,13 @@ class ClipCutter:
         Only environments that go on, too, with the same trajectory ids, can complete the open
         clips. Where they start afresh, call `flush` next.
         """
-        self.transitions, self._batches = state["transitions"], state["batches"]
-        self._tracks = {}
+        tracks, kind = {}, self._kind
         for trajectory, saved in state["tracks"].items():
             held = [] if saved["held"] is None else [Span.from_state_dict(saved["held"])]
             length, seen = sum(len(span.slot) for span in held), saved["seen"]
-            self._tracks[trajectory] = _Track(
+            tracks[trajectory] = _Track(
                 held, length, saved["covered"], saved["skip"], seen[0], seen[1]
             )
-            self._kind = held[0].kind if held else self._kind
+            kind = held[0].kind if held else kind
+        self.transitions, self._batches = state["transitions"], state["batches"]
+        self._tracks, self._kind = tracks, kind

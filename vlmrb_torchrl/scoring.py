@@ -15,8 +15,8 @@ from torch import Tensor
 from torchrl.envs import Transform
 
 from vlmrb_torchrl.buffer import VLMReplayBuffer
-from vlmrb_torchrl.checks import checked_seconds
-from vlmrb_torchrl.clips import Clip, stack_clips
+from vlmrb_torchrl.checks import checked_seconds, shown
+from vlmrb_torchrl.clips import Clip, check_slots, stack_clips
 from vlmrb_torchrl.cutting import ClipCutter
 from vlmrb_torchrl.insertions import check_inserted
 from vlmrb_torchrl.keys import CLIP, GENERATION, INDEX
@@ -256,13 +256,9 @@ class AsyncScorer:
         with self._cutting:
             pending, books = self._dispatcher.snapshot()
             return {
-                "cutter": self._cutter.state_dict(),
+                **self._state_of_parts(),
                 "pending": [clip.state_dict() for clip in pending],
                 "ledger": books,
-                "scorer": {
-                    name: module.get_extra_state() for name, module in self._of(SeededScorer)
-                },
-                "kept": {name: module.kept_state() for name, module in self._exact()},
             }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -270,16 +266,38 @@ class AsyncScorer:
 
         What is pending is queued again. The open clips wait for environments that go on with the
         same trajectory ids; where they start afresh, call `flush` next.
+
+        Raises:
+            ValueError: If ``state`` is none that `state_dict` returned; nothing has changed then.
         """
         with self._cutting:
-            self._cutter.load_state_dict(state["cutter"])
-            for name, module in self._of(SeededScorer):
-                module.set_extra_state(state["scorer"][name])
-            for name, module in self._exact():
-                module.load_kept_state(state["kept"][name])
-            pending = [Clip.from_state_dict(clip) for clip in state["pending"]]
-            self._ledger.load_state_dict(state["ledger"])
+            before = self._state_of_parts()
+            try:
+                pending = [Clip.from_state_dict(clip) for clip in state["pending"]]
+                check_slots(pending, self._buffer.storage.max_size)
+                self._load_parts(state)
+                self._ledger.load_state_dict(state["ledger"])
+            except Exception as error:  # whatever a damaged state makes its reader say
+                self._load_parts(before)
+                raise ValueError(
+                    "state must be one that AsyncScorer.state_dict returned for the same scorer "
+                    f"and buffer, got {shown(state)}: {type(error).__name__}: {shown(error)}"
+                ) from error
             self._dispatcher.put(pending, self._cutter.transitions, bounded=False)
+
+    def _state_of_parts(self) -> dict[str, Any]:
+        return {
+            "cutter": self._cutter.state_dict(),
+            "scorer": {name: module.get_extra_state() for name, module in self._of(SeededScorer)},
+            "kept": {name: module.kept_state() for name, module in self._exact()},
+        }
+
+    def _load_parts(self, state: dict[str, Any]) -> None:
+        self._cutter.load_state_dict(state["cutter"])
+        for name, module in self._of(SeededScorer):
+            module.set_extra_state(state["scorer"][name])
+        for name, module in self._exact():
+            module.load_kept_state(state["kept"][name])
 
     def _of(self, kind: type) -> list[tuple[str, Any]]:
         # A worker process has its own copy, which starts from the seed.

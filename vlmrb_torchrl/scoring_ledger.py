@@ -176,8 +176,16 @@ class Ledger:
             return dict(self._count)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on counting from ``state``; what was pending then counts once it is queued again."""
+        """Go on counting from ``state``; what was pending then counts once it is queued again.
+
+        Raises:
+            ValueError: If it does not hold each count, and nothing else; nothing has changed then.
+        """
         with self._lock:
+            if state.keys() != self._count.keys() or not all(
+                is_whole(n, 0) for n in state.values()
+            ):
+                raise ValueError(f"counts must be whole numbers, one of each kind, got {state}")
             self._count.update(state)
             for unit in ("clips", "transitions"):
                 done = sum(self._count[f"{unit}_{fate}"] for fate in _FATES[1:])

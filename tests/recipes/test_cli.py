@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from torchrl.envs import ExcludeTransform, TransformedEnv
 
 from recipes import cli
 from recipes.dqn import DQN
 from recipes.iqn import IQN
 from recipes.sac import SAC
+from recipes.tasks import DoorKey
 from vlmrb_torchrl.prompts import OGBENCH
 from vlmrb_torchrl.renderers import mujoco as drawing
 
@@ -19,6 +21,16 @@ CONFIGS = Path(cli.__file__).parent / "configs"
 RECIPES = {"dqn": DQN, "iqn": IQN}
 SHARED = sorted(path for name in RECIPES for path in CONFIGS.glob(f"*/{name}.yaml"))
 METHODS = sorted((CONFIGS / "methods").glob("*.yaml"))
+
+
+class StatelessDoorKey(DoorKey):
+    """It has a camera, and nothing to draw from."""
+
+    def make(self, num_envs, seed, *, held_out=False):
+        return TransformedEnv(
+            super().make(num_envs, seed, held_out=held_out), ExcludeTransform("render_state")
+        )
+
 
 REFUSED = {
     "--replay.lmbda=1.5": ("replay.lmbda", "1.5"),
@@ -45,6 +57,7 @@ REFUSED = {
     "--training.updates_per_env_step=-1": ("training.updates_per_env_step", "-1"),
     "--no_such_group.key=1": ("no_such_group",),
     "--config=no_such_file.yaml": ("no_such_file.yaml",),
+    "--env=tests.recipes.test_cli.StatelessDoorKey": ("render_state", "StatelessDoorKey"),
     "--env.tile_size=16": ("EmbeddedJudge knows (64, 64) only", "--env.help DoorKey"),
     "--training.eval_every_env_steps=300000": ("training.eval_every_env_steps", "240000"),
     "--scoring.scorer={class_path: HuggingFaceScorer, init_args: {model: ./nope}}": ("./nope",),
