@@ -186,12 +186,9 @@ def latest(folder: Path, world_size: int | None = None) -> Path:
 
 
 def last_good(folder: Path, again: str) -> str:
-    """Say which checkpoint a run that diverged leaves behind, and how to go on from it."""
+    """Say which checkpoint a run that failed leaves behind, and how to go on from it."""
     try:
-        return (
-            f"the last good checkpoint is {latest(folder)} (go on from it: {again} "
-            "--algorithm.learning_rate …)"
-        )
+        return f"the last good checkpoint is {latest(folder)} (go on from it: {again})"
     except ConfigError:
         return "no checkpoint was written yet"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import os
@@ -262,9 +263,13 @@ def launch(
                 checkpoints,
             )
     except DivergedError as error:
-        sys.exit(f"{error}; {last_good(folder, again)}")
+        sys.exit(f"{error}; {last_good(folder, f'{again} --algorithm.learning_rate …')}")
     except ConfigError as error:
         sys.exit(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sys.exit(f"{one_line(error)}: free some of {folder}'s disk; {last_good(folder, again)}")
     except StoppedError as stop:
         rest = f"go on: {again}" if stop.saved else "not saved"
         end(fabric, f"stopped by {stop}; {rest}", stop.signal)

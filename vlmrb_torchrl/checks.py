@@ -107,9 +107,11 @@ def quoted(value: object) -> str:
 def one_line(error: BaseException) -> str:
     """Reduce a parser's report to the line that names the value and the remedy."""
     cause: BaseException | None = error
-    while cause is not None:
+    seen: set[int] = set()  # an error that is raised once more may be its own context
+    while cause is not None and id(cause) not in seen:
         if isinstance(cause, ConfigError):
             return str(cause)
+        seen.add(id(cause))
         cause = cause.__cause__ or cause.__context__
     lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
     return " ".join(lines)

@@ -3,6 +3,8 @@
 import errno
 import json
 import resource
+import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -214,6 +216,54 @@ def test_full_disk_does_not_end_the_run_and_leaves_the_last_good_one(
         assert "[Errno 28] No space left on device" in said
     assert names(folder) == ["checkpoint-000000000512", "checkpoint-000000000640"]
     assert (folder / "metrics.jsonl").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 8 MB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system is not allowed here")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def fill(disk):
+    with suppress(OSError), (disk / "ballast").open("wb", buffering=0) as ballast:
+        while True:
+            ballast.write(bytes(512))
+
+
+def test_run_whose_disk_is_full_stops_in_one_line_and_resumes_when_there_is_room(
+    small_disk, tmp_path, monkeypatch, capsys
+):
+    """Full from the sixth checkpoint on, it can write neither that nor the next figures."""
+    arguments = (*LINE, "--training.checkpoint_every_env_steps=128")
+    start(SAC, tmp_path / "whole", *arguments)
+    folder, save, saved = small_disk / "run", torch.save, []
+
+    def write(state, path):
+        if isinstance(path, Path):
+            saved.append(path)
+            if len(saved) == 6:
+                fill(small_disk)
+        return save(state, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", write)
+        with pytest.raises(SystemExit) as end:
+            start(SAC, folder, *arguments)
+    text = str(end.value)
+    assert "\n" not in text
+    assert "No space left on device" in text
+    assert f"python -m recipes.sac --resume {folder}" in text
+    assert "no checkpoint at 768 env steps: " in capsys.readouterr().out
+    assert names(folder) == ["checkpoint-000000000512", "checkpoint-000000000640"]
+    (small_disk / "ballast").unlink()
+    resume(SAC, folder)
+    assert_same_end(folder, tmp_path / "whole")
 
 
 def test_without_checkpoints_none_is_written(tmp_path, monkeypatch, capsys):

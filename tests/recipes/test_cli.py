@@ -14,6 +14,7 @@ from recipes.dqn import DQN
 from recipes.iqn import IQN
 from recipes.sac import SAC
 from recipes.tasks import DoorKey
+from vlmrb_torchrl.checks import one_line
 from vlmrb_torchrl.prompts import OGBENCH
 from vlmrb_torchrl.renderers import mujoco as drawing
 
@@ -21,6 +22,13 @@ CONFIGS = Path(cli.__file__).parent / "configs"
 RECIPES = {"dqn": DQN, "iqn": IQN}
 SHARED = sorted(path for name in RECIPES for path in CONFIGS.glob(f"*/{name}.yaml"))
 METHODS = sorted((CONFIGS / "methods").glob("*.yaml"))
+
+
+def test_error_that_is_its_own_context_is_said_in_one_line():
+    """As TensorBoard's are, which are raised again at each write."""
+    error, other = OSError("no space\nleft"), RuntimeError("while writing")
+    error.__context__, other.__context__ = other, error
+    assert one_line(error) == "no space left"
 
 
 class StatelessDoorKey(DoorKey):
