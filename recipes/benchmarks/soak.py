@@ -59,14 +59,13 @@ class Watch:
 
 def trouble(process: psutil.Process, chance: random.Random) -> str | None:
     """Kill or stop a child of the learner; what was done, if there was one."""
-    children = process.children()
-    judges = [child for child in children if "descriptor" in " ".join(child.cmdline())]
-    if not judges:
-        return None
-    kind = chance.choice(("killed", "stopped"))
-    with suppress(psutil.NoSuchProcess):
-        judges[0].send_signal(signal.SIGKILL if kind == "killed" else signal.SIGSTOP)
-    return kind
+    for child in process.children():
+        with suppress(psutil.NoSuchProcess):  # it ends by itself while it is looked at
+            if "descriptor" in " ".join(child.cmdline()):
+                kind = chance.choice(("killed", "stopped"))
+                child.send_signal(signal.SIGKILL if kind == "killed" else signal.SIGSTOP)
+                return kind
+    return None
 
 
 def start(out: Path, rate: float, replay_capacity: int) -> subprocess.Popen[bytes]:
