@@ -40,8 +40,8 @@ class Training:
         accelerator: Where the networks are trained; the CPU is faster for small ones. The option
             of ``fabric run`` counts instead. The judge has a ``device`` of its own.
         torch_threads: Threads of a tensor operation; 1 is fastest for small networks.
-        compile: Compile the losses by ``torch.compile``: half a minute to a minute before the first
-            update, each update faster. Wants a C++ compiler.
+        compile: Compile the losses by ``torch.compile``: up to a minute before the first
+            update, each update a little faster. Wants a C++ compiler.
         progress: Show a progress bar.
     """
 
