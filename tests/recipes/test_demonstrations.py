@@ -12,6 +12,7 @@ from recipes.metrics import read_rows
 from recipes.replay import Uniform
 from recipes.sac import SAC
 from recipes.tasks import Cube, DoorKey, Scene
+from recipes.td3 import TD3
 from recipes.transitions import Transitions
 from vlmrb_torchrl import VLMReplayBuffer
 from vlmrb_torchrl.checks import ConfigError
@@ -213,9 +214,10 @@ def test_scene_is_chosen_on_the_command_line_and_names_its_events():
 
 @pytest.mark.parametrize("judge", ["privileged", "noisy"])
 @pytest.mark.parametrize("task", ["scene", "cube"])
-def test_configurations_judge_the_events_of_their_task(task, judge):
-    parser = cli.build_parser(SAC)
-    files = [f"{task}_task1/sac.yaml", f"ogbench/{task}_{judge}.yaml"]
+@pytest.mark.parametrize("algorithm", [SAC, TD3])
+def test_configurations_judge_the_events_of_their_task(algorithm, task, judge):
+    parser = cli.build_parser(algorithm)
+    files = [f"{task}_task1/{algorithm.__name__.lower()}.yaml", f"ogbench/{task}_{judge}.yaml"]
     settings = parser.instantiate(
         parser.parse_args([f"--config={cli.CONFIGS / file}" for file in files])
     )
