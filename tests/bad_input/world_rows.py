@@ -80,7 +80,7 @@ def iqn() -> Case:
             "delay_value": values.flag(),
             "double_dqn": values.flag(),
             "action_space": values.other_than("categorical", "one-hot", "one_hot", or_none=True),
-            "reduction": values.other_than("mean", "sum", "none"),
+            "reduction": values.other_than("mean", "sum", "none", or_none=True),
             "use_prioritized_weights": st.one_of(st.text(max_size=3), st.floats(1.5), st.none()),
         },
         actor.state_dict,

@@ -4,7 +4,14 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torch import nn
-from torchrl.data import Categorical, Composite, OneHot
+from torchrl.data import (
+    Categorical,
+    Composite,
+    LazyTensorStorage,
+    OneHot,
+    TensorDictReplayBuffer,
+)
+from torchrl.envs.transforms import MultiStepTransform
 from torchrl.modules import QValueActor
 from torchrl.objectives import DQNLoss, HardUpdate, SoftUpdate, ValueEstimators
 
@@ -131,6 +138,7 @@ def test_reductions_and_weights_are_those_of_the_siblings():
     assert each.shape == (3,)
     assert loss("sum", batch.clone()).item() == pytest.approx(each.sum().item())
     assert loss("mean", batch.clone()).item() == pytest.approx(each.mean().item())
+    assert loss(None, batch.clone()).item() == pytest.approx(each.mean().item())
     batch["priority_weight"] = weights
     weighted = (weights * each).sum() / weights.sum()
     assert loss("mean", batch.clone()).item() == pytest.approx(weighted.item())
@@ -204,6 +212,42 @@ def test_several_steps_are_discounted_as_such():
     batch["steps_to_next_obs"] = torch.tensor([[3]])
     build()(batch)
     assert batch["td_error"].item() == 1.0
+
+
+@pytest.mark.parametrize("quantiles", [4, 3])
+def test_each_transition_has_its_own_span_as_torchrl_writes_it(quantiles):
+    """As many transitions as target quantiles, or not: neither is taken for the other."""
+    batch = transitions([0] * 4, [0] * 4, [1.0, 2.0, 1.0, 2.0], [1] * 4, [False] * 4)
+    batch["steps_to_next_obs"] = torch.tensor([1, 1, 3, 3])  # [B], without a last dimension
+    build(target_quantiles=quantiles)(batch)
+    # reward + ½^span · 4 − ½
+    assert batch["td_error"].flatten().tolist() == [2.5, 3.5, 1.0, 2.0]
+
+
+def test_reward_and_ends_without_a_last_dimension_are_each_transition_s_own():
+    batch = transitions([0] * 4, [0] * 4, [1.0, 2.0, 1.0, 2.0], [1] * 4, [False, True] * 2)
+    flat = batch.clone()
+    for key in ("reward", "done", "terminated"):
+        flat["next", key] = flat["next", key].squeeze(-1)
+    for each in (batch, flat):
+        build(target_quantiles=4)(each)
+        assert each["td_error"].flatten().tolist() == [2.5, 1.5, 2.5, 1.5]
+
+
+def test_data_of_torchrl_s_n_step_transform_is_learnt_from_as_by_dqn():
+    """Its spans have no last dimension; networks of constants give δ in closed form."""
+    buffer = TensorDictReplayBuffer(
+        storage=LazyTensorStorage(16),
+        transform=MultiStepTransform(n_steps=3, gamma=0.5),
+        batch_size=8,
+    )
+    steps = transitions([0] * 8, [0] * 8, [float(i) for i in range(8)], [1] * 8, [False] * 8)
+    buffer.extend(steps)
+    batch = buffer.sample(8)
+    assert batch["steps_to_next_obs"].shape == (8,)
+    build(target_quantiles=8)(batch)
+    reward, span = batch["next", "reward"], batch["steps_to_next_obs"].unsqueeze(-1)
+    assert torch.equal(batch["td_error"], (reward + 0.5**span * 4 - 0.5).abs())
 
 
 def test_loss_takes_any_number_of_batch_dimensions():

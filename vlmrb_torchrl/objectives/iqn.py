@@ -101,9 +101,9 @@ class IQNLoss(LossModule):
         delay_value: Have a target network, which ``SoftUpdate`` or ``HardUpdate`` moves.
         double_dqn: Let the online network choose the next action.
         action_space: ``"categorical"``, ``"one-hot"`` or a spec; None: the network's own.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        use_prioritized_weights: Weight the loss by ``"priority_weight"``, ``[B]``: always, never,
-            or where it is there (``"auto"``).
+        reduction: ``"mean"`` (None), ``"sum"`` or ``"none"``.
+        use_prioritized_weights: Weight the loss by ``"priority_weight"``, ``[B]``, where it is
+            there (True and ``"auto"``), or never.
 
     Raises:
         ValueError: An argument is outside its range.
@@ -174,10 +174,11 @@ class IQNLoss(LossModule):
         delay_value: bool = True,
         double_dqn: bool = False,
         action_space: str | TensorSpec | None = None,
-        reduction: Literal["mean", "sum", "none"] = "mean",
+        reduction: Literal["mean", "sum", "none"] | None = None,
         use_prioritized_weights: bool | Literal["auto"] = "auto",
     ) -> None:
         super().__init__()
+        reduction = "mean" if reduction is None else reduction
         require(
             isinstance(value_network, QValueActor),
             "value_network",
@@ -209,7 +210,8 @@ class IQNLoss(LossModule):
         self.convert_to_functional(value_network, "value_network", create_target_params=delay_value)
         self.online_quantiles, self.target_quantiles = online_quantiles, target_quantiles
         self.kappa, self.delay_value, self.double_dqn = kappa, delay_value, double_dqn
-        self.reduction, self.use_prioritized_weights = reduction, use_prioritized_weights
+        self.reduction = reduction
+        self.use_prioritized_weights = use_prioritized_weights
         self._set_in_keys()
 
     def _set_in_keys(self) -> None:
@@ -304,7 +306,9 @@ class IQNLoss(LossModule):
         ends = (self.tensor_keys.reward, self.tensor_keys.done, self.tensor_keys.terminated)
         for key in (steps, *(("next", end) for end in ends)):
             if (known := tensordict.get(key, None)) is not None:
-                transitions.set(key, known.expand_as(value))
+                # A span is [B], as TorchRL's n-step transforms write it, or [B, 1].
+                column = known.reshape(*tensordict.shape, 1)
+                transitions.set(key, column.expand_as(value))
         target: Tensor = self.value_estimator.value_estimate(transitions, next_value=value)
         return target
 
