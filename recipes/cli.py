@@ -19,6 +19,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, lazy_instance
 from lightning.fabric import Fabric
 
 from recipes.checkpoint import Checkpoints, check_resumable, last_good, start_afresh
+from recipes.combinations import check
 from recipes.demonstrations import Demonstrations
 from recipes.divergence import DivergedError
 from recipes.interruption import StoppedError
@@ -27,9 +28,7 @@ from recipes.replay import Replay, VLMGuided
 from recipes.settings import Scoring, Training
 from recipes.tasks import DoorKey, Task
 from recipes.telemetry import Telemetry
-from vlmrb_torchrl import keys
 from vlmrb_torchrl.checks import ConfigError, one_line, require
-from vlmrb_torchrl.scorers import ClipScorer
 
 DEFAULT_SCORER = "vlmrb_torchrl.scorers.EmbeddedJudge"
 GUIDE = (
@@ -43,6 +42,7 @@ GUIDE = (
 )
 CONFIGS = Path(__file__).parent / "configs"
 LAUNCHED_BY_FABRIC_CLI = "LT_CLI_USED"
+REFUSALS = (ArgumentError, ValueError, TypeError, OSError, RuntimeError, ImportError)
 
 
 def build_parser(algorithm: type[L.LightningModule]) -> ArgumentParser:
@@ -65,87 +65,11 @@ def build_parser(algorithm: type[L.LightningModule]) -> ArgumentParser:
     return parser
 
 
-def check(settings: Namespace) -> None:
-    """Refuse combinations that cannot work.
-
-    Args:
-        settings: The configuration, instantiated.
-    """
-    capacity = settings.replay.capacity
-    if settings.replay.uses_scores:
-        clip = settings.scoring.clip_transitions
-        require(
-            clip <= capacity,
-            "scoring.clip_transitions",
-            clip,
-            f"use at most replay.capacity ({capacity}), or enlarge the buffer",
-        )
-        check_view(settings.env, settings.scoring.scorer)
-    batch = settings.training.env_steps_per_collection
-    require(
-        batch <= capacity,
-        "training.num_envs x training.steps_per_collection",
-        batch,
-        f"use at most replay.capacity ({capacity})",
-    )
-    n_steps = settings.algorithm.n_steps
-    require(
-        n_steps <= settings.training.steps_per_collection,
-        "algorithm.n_steps",
-        n_steps,
-        f"use at most training.steps_per_collection ({settings.training.steps_per_collection}): a "
-        "transition spans steps of one collection",
-    )
-    every, total = settings.training.eval_every_env_steps, settings.training.total_env_steps
-    require(
-        every <= total,
-        "training.eval_every_env_steps",
-        every,
-        f"use at most training.total_env_steps ({total}), or 0 for no evaluation",
-    )
-    if settings.training.accelerator == "cuda":
-        require(
-            torch.cuda.is_available(), "training.accelerator", "cuda", "no GPU is here: use cpu"
-        )
-    warmup = settings.training.warmup_env_steps
-    require(
-        warmup < settings.training.total_env_steps,
-        "training.warmup_env_steps",
-        warmup,
-        f"use less than training.total_env_steps ({settings.training.total_env_steps})",
-    )
-
-
-def check_view(task: Task, scorer: ClipScorer) -> None:
-    """Refuse a camera that the task lacks, that cannot draw here or that the judge does not know.
-
-    Faults of a judge stop no run, so one that cannot be shown a frame is found out before.
-    """
-    renderer = task.renderer()
-    if keys.CLIP not in scorer.in_keys:
-        return
-    with closing(task.make(1, seed=0)) as env:
-        first = env.reset()
-        require(
-            keys.RENDER_STATE in first.keys(),  # noqa: SIM118
-            f"what {type(task).__name__}'s environment writes",
-            sorted(map(str, first.keys())),
-            f'write "{keys.RENDER_STATE}", which its renderer() draws from',
-        )
-        height, width = renderer(first[keys.RENDER_STATE]).shape[-2:]
-    require(
-        scorer.frame_size in (None, (height, width)),
-        "the view of env, in pixels,",
-        (height, width),
-        f"{type(scorer).__name__} knows {scorer.frame_size} only: use another scoring.scorer, or "
-        f"another view ('--env.help {type(task).__name__}' shows its settings)",
-    )
-
-
 def run_name(algorithm: type[L.LightningModule], settings: Namespace) -> str:
     """Name a run by its algorithm, environment, replay method and seed."""
     method = type(settings.replay).__name__.lower()
-    return f"{algorithm.__name__.lower()}_{settings.env.name}_{method}_s{settings.training.seed}"
+    task = settings.env.name or type(settings.env).__name__.lower()
+    return f"{algorithm.__name__.lower()}_{task}_{method}_s{settings.training.seed}"
 
 
 def resumed(argv: list[str] | None) -> tuple[Path | None, list[str]]:
@@ -193,18 +117,46 @@ def run(algorithm: type[L.LightningModule], argv: list[str] | None = None) -> No
         check(settings)
         # Built once to refuse its arguments before any process or file exists.
         module = build_algorithm(algorithm, settings)
-    except (ArgumentError, ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {one_line(error)}")
+    except REFUSALS as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {refusal(error)}")
     launch(module, parser, config, settings, algorithm, resume=folder is not None)
+
+
+def rehearse(algorithm: type[L.LightningModule], argv: list[str]) -> Namespace:
+    """Build all that ``run`` builds before it trains, and return the settings.
+
+    Raises:
+        ConfigError: In one line, what ``run`` would refuse.
+    """
+    parser = build_parser(algorithm)
+    try:
+        settings = parser.instantiate(parser.parse_args(argv))
+        check(settings)
+        build_algorithm(algorithm, settings)
+    except REFUSALS as error:
+        raise ConfigError(refusal(error)) from error
+    return settings
+
+
+def refusal(error: Exception) -> str:
+    """Say in one line what was refused, with the remedy."""
+    text = one_line(error)
+    if "dot import path" in text:  # jsonargparse's words for a class that it does not know
+        text += "; --help lists the classes known, my_module.MyClass would be one of your own"
+    return text
 
 
 def build_algorithm(algorithm: type[L.LightningModule], settings: Namespace) -> Any:
     """Build the LightningModule for the specs of the environment."""
     torch.manual_seed(settings.training.seed)
-    env = settings.env.make(1, seed=0)
-    module = algorithm(env, **settings.algorithm.as_dict())
-    env.close()
-    return module
+    with closing(settings.env.make(1, seed=0)) as env:
+        require(
+            env.batch_size == (1,),
+            f"the batch size of {type(settings.env).__name__}.make(1)",
+            list(env.batch_size),
+            "return a batch of num_envs environments, [1], such as torchrl's SerialEnv",
+        )
+        return algorithm(env, **settings.algorithm.as_dict())
 
 
 def describe_policy(algorithm: type[L.LightningModule]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import sys
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,6 +26,7 @@ import jsonargparse
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from recipes.cli import rehearse
 from recipes.metrics import CHECKPOINTS, last_row
 from recipes.report import report
 from vlmrb_torchrl.checks import ConfigError, require
@@ -58,31 +60,39 @@ class Run:
         return self.folder.name
 
     def identity(self) -> list[str]:
-        """What the run depends on: the command and the text of the YAML files that it names."""
-        arguments = pairwise(self.command)
-        return [
-            *self.command,
-            *(Path(p).read_text() for flag, p in arguments if flag == "--config"),
-        ]
+        """What the run depends on: its arguments and the text of the YAML files among them.
+
+        Not where they lie, nor which Python runs it: the same run may be asked for in other words.
+        """
+        paths = [path for flag, path in pairwise(self.command) if flag == "--config"]
+        elsewhere = (*paths, f"--training.log_dir={self.folder.parent}")
+        arguments = [word for word in self.command[1:] if word not in elsewhere]
+        return [*arguments, *(Path(path).read_text() for path in paths)]
+
+    def _marked(self, marker: str) -> bool:
+        file = self.folder / marker
+        return file.exists() and file.read_text() == json.dumps(self.identity())
 
     def finished(self) -> bool:
         """Whether this very run has been run to its end; a change of the code is not noticed."""
-        marker = self.folder / "finished.json"
-        return marker.exists() and json.loads(marker.read_text()) == self.identity()
+        return self._marked("finished.json")
+
+    def replaces_another(self) -> bool:
+        """Whether the folder holds what a run of other settings has come to."""
+        finished, checkpoints = self.folder / "finished.json", self.folder / CHECKPOINTS
+        kept = finished.exists() or any(checkpoints.glob("*/checkpoint-*"))
+        return kept and not self._marked("started.json")
 
     def start(self) -> None:
         """Start the process, or go on with this very run; it prints into ``output.txt``."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "finished.json").unlink(missing_ok=True)
-        started, checkpoints = self.folder / "started.json", self.folder / CHECKPOINTS
         command, mode = [*self.command[:3], f"--resume={self.folder}"], "ab"
-        known = started.exists() and json.loads(started.read_text()) == self.identity()
-        if not (known and any(checkpoints.glob("*/checkpoint-*"))):
+        if not any((self.folder / CHECKPOINTS).glob("*/checkpoint-*")):
             command, mode = self.command, "wb"
-            shutil.rmtree(checkpoints, ignore_errors=True)
             for events in self.folder.glob("events.out.tfevents.*"):
                 events.unlink()
-            started.write_text(json.dumps(self.identity()))
+            (self.folder / "started.json").write_text(json.dumps(self.identity()))
         with (self.folder / "output.txt").open(mode) as output:
             self.process = subprocess.Popen(command, stdout=output, stderr=output)
 
@@ -132,9 +142,24 @@ def plan(
     return runs
 
 
+def check(runs: list[Run], algorithm: str) -> None:
+    """Refuse what a run would refuse at its start, or only the report at the end."""
+    recipe = getattr(import_module(f"recipes.{algorithm}"), algorithm.upper())
+    for run in runs:
+        try:
+            settings = rehearse(recipe, run.command[3:])
+        except ConfigError as error:
+            raise ConfigError(f"{run.method}: {error}") from error
+        every = settings.training.eval_every_env_steps
+        require(every > 0, "training.eval_every_env_steps", every, "evaluations are compared")
+
+
 def execute(runs: list[Run], jobs: int, progress: Progress) -> None:
-    """Run all, ``jobs`` at a time."""
+    """Run all, ``jobs`` at a time, or none if a folder holds what another run has come to."""
     waiting = deque(run for run in runs if not run.finished())
+    for run in waiting:
+        remedy = f"its {run.name} is of other settings; give another folder, or remove that"
+        require(not run.replaces_another(), "out", run.folder.parent, remedy)
     total = progress.add_task(
         "all runs", total=len(runs), completed=len(runs) - len(waiting), note=""
     )
@@ -199,9 +224,11 @@ def compare(
     require(seeds >= 1, "seeds", seeds, "use at least 1")
     require(first_seed >= 0, "first_seed", first_seed, "use 0 or more")
     require(jobs is None or jobs >= 1, "jobs", jobs, "use at least 1, or null")
+    require(bool(methods), "methods", methods, "name at least one")
     jobs = jobs or len(os.sched_getaffinity(0))
     numbers = list(range(first_seed, first_seed + seeds))
     runs = plan(configs, algorithm, methods, numbers, out, extra)
+    check([run for run in runs[: len(methods)] if not run.finished()], algorithm)
     console = Console()
     if finished := sum(run.finished() for run in runs):
         console.print(

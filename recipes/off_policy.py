@@ -72,9 +72,10 @@ class Algorithm(Protocol):
 
 def build_scoring(buffer: VLMReplayBuffer, task: Task, settings: Scoring) -> AsyncScorer:
     """Put the judge beside the buffer."""
+    renderer = task.renderer()
     return AsyncScorer(
         buffer,
-        ClipRenderTransform(task.renderer()),
+        None if renderer is None else ClipRenderTransform(renderer),
         settings.scorer,
         clip_transitions=settings.clip_transitions,
         frames_per_clip=settings.frames_per_clip,

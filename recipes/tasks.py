@@ -12,7 +12,7 @@ from torch import Tensor
 from torchrl.envs import EnvBase
 
 from vlmrb_torchrl import keys
-from vlmrb_torchrl.checks import ConfigError, is_whole, require
+from vlmrb_torchrl.checks import is_whole, require
 from vlmrb_torchrl.envs import DoorKeyEnv, OGBenchEnv
 from vlmrb_torchrl.envs.ogbench_scene import event_names, ogbench_renderer
 from vlmrb_torchrl.renderers import MiniGridRenderer, MuJoCoRenderer, Renderer
@@ -21,15 +21,15 @@ from vlmrb_torchrl.renderers import MiniGridRenderer, MuJoCoRenderer, Renderer
 class Task(ABC):
     """An environment's factory; for a judge, with the camera that it looks through.
 
-    Uniform and prioritized replay need no more than ``name`` and ``make``.
+    Uniform and prioritized replay need no more than ``make``.
 
     Attributes:
-        name: Short name, used for folders.
+        name: Short name, used for folders; empty: the name of the class.
         event_names: What the simulator reports, in the order of ``("next", "events")``.
         success_event: The one of them that is success; None: only returns are measured.
     """
 
-    name: str
+    name: str = ""
     event_names: tuple[str, ...] = ()
     success_event: str | None = None
 
@@ -43,16 +43,9 @@ class Task(ABC):
             held_out: Play episodes that training never draws.
         """
 
-    def renderer(self) -> Renderer:
-        """Build the renderer of the judge's frames.
-
-        Raises:
-            ConfigError: The task has none.
-        """
-        raise ConfigError(
-            f"env is {type(self).__name__}: it has no renderer for a judge's frames, write one or "
-            "use --replay Uniform or Prioritized"
-        )
+    def renderer(self) -> Renderer | None:
+        """Build the renderer of the judge's frames; None: only events can be judged."""
+        return None
 
     def success(self, outcome: TensorDictBase) -> Tensor | None:
         """Read from the ``"next"`` of steps ``[*B]`` which succeeded, bool ``[*B]``, if known."""

@@ -124,8 +124,8 @@ class Gymnasium(Task):
         envs.set_seed(seed + held_out * HELD_OUT)
         return envs
 
-    def renderer(self) -> Renderer:
+    def renderer(self) -> Renderer | None:
         """Draw MuJoCo's tasks from their states; others have no renderer here."""
         if not self.is_mujoco:
-            return super().renderer()
+            return None
         return MuJoCoRenderer(partial(Physics, self.id), camera=self.camera)

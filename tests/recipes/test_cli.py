@@ -2,18 +2,20 @@
 
 import importlib
 import inspect
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from torchrl.envs import ExcludeTransform, TransformedEnv
+from torchrl.envs import ExcludeTransform, GymEnv, TransformedEnv
 
+import recipes
 from recipes import cli
 from recipes.dqn import DQN
 from recipes.iqn import IQN
 from recipes.sac import SAC
-from recipes.tasks import DoorKey
+from recipes.tasks import DoorKey, Task
 from vlmrb_torchrl.checks import one_line
 from vlmrb_torchrl.prompts import OGBENCH
 from vlmrb_torchrl.renderers import mujoco as drawing
@@ -40,7 +42,26 @@ class StatelessDoorKey(DoorKey):
         )
 
 
+class Alone(Task):
+    """Its environments come one by one, not in batches."""
+
+    def make(self, num_envs, seed, *, held_out=False):
+        return GymEnv("Pendulum-v1")
+
+
+def privileged(events):
+    judge = {
+        "class_path": "PrivilegedScorer",
+        "init_args": {"event_names": events, "events": events},
+    }
+    noisy = {"class_path": "NoisyScorer", "init_args": {"scorer": judge}}
+    return [f"--scoring.scorer={json.dumps(each)}" for each in (judge, noisy)]
+
+
 REFUSED = {
+    **dict.fromkeys(privileged(["success", "cube"]), ("PrivilegedScorer's event_names", "DoorKey")),
+    # As many as DoorKey's, so that no clip would look wrong.
+    **dict.fromkeys(privileged(["key", "door", "goal"]), ("('goal', 'door', 'key')",)),
     "--replay.lmbda=1.5": ("replay.lmbda", "1.5"),
     "--replay.lmbda=high": ("lmbda", "high"),
     "--replay.capacity=0": ("replay.capacity", "0"),
@@ -55,7 +76,7 @@ REFUSED = {
     "--scoring.clip_transitions=1000000": ("scoring.clip_transitions", "replay.capacity"),
     "--scoring.stride=33": ("scoring.stride", "33"),
     "--scoring.mode=fast": ("scoring.mode", "fast"),
-    "--scoring.scorer=NoSuchScorer": ("NoSuchScorer",),
+    "--scoring.scorer=NoSuchScorer": ("NoSuchScorer", "--help lists"),
     "--algorithm.gamma=1": ("algorithm.gamma", "1"),
     "--algorithm.learning_rate=0": ("algorithm.learning_rate", "0"),
     "--algorithm.no_such_key=1": ("no_such_key",),
@@ -83,6 +104,12 @@ def test_bad_value_is_refused_in_one_line_that_names_it(argument, tmp_path, monk
     for part in REFUSED[argument]:
         assert part in text
     assert not list(tmp_path.iterdir())
+
+
+def test_task_without_batches_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr(cli, "launch", lambda *_: pytest.fail("something was launched"))
+    with pytest.raises(SystemExit, match=r"Alone\.make\(1\) is \[\]: .*SerialEnv"):
+        cli.run(SAC, ["--env=tests.recipes.test_cli.Alone", "--replay=Uniform"])
 
 
 @pytest.mark.parametrize(
@@ -130,6 +157,17 @@ def test_task_that_cannot_be_built_or_drawn_here_is_refused_in_one_line(missing,
     with pytest.raises(SystemExit, match=r"(pip|apt-get) install") as refusal:
         cli.run(SAC, ["--env=Cube", "--replay=VLMGuided", VLM])
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="EGL is Linux's")
+def test_graphics_library_that_is_asked_for_and_missing_is_named_in_one_line(monkeypatch):
+    def fail(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    monkeypatch.setattr("ctypes.CDLL", fail)
+    with pytest.raises(SystemExit, match=r"MUJOCO_GL is egl: libEGL.*apt-get install libegl1"):
+        importlib.reload(recipes)
 
 
 def test_judge_of_ogbench_is_asked_the_question_of_ogbench():

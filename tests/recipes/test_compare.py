@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from rich.progress import Progress
@@ -23,7 +24,9 @@ SHORT = [
 
 
 @pytest.mark.parametrize("recipe", ["dqn", "iqn"])
-def test_plan_goes_seed_by_seed_and_a_finished_run_is_known_by_its_command(recipe, tmp_path):
+def test_plan_goes_seed_by_seed_and_a_finished_run_is_known_by_its_command(
+    recipe, tmp_path, monkeypatch
+):
     task = compare.CONFIGS / "doorkey_6x6"
     runs = compare.plan(task, recipe, ["uer", "per"], [5, 6], tmp_path, [])
     assert all(f"recipes.{recipe}" in run.command for run in runs)
@@ -34,6 +37,10 @@ def test_plan_goes_seed_by_seed_and_a_finished_run_is_known_by_its_command(recip
     assert runs[0].finished()
     changed = compare.plan(task, recipe, ["uer"], [5], tmp_path, ["--env.size=8"])
     assert not changed[0].finished()
+    monkeypatch.chdir(tmp_path.parent)
+    monkeypatch.setattr(sys, "executable", "another")
+    (same,) = compare.plan(task, recipe, ["uer"], [5], Path(tmp_path.name), [])
+    assert same.finished()
 
 
 def test_overlays_are_named_by_their_files_and_no_two_alike(tmp_path):
@@ -55,6 +62,9 @@ def test_comparison_trains_in_parallel_reports_and_goes_on_where_it_was(tmp_path
     written = metrics.stat().st_mtime_ns
     compare.compare(**arguments)
     assert "2 of 2 runs lie finished" in capsys.readouterr().out
+    assert metrics.stat().st_mtime_ns == written
+    with pytest.raises(ConfigError, match="uer_s0 is of other settings; give another folder"):
+        compare.compare(**{**arguments, "algorithm": "iqn"})
     assert metrics.stat().st_mtime_ns == written
 
 
@@ -108,6 +118,9 @@ def test_comparison_that_was_stopped_goes_on_with_a_run_where_it_was(tmp_path, m
         ("--seeds=0", "seeds is 0"),
         ("--jobs=0", "jobs is 0"),
         ("--configs=nowhere", "nowhere"),
+        ("--methods=[]", "methods is []"),
+        ("--extra=[--training.eval_every_env_steps=0]", "eval_every_env_steps is 0"),
+        ("--extra=[--env.tile_size=16]", "vlm_rb: the view of env"),
     ],
 )
 def test_bad_argument_is_refused_in_one_line(argument, named, tmp_path):

@@ -11,7 +11,7 @@ from recipes import cli, off_policy
 from recipes.dqn import DQN
 from recipes.iqn import IQN
 from recipes.metrics import read_rows
-from recipes.tasks import DoorKey
+from recipes.tasks import DoorKey, Task
 from tests.recipes.fabric_run import fabric_run
 
 ROOT = Path(cli.__file__).parent.parent
@@ -112,6 +112,27 @@ def test_compiled_run_learns_what_the_uncompiled_one_learns(tmp_path):
         for name in ("plain", "compiled")
     )
     assert weights.keys() == others.keys()
+
+
+class Unseen(Task):
+    """DoorKey-5x5 without a camera and without a name."""
+
+    event_names, success_event = DoorKey.event_names, DoorKey.success_event
+
+    def make(self, num_envs, seed, *, held_out=False):
+        return DoorKey(5, max_steps=40).make(num_envs, seed, held_out=held_out)
+
+
+def test_task_without_a_camera_is_judged_by_its_events(tmp_path):
+    judge = f"--config={CONFIGS / 'methods' / 'privileged.yaml'}"
+    where = ["--env=tests.recipes.test_off_policy.Unseen", f"--training.log_dir={tmp_path}"]
+    short = [argument for argument in SHORT if not argument.startswith("--env.")]
+    cli.run(DQN, [judge, *where, *short, "--scoring.mode=sync"])
+    (folder,) = tmp_path.iterdir()
+    assert folder.name == "dqn_unseen_vlmguided_s0"
+    last = [row for row in read_rows(folder) if "scoring/clips_scored" in row][-1]
+    assert last["scoring/clips_scored"] > 0
+    assert last["scoring/clips_failed"] == 0
 
 
 def test_judge_that_does_not_load_stops_the_run_in_one_line(tmp_path):
