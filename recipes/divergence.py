@@ -17,7 +17,10 @@ _FABRICS_WORDS = "non-finite"  # of the error of a gradient norm that is NaN or 
 
 
 class DivergedError(ConfigError):
-    """A loss or gradient is no number; weights and optimizers are those of the update before."""
+    """A loss or gradient is no number; the step that it was for was not taken.
+
+    Of an update with several optimizers, those before it have stepped.
+    """
 
 
 def clip_gradients(

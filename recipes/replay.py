@@ -61,7 +61,7 @@ class Replay(ABC):
         """Build the sampler of the buffer."""
 
     def schedulers(self, buffer: VLMReplayBuffer, env_steps: int) -> list[ParameterScheduler]:
-        """What changes while training; each scheduler is stepped once per collected batch.
+        """What changes while training; each is stepped once per collected batch after the warm-up.
 
         Args:
             buffer: The buffer whose sampler is driven.
@@ -101,7 +101,7 @@ class Prioritized(Replay):
         alpha: Exponent of the priority, 0 (uniform) to 1.
         beta_start: Exponent of the importance weight at the start, 0 to 1.
         beta_end: The same after ``beta_env_steps``.
-        beta_env_steps: Environment steps over which β rises linearly.
+        beta_env_steps: Environment steps after the warm-up over which β rises linearly.
         td_error_offset: ε, added to |δ|, in units of return, so that no transition is lost.
     """
 
@@ -152,7 +152,7 @@ class VLMGuided(Replay):
         capacity: Slots of the buffer, in transitions, on each rank.
         batch_size: Transitions per gradient step, on each rank.
         lmbda: Final share λ of draws by score, 0 (uniform) to 1.
-        lmbda_env_steps: Environment steps over which λ rises linearly from 0.
+        lmbda_env_steps: Environment steps after the warm-up over which λ rises linearly from 0.
         alpha: Exponent of the priority.
         beta: Exponent of the importance weight (N q)^-β; 0 as in the paper, 1 is unbiased.
         eps: Added to each priority; large values leak draws to transitions without a score.

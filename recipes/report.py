@@ -62,6 +62,9 @@ class Outcome:
 def interval(values: Array, statistic: Callable[..., Any] = np.mean) -> tuple[float, float, float]:
     """A statistic over seeds and its 95 % percentile-bootstrap interval.
 
+    Over few seeds it is too narrow: of 2,000 normal samples it held the mean in 76 % at 3 seeds,
+    84 % at 5, 90 % at 10 (`tests/recipes/test_report.py` does it with fewer).
+
     Args:
         values: One number per seed, ``[S]``; a single seed has no interval (NaN).
         statistic: Takes ``axis``, as ``np.mean`` and ``np.median`` do.
@@ -200,7 +203,7 @@ def report(folders: dict[str, list[Path]], out: Path, console: Console) -> None:
     """
     outcomes = {method: read_outcome(paths) for method, paths in folders.items()}
     seeds = max(len(paths) for paths in folders.values())
-    title = f"Mean and 95 % bootstrap interval over {seeds} seeds"
+    title = f"Mean (of steps: median) and 95 % bootstrap interval over {seeds} seeds"
     tables = [
         show(outcome_rows(outcomes), title, console),
         show(difference_rows(outcomes), "Differences, paired by seed", console),

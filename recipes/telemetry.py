@@ -209,9 +209,11 @@ class Telemetry:
             for name, value in sampler.statistics(len(buffer)).items():
                 figures[f"replay/{name}"] = value
             if self._drawn:
-                drawn = torch.cat(self._drawn)
-                share = sampler.positive[drawn].float().mean().item()
-                figures["replay/batch_share_positive"] = share
+                # Of the slots drawn since the last row, those positive by now: a verdict that came
+                # after the draw counts as well.
+                positive = sampler.positive
+                drawn = torch.cat(self._drawn).to(positive.device)
+                figures["replay/batch_share_positive"] = positive[drawn].float().mean().item()
         return figures
 
     def _show_clips(self, env_steps: int, scoring: AsyncScorer) -> None:

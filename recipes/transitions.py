@@ -42,7 +42,8 @@ class Transitions:
     """
 
     def __init__(self, gamma: float, n_steps: int = 1, reward_scale: float = 1.0) -> None:
-        self._multi_step = MultiStep(gamma, n_steps) if n_steps > 1 else None
+        # With a γ of 0, which MultiStep refuses, no reward but the first counts.
+        self._multi_step = MultiStep(gamma, n_steps) if n_steps > 1 and gamma > 0 else None
         self._reward_scale = reward_scale
 
     def __call__(self, data: TensorDictBase) -> TensorDictBase:

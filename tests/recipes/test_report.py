@@ -41,6 +41,14 @@ def test_interval_holds_the_mean_and_a_single_seed_has_none():
     assert np.isnan([low, high]).all()
 
 
+@pytest.mark.parametrize(("seeds", "coverage"), [(3, 0.76), (10, 0.90)])
+def test_bootstrap_interval_of_few_seeds_is_as_narrow_as_its_docstring_says(seeds, coverage):
+    samples = np.random.default_rng(0).normal(size=(400, seeds))
+    bounds = [interval(sample)[1:] for sample in samples]
+    held = np.mean([low <= 0 <= high for low, high in bounds])
+    assert held == pytest.approx(coverage, abs=0.05)
+
+
 def test_bootstrap_interval_is_close_to_the_normal_one_for_many_seeds():
     # Mean of n normal numbers: the 95 % interval is mean ± 1.96 s / sqrt(n).
     values = np.random.default_rng(0).normal(size=400)

@@ -48,6 +48,12 @@ def row(transitions, *key, game=0):
     return transitions[key].squeeze(-1)[game].tolist()
 
 
+def test_without_a_future_there_is_nothing_to_sum():
+    data = played([None, ENDED, None])
+    several, single = Transitions(0.0, 3)(data), Transitions(0.0, 1)(data)
+    assert row(several, "next", "reward") == row(single, "next", "reward") == [1, 2, 4]
+
+
 def test_three_steps_end_where_the_episode_or_the_batch_does():
     data = played([None, None, None, ENDED, None, None], [None, CUT, None, None, None, None])
     kept = Transitions(gamma=0.5, n_steps=3, reward_scale=2.0)(data)
