@@ -4,6 +4,7 @@ import pytest
 
 from recipes.benchmarks import environment, rendering, sampler, scene, scoring, soak, training
 from recipes.benchmarks.timing import Spread
+from vlmrb_torchrl.checks import ConfigError
 
 SCENE = "scene-singletask-task1-v0"
 
@@ -80,3 +81,10 @@ def test_ratio_is_taken_round_by_round():
 def test_benchmark_prints_its_table(run, expected, tmp_path, capsys):
     run(tmp_path)
     assert expected in capsys.readouterr().out
+
+
+def test_timed_run_goes_on_with_no_other(tmp_path):
+    (tmp_path / "per_s0").mkdir()
+    with pytest.raises(ConfigError, match=f"out is .*{tmp_path.name}.*another folder"):
+        training.training(pairs=1, env_steps=3000, out=tmp_path)
+    assert not (tmp_path / "vlm_rb_s0").exists()
