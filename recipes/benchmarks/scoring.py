@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -159,6 +160,7 @@ def beside_learner(
             "--scoring.scorer=HuggingFaceScorer",
             *(f"--scoring.scorer.{name}={value}" for name, value in judge.items()),
         ],
+        out=Path(folder) / "runs",
     )
 
 

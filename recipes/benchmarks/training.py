@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 
 import jsonargparse
 from rich.console import Console
@@ -44,7 +44,7 @@ def training(
     pairs: int = 5,
     env_steps: int = 60_000,
     extra: list[str] | None = None,
-    out: Path | None = None,
+    out: Path = Path("runs/benchmark_training"),
 ) -> None:
     """Train ``method`` and ``peer`` in turn and print the ratio of their speeds.
 
@@ -58,7 +58,7 @@ def training(
         pairs: Repetitions.
         env_steps: Length of a run, in environment steps.
         extra: Further arguments of every run, as on the recipe's command line.
-        out: Folder where the logs stay; null: they go.
+        out: Folder of the logs; each call makes one of its own in it.
     """
     require(pairs >= 1, "pairs", pairs, "use at least 1")
     settings = [
@@ -69,18 +69,16 @@ def training(
     ]
     own = {path.stem: str(path) for path in PEERS.glob("*.yaml")}
     overlays = [own.get(name, name) for name in (method, peer)]
-    with TemporaryDirectory() as temporary:
-        folder = out or Path(temporary)
-        runs = plan(configs, algorithm, overlays, list(range(pairs)), folder, settings)
-        # Else a run would go on where another was interrupted, and be timed from there.
-        new = not any(run.folder.exists() for run in runs)
-        require(new, "out", folder, "it holds such runs: name another folder")
-        rows = [measure(run) for run in track(runs, "runs", transient=True)]
+    out.mkdir(parents=True, exist_ok=True)
+    # A new one each time: a run would go on where another was interrupted, and be timed from there.
+    folder = Path(mkdtemp(dir=out))
+    runs = plan(configs, algorithm, overlays, list(range(pairs)), folder, settings)
     method, peer = (Path(overlay).stem for overlay in overlays)
     speeds: dict[str, list[float]] = {method: [], peer: []}
     updates: dict[str, list[float]] = {method: [], peer: []}
     unscored = 0.0
-    for run, row in zip(runs, rows, strict=True):
+    for run in track(runs, "runs", transient=True):
+        row = measure(run)
         speeds[run.method].append(row["env_steps"] / row["seconds"])
         updates[run.method].append(row["speed/updates_per_s"])
         unscored += row.get("scoring/clips_dropped", 0) + row.get("scoring/clips_failed", 0)

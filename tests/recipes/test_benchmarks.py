@@ -4,7 +4,6 @@ import pytest
 
 from recipes.benchmarks import environment, rendering, sampler, scene, scoring, soak, training
 from recipes.benchmarks.timing import Spread
-from vlmrb_torchrl.checks import ConfigError
 
 SCENE = "scene-singletask-task1-v0"
 
@@ -83,8 +82,16 @@ def test_benchmark_prints_its_table(run, expected, tmp_path, capsys):
     assert expected in capsys.readouterr().out
 
 
-def test_timed_run_goes_on_with_no_other(tmp_path):
-    (tmp_path / "per_s0").mkdir()
-    with pytest.raises(ConfigError, match=f"out is .*{tmp_path.name}.*another folder"):
+def test_timed_run_goes_on_with_no_other(tmp_path, monkeypatch):
+    folders = []
+
+    def measure(run):
+        folders.append(run.folder)
+        run.folder.mkdir(parents=True)  # there already would be another run's
+        return {"env_steps": 1.0, "seconds": 1.0, "speed/updates_per_s": 1.0}
+
+    monkeypatch.setattr(training, "measure", measure)
+    for _ in range(2):
         training.training(pairs=1, env_steps=3000, out=tmp_path)
-    assert not (tmp_path / "vlm_rb_s0").exists()
+    assert len(set(folders)) == 4
+    assert all(tmp_path in folder.parents for folder in folders)
