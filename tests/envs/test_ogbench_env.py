@@ -6,12 +6,14 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import gymnasium
 import numpy as np
 import pytest
 import torch
+import yaml
 from tensordict import TensorDict
 from torchrl.collectors import Collector
 
@@ -20,6 +22,7 @@ from vlmrb_torchrl.envs.ogbench_simulator import simulator
 from vlmrb_torchrl.scorers import PrivilegedScorer
 
 SCENE, CUBE = "scene-singletask-task{}-v0", "cube-single-singletask-task1-v0"
+JUDGE = Path(__file__).parents[2] / "recipes/configs/ogbench/scene_privileged.yaml"
 SUBTASKS = ("cube", "drawer_lock", "window_lock", "drawer", "window")
 
 
@@ -34,6 +37,22 @@ def successes(game: Any) -> list[bool]:
     found = game.unwrapped._compute_successes()
     flat = found if isinstance(found, list) else [*found[0], *found[1], *found[2:]]
     return [bool(one) for one in flat]
+
+
+ASKED = {  # what each of the scene's tasks has to be done, undone things among them
+    1: ("drawer", "window"),
+    2: ("drawer", "window", "drawer_lock", "window_lock"),
+    3: ("cube", "window_lock", "drawer", "window"),
+    4: ("cube", "drawer_lock", "drawer"),
+    5: ("cube", "window", "drawer", "drawer_lock", "window_lock"),
+}
+
+
+def may_happen(env_id: str, done: np.ndarray) -> np.ndarray:
+    """Which subtasks can have an event: those not done yet, and what has to be undone."""
+    if env_id == CUBE:
+        return ~done
+    return ~done | np.isin(SUBTASKS, ASKED[int(env_id[len("scene-singletask-task")])])
 
 
 @pytest.mark.parametrize(
@@ -57,7 +76,7 @@ def test_every_step_equals_stock_ogbench(env_id: str, limit: int) -> None:
     for i, game in enumerate(games):
         game.reset(seed=env.episode_seed(i, 0))
     done = [np.array(successes(game)) for game in games]
-    due = [np.ones_like(one) for one in done]  # a subtask's event comes once in an episode
+    due = [may_happen(env_id, one) for one in done]  # a subtask's event comes once in an episode
     td = env.reset()
     ends = {"terminated": 0, "truncated": 0}
     for step in range(steps):
@@ -92,7 +111,7 @@ def test_every_step_equals_stock_ogbench(env_id: str, limit: int) -> None:
                 seen, _ = game.reset(seed=env.episode_seed(i, episode[i]))
                 assert np.array_equal(td["observation"][i], seen.astype(np.float32)), where
                 done[i] = np.array(successes(game))
-                due[i] = np.ones_like(done[i])
+                due[i] = may_happen(env_id, done[i])
     assert min(ends.values()) > 0
 
 
@@ -117,21 +136,14 @@ def happened(td: TensorDict, env: OGBenchEnv, game: int = 0) -> list[str]:
 
 @pytest.mark.parametrize("task", [1, 2, 3, 4, 5])
 def test_demonstrator_solves_every_task(task: int) -> None:
-    """What each task asks for, by its definition; success is the last event and terminates."""
+    """Every event that may happen does, by the task's definition; success comes last and ends."""
     env = OGBenchEnv(SCENE.format(task), 2, seed=1)
     assert isinstance(env, DemonstratedEnv)
     td = solve(env, 400)
-    asked = {
-        1: {"drawer", "window"},
-        2: {"drawer", "window", "drawer_lock", "window_lock"},
-        3: {"cube", "window_lock", "drawer", "window"},
-        4: {"cube", "drawer_lock"},
-        5: {"cube", "window"},
-    }[task]
     for game in range(2):
         events = happened(td, env, game)
         assert events[-1] == "success"
-        assert asked <= set(events)
+        assert sorted(events) == sorted({"success", *ASKED[task]})
         end = td["next", "done"][game].flatten().tolist().index(True)
         assert td["next", "terminated"][game, end]
         assert td["next", "reward"][game, end] == 0  # every subtask is done
@@ -144,13 +156,32 @@ def test_demonstrator_stands_noise_and_lays_the_cube_down() -> None:
     assert {"cube", "success"} == set(happened(td, env))
 
 
-def test_privileged_judge_sees_a_subtask_completed_within_the_clip() -> None:
-    env = OGBenchEnv(SCENE.format(1), 1, seed=3)
-    events = solve(env, 100)["next", "events"]
-    judge = PrivilegedScorer(env.event_names, ("drawer", "window"))
-    at = events[0, :, [4, 5]].any(1).nonzero().flatten()
-    clips = torch.stack([events[0, : at[0]].any(0), events[0, at[0] : at[0] + 1].any(0)])
-    assert judge(TensorDict({"events": clips}, [2]))["score"].tolist() == [0, 1]
+@pytest.mark.parametrize(("task", "counts"), [(1, False), (2, True), (3, False), (5, True)])
+def test_a_lock_undone_and_redone_is_progress_only_where_something_was_locked(
+    task: int, counts: bool
+) -> None:
+    env = OGBenchEnv(SCENE.format(task), 1, seed=1)
+    env.reset()
+    game, still = env._local._games[0], torch.zeros(1, 5)
+    asked = int(game._cur_button_states[0])
+    seen = []
+    for state in (1 - asked, asked, 1 - asked, asked):
+        game._cur_button_states[0] = state
+        seen.append(env.step(TensorDict({"action": still}, [1]))["next", "events"][0].tolist())
+    assert seen == [[False, False, counts and step == 1, False, False, False] for step in range(4)]
+
+
+@pytest.mark.parametrize("task", [1, 2, 3, 4, 5])
+def test_privileged_judge_sees_a_subtask_completed_within_the_clip(task: int) -> None:
+    """The judge as it is configured for all five tasks, and clips of a step each."""
+    settings = yaml.safe_load(JUDGE.read_text())["scoring"]["scorer"]["init_args"]
+    env = OGBenchEnv(SCENE.format(task), 1, seed=3)
+    assert settings["event_names"] == list(env.event_names)
+    judge = PrivilegedScorer(**settings)
+    events = solve(env, 400)["next", "events"][0]
+    scores = judge(TensorDict({"events": events}, events.shape[:1]))["score"]
+    assert scores.sum() == len(ASKED[task]) + 1  # and success
+    assert scores.nonzero().flatten().tolist() == events.any(1).nonzero().flatten().tolist()
 
 
 def test_time_limit_truncates_and_does_not_terminate() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 
 import gymnasium
@@ -36,10 +37,12 @@ class _Game:
     """What is added to OGBench's environments, by inheritance before them."""
 
     first_task: str
+    detours: Mapping[int, NDArray[np.bool_]] = MappingProxyType({})  # of the tasks that have any
     _actions = gymnasium.spaces.Box(-1.0, 1.0, (5,), np.float32)
     _damping: NDArray[np.float64]
     _done: NDArray[np.bool_]  # subtasks
-    _due: NDArray[np.bool_]  # subtasks whose event has not been
+    _due: NDArray[np.bool_]  # subtasks whose event can still come
+    _detours: NDArray[np.bool_] | np.bool_ = np.False_  # subtasks that are to be undone and redone
     _info: dict[str, Any] | None = None  # of the observation
     _found: Any = None  # OGBench's verdict on the subtasks
     _model: Any
@@ -55,13 +58,17 @@ class _Game:
         self._actions.seed(seed)
         self.observed, _ = self.reset(seed=seed)  # type: ignore[attr-defined]
         self._done = self.subtasks()
-        self._due = np.ones_like(self._done)
+        self._due = ~self._done | self._detours
         self.events = np.zeros(1 + len(self._done), bool)
         self.reward, self.terminated = 0.0, False
         self._damping = self._model.dof_damping.copy()
 
     def play(self, action: NDArray[np.float32]) -> None:
-        """One step; a subtask's event, once in an episode: not done before, and done now."""
+        """One step; a subtask's event, once in an episode: not done before, and done now.
+
+        What was done from the start has one only where the way to success undoes it: to press a
+        button twice is no progress where nothing was locked.
+        """
         # Locks are joints with a large damping, in the model that all games share.
         self._model.dof_damping[:] = self._damping
         self.observed, self.reward, self.terminated, _, info = self.step(action)  # type: ignore[attr-defined]
@@ -131,8 +138,15 @@ class _Game:
         super().initialize_arm()  # type: ignore[misc]
 
 
+# Of cube, drawer_lock, window_lock, drawer, window. What is locked has to be unlocked before it
+# moves (tasks 2 and 5), and the drawer opened before the cube goes into it (4 and 5).
+_LOCKS = np.array([False, True, True, False, False])
+_DRAWER = np.array([False, False, False, True, False])
+
+
 class _SceneGame(_Game, SceneEnv):  # type: ignore[misc]
     first_task = "scene-singletask-task1-v0"
+    detours = MappingProxyType({2: _LOCKS, 4: _DRAWER, 5: _LOCKS | _DRAWER})
 
     def subtasks(self) -> NDArray[np.bool_]:
         cubes, buttons, drawer, window = self._compute_successes()
@@ -165,7 +179,8 @@ def game(env_id: str) -> Any:
     arguments = gymnasium.spec(env_id).kwargs
     kind = {"scene": _SceneGame, "single": _CubeGame}[arguments["env_type"]]
     first: Any = _prototype(kind).twin(own_model=True)
-    first._reward_task_id = arguments["reward_task_id"]
+    first._reward_task_id = task = arguments["reward_task_id"]
+    first._detours = kind.detours.get(task, np.False_)
     first.begin(0)
     return first
 

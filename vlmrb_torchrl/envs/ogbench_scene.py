@@ -75,6 +75,9 @@ class OGBenchEnv(SeededEpisodes):
     | ``action`` | float32 ``[N, 5]`` in [-1, 1] | effector's x, y, z and yaw, gripper: all relative |
     | ``reward`` | float32 ``[N, 1]`` | OGBench's: minus the number of subtasks not done |
 
+    A subtask that is done from the start has an event only in the tasks whose way to success undoes it:
+    the locks of tasks 2 and 5, the drawer of tasks 4 and 5.
+
     Success terminates an episode; ``max_steps`` truncates it. Both can hold at once. As in OGBench
     the reward, and success, are those of the state that the action is taken in: success comes one
     step after the last subtask's event, and not at all where that was the step of truncation.
