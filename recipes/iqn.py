@@ -33,7 +33,8 @@ class IQN(L.LightningModule):
             for small tasks (Tianshou's tests); for Atari Dopamine takes 64.
         target_quantiles: Fractions drawn for its target, the paper's N'.
         policy_quantiles: Fractions that an action is chosen by, the paper's K.
-        kappa: Huber threshold κ, in units of return.
+        kappa: Huber threshold κ, in units of the return that is learnt from, ``reward_scale`` times
+            the environment's.
         gamma: Discount factor.
         n_steps: Steps of reward that a transition carries before the value is bootstrapped.
         reward_scale: Factor of the rewards that are learnt from.

@@ -41,6 +41,7 @@ from recipes.telemetry import Telemetry
 from recipes.transitions import Transitions
 from vlmrb_torchrl import AsyncScorer, ClipRenderTransform, VLMReplayBuffer
 from vlmrb_torchrl.checks import ConfigError
+from vlmrb_torchrl.scorers import SeededScorer
 
 
 class Algorithm(Protocol):
@@ -70,8 +71,10 @@ class Algorithm(Protocol):
         """Run after each round of updates (exploration); return what is worth logging."""
 
 
-def build_scoring(buffer: VLMReplayBuffer, task: Task, settings: Scoring) -> AsyncScorer:
-    """Put the judge beside the buffer."""
+def build_scoring(buffer: VLMReplayBuffer, task: Task, settings: Scoring, seed: int) -> AsyncScorer:
+    """Put the judge beside the buffer; one that tosses coins tosses others in each run."""
+    if isinstance(settings.scorer, SeededScorer):
+        settings.scorer.manual_seed(settings.scorer.seed + seed)
     renderer = task.renderer()
     return AsyncScorer(
         buffer,
@@ -229,7 +232,7 @@ def train(
             cleanup.enter_context(torch.cuda.stream(torch.cuda.Stream(fabric.device, priority=-1)))
         scoring = None
         if replay.uses_scores:
-            scoring = cleanup.enter_context(build_scoring(buffer, task, scoring_settings))
+            scoring = cleanup.enter_context(build_scoring(buffer, task, scoring_settings, seed))
             with telemetry.paused():
                 wait_for_judge(scoring, scoring_settings)
 

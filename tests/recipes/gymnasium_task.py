@@ -112,11 +112,13 @@ class Gymnasium(Task):
 
     def make_one(self) -> EnvBase:
         """Build one environment: float32 observations, actions in [-1, 1]."""
-        env = gymnasium.make(self.id)
+        env, scaled = gymnasium.make(self.id), [ActionScaling()]
+        if env.observation_space.dtype == np.float64:  # a render state stays as exact as it is
+            scaled.append(DoubleToFloat(in_keys=["observation"]))
         if self.is_mujoco:
             enough = math.inf if self.success_reward is None else self.success_reward
             env = Judged(env, enough)
-        return TransformedEnv(GymWrapper(env), Compose(DoubleToFloat(), ActionScaling()))
+        return TransformedEnv(GymWrapper(env), Compose(*scaled))
 
     def make(self, num_envs: int, seed: int, *, held_out: bool = False) -> EnvBase:
         """Build ``num_envs`` of them, stepped in turn."""

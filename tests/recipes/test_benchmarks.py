@@ -1,9 +1,12 @@
 """Each benchmark runs, small, and prints its table; the figures themselves are not tested."""
 
 import pytest
+from torchrl.data import PrioritizedSampler, RandomSampler, TensorDictReplayBuffer
 
+from recipes import cli
 from recipes.benchmarks import environment, rendering, sampler, scene, scoring, soak, training
 from recipes.benchmarks.timing import Spread
+from recipes.dqn import DQN
 
 SCENE = "scene-singletask-task1-v0"
 
@@ -13,6 +16,16 @@ def test_ratio_is_taken_round_by_round():
     ratio = Spread([10, 20, 30]) / Spread([5, 5, 60])
     assert list(ratio.samples) == [2, 4, 0.5]
     assert str(ratio) == "2.00 (0.50 to 4.00)"
+
+
+@pytest.mark.parametrize("peer", ["torchrl_uniform", "torchrl_per"])
+def test_peers_are_torchrl_s_own_buffer_and_samplers(peer):
+    parser = cli.build_parser(DQN)
+    config = parser.parse_args([f"--config={training.PEERS / peer}.yaml"])
+    buffer = parser.instantiate(config).replay.buffer(0)
+    assert type(buffer) is TensorDictReplayBuffer
+    sampler = {"torchrl_uniform": RandomSampler, "torchrl_per": PrioritizedSampler}[peer]
+    assert type(buffer.sampler) is sampler
 
 
 @pytest.mark.parametrize(

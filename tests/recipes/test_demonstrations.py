@@ -11,6 +11,7 @@ from recipes.dqn import DQN
 from recipes.metrics import read_rows
 from recipes.replay import Uniform
 from recipes.sac import SAC
+from recipes.settings import MOST_SEED
 from recipes.tasks import Cube, DoorKey, Scene
 from recipes.td3 import TD3
 from recipes.transitions import Transitions
@@ -95,6 +96,17 @@ def test_noise_draws_and_the_buffer_s_draws_follow_from_different_numbers(monkey
     shown.batches(buffer, replay, DoorKey(5), Transitions(gamma=0.9), seed=7)
     assert len(seeds) == 2
     assert len({7, *seeds}) == 3  # the buffer's is the seed of the run
+
+
+def test_demonstrations_are_of_other_episodes_than_any_run_s():
+    class Watched(DoorKey):
+        def make(self, num_envs, seed, *, held_out=False):
+            self.asked = num_envs, seed, held_out
+            return super().make(num_envs, seed, held_out=held_out)
+
+    task = Watched(5)
+    Demonstrations(2).play(task, seed=7)
+    assert task.asked == (2, MOST_SEED + 7, False)
 
 
 def test_no_success_at_all_is_refused():
@@ -208,7 +220,9 @@ def test_scene_is_chosen_on_the_command_line_and_names_its_events():
     assert task.name == "scene_task4"
     env = task.make(2, seed=0)
     assert env.event_names == task.event_names
-    assert env.max_steps == 300
+    assert (env.env_id, env.max_steps) == ("scene-singletask-task4-v0", 300)
+    renderer = task.renderer()
+    assert (renderer.shadows, renderer.samples) == (False, 0)  # slow on software GL
     assert Cube().event_names == ("success", "cube")
 
 

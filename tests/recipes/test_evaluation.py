@@ -1,5 +1,7 @@
 """Success is any step's, in training and in evaluation; environments are closed come what may."""
 
+from contextlib import closing
+
 import pytest
 import torch
 from lightning.fabric import Fabric
@@ -12,7 +14,7 @@ from recipes.demonstrations import Demonstrations
 from recipes.evaluation import evaluate
 from recipes.metrics import read_rows
 from recipes.settings import Training
-from recipes.tasks import Task
+from recipes.tasks import Cube, DoorKey, Scene, Task
 from recipes.telemetry import Telemetry
 from vlmrb_torchrl import VLMReplayBuffer
 
@@ -60,9 +62,10 @@ class Counting(Task):
     name, event_names, success_event = "counting", ("first",), "first"
 
     def __init__(self):
-        self.made = []
+        self.made, self.asked = [], []
 
     def make(self, num_envs, seed, *, held_out=False):
+        self.asked.append((num_envs, seed, held_out))
         self.made.append(CountingEnv(num_envs))
         return self.made[-1]
 
@@ -75,10 +78,19 @@ def policy(act=torch.zeros_like):
 
 def test_each_game_plays_one_episode_and_waits_for_the_others():
     task = Counting()
-    result = evaluate(policy(), task, Training(eval_episodes=3), number=0)
+    result = evaluate(policy(), task, Training(eval_episodes=3), number=4)
+    assert task.asked == [(3, 4, True)]
     assert result == {"success": 1, "return": 2, "length": 2}  # 1, 2 and 3 steps
     assert task.made[0].stepped.flatten().tolist() == [1, 2, 3]
     assert task.made[0].is_closed
+
+
+@pytest.mark.parametrize("task", [DoorKey(5), Scene(), Cube()], ids=lambda task: task.name)
+def test_evaluation_s_episodes_are_not_training_s(task):
+    with closing(task.make(1, 0)) as trained, closing(task.make(1, 0, held_out=True)) as judged:
+        assert (trained.held_out, judged.held_out) == (False, True)
+        starts = [env.reset()["render_state"] for env in (trained, judged)]
+    assert not torch.equal(*starts)
 
 
 def test_training_counts_the_success_of_any_step_over_the_end_of_collections_and_a_resume(tmp_path):

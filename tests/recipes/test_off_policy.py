@@ -11,8 +11,11 @@ from recipes import cli, off_policy
 from recipes.dqn import DQN
 from recipes.iqn import IQN
 from recipes.metrics import read_rows
+from recipes.replay import VLMGuided
+from recipes.settings import Scoring
 from recipes.tasks import DoorKey, Task
 from tests.recipes.fabric_run import fabric_run
+from vlmrb_torchrl.scorers import RandomScorer
 
 ROOT = Path(cli.__file__).parent.parent
 CONFIGS = ROOT / "recipes" / "configs"
@@ -96,6 +99,31 @@ def test_nothing_is_evaluated_in_the_warm_up_and_evaluations_keep_their_numbers(
     rows = read_rows(tmp_path / "run")
     assert [row["env_steps"] for row in rows if "eval/return" in row] == [768, 1024]
     assert played == [2, 3]
+
+
+def test_nothing_is_learnt_in_the_warm_up(tmp_path):
+    """Of 1,000 steps 200 are the warm-up, both rounded up to collections of 32."""
+    settings = ["--replay=Uniform", "--training.log_every_env_steps=32", "--training.name=run"]
+    cli.run(DQN, [*SHORT, *settings, f"--training.log_dir={tmp_path}"])
+    learnt = [row["env_steps"] for row in read_rows(tmp_path / "run") if "loss/value" in row]
+    assert learnt == list(range(224, 1025, 32))
+
+
+def test_iqn_s_settings_reach_its_loss_and_actions_are_chosen_online():
+    loss = IQN(DoorKey(5).make(1, 0), online_quantiles=3, target_quantiles=5, kappa=2.0).loss
+    assert (loss.online_quantiles, loss.target_quantiles, loss.kappa) == (3, 5, 2.0)
+    assert loss.double_dqn
+
+
+def test_each_run_s_noisy_judge_tosses_other_coins():
+    def tosses(seed, run):
+        buffer = VLMGuided(capacity=64).buffer(0)
+        settings = Scoring(RandomScorer(rate=0.5, seed=seed), mode="sync")
+        off_policy.build_scoring(buffer, DoorKey(5), settings, run)
+        return settings.scorer(TensorDict({}, [64]))["score"].tolist()
+
+    assert tosses(0, 3) == tosses(3, 0)
+    assert len({tuple(tosses(0, run)) for run in range(4)}) == 4
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile wants a C++ compiler")

@@ -115,10 +115,10 @@ def test_run_with_a_judge_that_has_answered_nothing_yet_is_judged_after_the_resu
     """Every transition inserted is, at the end, scored or waits or was overwritten."""
     build, built = off_policy.build_scoring, []
 
-    def of_held(buffer, task, settings):
+    def of_held(buffer, task, settings, seed):
         settings.scorer = Held(["goal", "door", "key"], ["goal"])
         settings.mode = "thread"
-        built.append((build(buffer, task, settings), buffer))
+        built.append((build(buffer, task, settings, seed), buffer))
         return built[-1][0]
 
     monkeypatch.setattr(off_policy, "build_scoring", of_held)

@@ -61,6 +61,15 @@ def step(trained, optimizers, drawn):
     return stepped
 
 
+def own_log_prob(trained, observed):
+    """Log π of an action drawn by SAC's policy: a Gaussian's, less the tanh's log slope."""
+    policy = trained.actor[0](observed)
+    loc, scale = policy["loc"], policy["scale"]
+    raw = loc + scale * torch.randn(loc.shape)
+    log_prob = torch.distributions.Normal(loc, scale).log_prob(raw) - (1 - raw.tanh() ** 2).log()
+    return log_prob.flatten().detach()
+
+
 @BOTH
 def test_each_trained_weight_has_one_optimizer_and_the_critics_come_first(algorithm):
     trained = module(algorithm)
@@ -169,6 +178,17 @@ def test_sac_temperature_rises_below_the_target_entropy_and_falls_above():
         assert sign * (trained.loss.log_alpha.exp().item() - 0.2) > 0
 
 
+def test_sac_temperature_follows_the_entropy_of_the_actor_s_own_actions():
+    trained, drawn = module(SAC, target_entropy=0.5, alpha_init=0.2), batch(64)
+    torch.manual_seed(3)
+    trained.training_step(drawn, "actor")
+    loss = trained.training_step(drawn, "temperature")
+    torch.manual_seed(3)
+    log_prob = own_log_prob(trained, drawn.clone())
+    assert loss.item() == pytest.approx(-math.log(0.2) * (log_prob.mean().item() + 0.5), rel=1e-4)
+    assert trained.figures["entropy"].item() == pytest.approx(-log_prob.mean().item(), rel=1e-4)
+
+
 @pytest.mark.parametrize("numbers", [1, 3])
 def test_sac_target_entropy_is_minus_one_per_number_of_an_action(numbers):
     env = ChainEnv(2, discrete=False)
@@ -186,11 +206,8 @@ def test_sac_values_the_entropy_of_what_it_would_do_next():
     torch.manual_seed(3)
     trained.training_step(drawn, "critic")
     torch.manual_seed(3)
-    policy = trained.actor[0](drawn["next"].clone())
-    loc, scale = policy["loc"], policy["scale"]
-    raw = loc + scale * torch.randn(4, 1)
-    log_prob = torch.distributions.Normal(loc, scale).log_prob(raw) - (1 - raw.tanh() ** 2).log()
-    assert drawn["td_error"].tolist() == pytest.approx(log_prob.flatten().abs().tolist(), rel=1e-4)
+    log_prob = own_log_prob(trained, drawn["next"].clone())
+    assert drawn["td_error"].tolist() == pytest.approx(log_prob.abs().tolist(), rel=1e-4)
 
 
 @BOTH

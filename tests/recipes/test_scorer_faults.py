@@ -72,7 +72,7 @@ def train(tmp_path, monkeypatch):
     def run(judge, on_submit=lambda env_steps, scoring: None, **options):
         made, updates, update = [], [], off_policy.update
 
-        def build(buffer, task, settings):
+        def build(buffer, task, settings, seed):
             scoring = Drained(
                 buffer,
                 ClipRenderTransform(task.renderer()),

@@ -170,6 +170,9 @@ def checked_prompts(prompts: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(asked)
 
 
+_MOST_SEED = 2**63 - 1
+
+
 class SeededScorer(ClipScorer):
     """A scorer that draws random numbers from a generator of its own.
 
@@ -185,10 +188,19 @@ class SeededScorer(ClipScorer):
 
     def __init__(self, in_keys: Sequence[str] = (), *, seed: int = 0) -> None:
         super().__init__(in_keys)
-        if not is_whole(seed, 0, 2**63 - 1):
+        self._generator = torch.Generator()
+        self.manual_seed(seed)
+
+    def manual_seed(self, seed: int) -> None:
+        """Start another sequence.
+
+        Raises:
+            ValueError: ``seed`` is no whole number from 0 to 2^63 - 1.
+        """
+        if not is_whole(seed, 0, _MOST_SEED):
             raise ValueError(f"seed is {shown(seed)}; choose a whole number from 0 to 2^63 - 1.")
         self.seed = int(seed)
-        self._generator = torch.Generator().manual_seed(self.seed)
+        self._generator.manual_seed(self.seed)
 
     def draw(self, clips: int) -> Tensor:
         """The next ``clips`` numbers of the sequence, float32 ``[clips]``, uniform in [0, 1)."""

@@ -21,7 +21,7 @@ class NoisyScorer(SeededScorer):
         scorer: The judge taken as the truth. Its score from 0.5 on is a Yes.
         true_positive_rate: Probability of a Yes where the truth is Yes, in [0, 1].
         false_positive_rate: Probability of a Yes where the truth is No, in [0, 1].
-        seed: Where the sequence of errors starts.
+        seed: Where the sequence of errors starts; a recipe adds the seed of its run.
 
     Example:
         >>> wrong = NoisyScorer(ConstantScorer(1.0), true_positive_rate=0, false_positive_rate=1)

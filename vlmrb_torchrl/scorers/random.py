@@ -14,7 +14,7 @@ class RandomScorer(SeededScorer):
 
     Args:
         rate: Probability of a 1, in [0, 1].
-        seed: Where the sequence of tosses starts.
+        seed: Where the sequence of tosses starts; a recipe adds the seed of its run.
 
     Example:
         >>> RandomScorer(rate=1.0)(TensorDict({}, [3]))["score"]
