@@ -4,7 +4,16 @@ import pytest
 from torchrl.data import PrioritizedSampler, RandomSampler, TensorDictReplayBuffer
 
 from recipes import cli
-from recipes.benchmarks import environment, rendering, sampler, scene, scoring, soak, training
+from recipes.benchmarks import (
+    environment,
+    rendering,
+    sampler,
+    scene,
+    scoring,
+    soak,
+    training,
+    update,
+)
 from recipes.benchmarks.timing import Spread
 from recipes.dqn import DQN
 
@@ -108,3 +117,15 @@ def test_timed_run_goes_on_with_no_other(tmp_path, monkeypatch):
         training.training(pairs=1, env_steps=3000, out=tmp_path)
     assert len(set(folders)) == 4
     assert all(tmp_path in folder.parents for folder in folders)
+
+
+@pytest.mark.parametrize(
+    "algorithm", ["dqn", "sac", "td3", pytest.param("iqn", marks=pytest.mark.slow)]
+)
+def test_update_benchmark_times_each_mend(algorithm, capsys):
+    """IQN, whose network was never a general module, with compiled losses."""
+    task = cli.CONFIGS / ("cube_task1" if algorithm in ("sac", "td3") else "doorkey_6x6")
+    update.main(algorithm, task, rounds=1, seconds=0.0, compile=algorithm == "iqn")
+    printed = capsys.readouterr().out
+    assert printed.count("\u2502 and ") == (2 if algorithm == "iqn" else 1)
+    assert ("TensorDictModule" in printed) == (algorithm != "iqn")
