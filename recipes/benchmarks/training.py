@@ -86,7 +86,7 @@ def training(
     table = Table("", "median (lowest to highest)", title=f"{pairs} pairs of {env_steps} env steps")
     for name in (method, peer):
         table.add_row(f"{name}, env steps/s", str(Spread(speeds[name])))
-        table.add_row(f"{name}, updates/s", str(Spread(updates[name])))
+        table.add_row(f"{name}, updates/s, warm-up included", str(Spread(updates[name])))
     table.add_row(f"{method} ÷ {peer}", str(ours / theirs))
     table.add_row("clips dropped or failed", f"{unscored:.0f}")
     Console().print(table)

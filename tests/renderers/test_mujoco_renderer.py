@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pickle
 import threading
-from collections.abc import Callable, Iterator
-from ctypes.util import find_library
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium
@@ -28,13 +27,6 @@ def _draws_here() -> None:
         drawing._graphics()
     except RuntimeError as error:
         pytest.skip(str(error))
-
-
-@pytest.fixture
-def _tried_anew() -> Iterator[None]:
-    drawing._problem.cache_clear()
-    yield
-    drawing._problem.cache_clear()
 
 
 def stock(env_id: str, samples: int, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -160,51 +152,6 @@ def test_frames_depend_on_the_state_alone() -> None:
     assert len(seen) == 2
     render.close()
     assert torch.equal(render(states), frames)
-
-
-@pytest.mark.usefixtures("_tried_anew")
-def test_library_that_fails_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    """EGL without any vendor's driver."""
-    if find_library("OSMesa") is None:
-        pytest.skip("libosmesa6 is not installed")
-    for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("__EGL_VENDOR_LIBRARY_DIRS", "/nonexistent")
-    assert drawing._graphics() == "osmesa"
-
-
-@pytest.mark.usefixtures("_tried_anew")
-def test_no_library_at_all_is_one_line_that_names_the_package(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("MUJOCO_GL", "egl")
-    monkeypatch.setenv("__EGL_VENDOR_LIBRARY_DIRS", "/nonexistent")
-    with pytest.raises(RuntimeError, match=r"egl: .*apt-get install libegl1") as refusal:
-        drawing._graphics()
-    assert "\n" not in str(refusal.value)
-
-
-@pytest.mark.usefixtures("_tried_anew")
-def test_library_that_hangs_or_fails_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    tried = []
-    run = drawing.subprocess.run
-    monkeypatch.setattr(
-        drawing.subprocess, "run", lambda command, **how: tried.append(how) or run(command, **how)
-    )
-    monkeypatch.setenv("MUJOCO_GL", "egl")
-    monkeypatch.setattr(drawing, "_TRIAL", "import threading; threading.Event().wait()")
-    monkeypatch.setattr(drawing, "_TRIAL_SECONDS", 0.2)
-    for _ in range(3):
-        with pytest.raises(RuntimeError, match=r"egl: nothing drawn in 0\.2 s"):
-            drawing._graphics()
-    assert len(tried) == 1
-
-
-@pytest.mark.parametrize("arguments", [{"width": 0}, {"height": -1}, {"samples": -1}])
-def test_impossible_arguments_are_refused(arguments: dict[str, int]) -> None:
-    ((name, value),) = arguments.items()
-    with pytest.raises(ValueError, match=f"{name}={value}"):
-        MuJoCoRenderer(lambda: None, **arguments)  # type: ignore[arg-type, return-value]
 
 
 def test_unknown_camera_is_refused_with_those_that_there_are() -> None:
