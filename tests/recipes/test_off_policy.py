@@ -122,7 +122,7 @@ def test_each_run_s_noisy_judge_tosses_other_coins():
         off_policy.build_scoring(buffer, DoorKey(5), settings, run)
         return settings.scorer(TensorDict({}, [64]))["score"].tolist()
 
-    assert tosses(0, 3) == tosses(3, 0)
+    assert tosses(0, 3) == tosses(3, 0) == tosses(2**63 - 1, 4)
     assert len({tuple(tosses(0, run)) for run in range(4)}) == 4
 
 
