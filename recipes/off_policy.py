@@ -74,7 +74,7 @@ class Algorithm(Protocol):
 def build_scoring(buffer: VLMReplayBuffer, task: Task, settings: Scoring, seed: int) -> AsyncScorer:
     """Put the judge beside the buffer; one that tosses coins tosses others in each run."""
     if isinstance(settings.scorer, SeededScorer):
-        settings.scorer.manual_seed((settings.scorer.seed + seed) % 2**63)
+        settings.scorer.manual_seed((settings.scorer.seed + seed) % 2**63)  # torch takes no more
     renderer = task.renderer()
     return AsyncScorer(
         buffer,

@@ -11,6 +11,7 @@ of small networks, and the optimizers.  Sampling and priorities are left to
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from importlib import import_module
@@ -30,6 +31,7 @@ from recipes import cli
 from recipes.benchmarks.timing import Spread, rates
 from recipes.continuous_networks import ActionValue, DeterministicPolicy, GaussianPolicy
 from recipes.networks import GridQNetwork
+from vlmrb_torchrl.checks import ConfigError, require
 
 GENERAL, OWN, RECIPE, COMPILED = (
     "networks in TensorDictModule, Adam as by default, a search for a GPU in each step",
@@ -69,17 +71,29 @@ def in_general_module(kind: type[Any]) -> Callable[..., TensorDictModule]:
 
 def drawn_batch(settings: Namespace, module: Any) -> TensorDictBase:
     """A batch of the recipe's size, of random actions' steps."""
-    size = settings.replay.batch_size
     with closing(settings.env.make(1, seed=0)) as env:
-        steps = env.rollout(size, break_when_any_done=False)
+        steps = env.rollout(settings.replay.batch_size, break_when_any_done=False)
     batch: TensorDictBase = module.transitions(steps).reshape(-1)
-    return batch.set("index", torch.arange(size))
+    return batch
 
 
 def update(
-    recipe: type[Any], settings: Namespace, general: bool, plain: bool, compiled: bool
+    recipe: type[Any],
+    settings: Namespace,
+    *,
+    general: bool = False,
+    plain: bool = False,
+    compiled: bool = False,
 ) -> Callable[[], int]:
-    """Build an algorithm and return its update: each optimizer's step, then the targets'."""
+    """Build an algorithm and return its update: each optimizer's step, then the targets'.
+
+    Args:
+        recipe: LightningModule class.
+        settings: Of a run.
+        general: Put its networks into ``TensorDictModule``.
+        plain: Step by torch's default Adam, with Lightning's search for a GPU.
+        compiled: Compile its losses.
+    """
     with ExitStack() as patched:
         names = vars(import_module(recipe.__module__))
         for kind in _FORWARD:
@@ -130,18 +144,19 @@ def main(
     """
     torch.set_num_threads(1)
     recipe = getattr(import_module(f"recipes.{algorithm}"), algorithm.upper())
-    parser = cli.build_parser(recipe)
-    arguments = [f"--config={configs / algorithm}.yaml"]
-    settings = parser.instantiate(parser.parse_args(arguments))
-    contestants = {
-        GENERAL: update(recipe, settings, general=True, plain=True, compiled=False),
-        OWN: update(recipe, settings, general=False, plain=True, compiled=False),
-        RECIPE: update(recipe, settings, general=False, plain=False, compiled=False),
+    require(rounds >= 1, "rounds", rounds, "use at least 1")
+    settings = cli.rehearse(recipe, [f"--config={configs / algorithm}.yaml"])
+    ways = {
+        GENERAL: {"general": True, "plain": True},
+        OWN: {"plain": True},
+        RECIPE: {},
+        COMPILED: {"compiled": True},
     }
-    if compile:
-        contestants[COMPILED] = update(recipe, settings, general=False, plain=False, compiled=True)
     if algorithm == "iqn":  # its network was never in a general module
-        del contestants[GENERAL]
+        del ways[GENERAL]
+    if not compile:
+        del ways[COMPILED]
+    contestants = {name: update(recipe, settings, **way) for name, way in ways.items()}
     measured = rates(contestants, rounds, seconds)
     first = next(iter(measured.values()))
     title = f"{algorithm.upper()}, batch {settings.replay.batch_size}: median (lowest to highest)"
@@ -153,4 +168,7 @@ def main(
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    try:
+        auto_cli(main)
+    except ConfigError as error:
+        sys.exit(f"update: {error}")

@@ -170,9 +170,6 @@ def checked_prompts(prompts: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(asked)
 
 
-_MOST_SEED = 2**63 - 1
-
-
 class SeededScorer(ClipScorer):
     """A scorer that draws random numbers from a generator of its own.
 
@@ -197,7 +194,7 @@ class SeededScorer(ClipScorer):
         Raises:
             ValueError: ``seed`` is no whole number from 0 to 2^63 - 1.
         """
-        if not is_whole(seed, 0, _MOST_SEED):
+        if not is_whole(seed, 0, 2**63 - 1):
             raise ValueError(f"seed is {shown(seed)}; choose a whole number from 0 to 2^63 - 1.")
         self.seed = int(seed)
         self._generator.manual_seed(self.seed)
