@@ -107,6 +107,9 @@ def run(algorithm: type[L.LightningModule], argv: list[str] | None = None) -> No
         algorithm: LightningModule class of the recipe.
         argv: Command line; by default the process's own.
     """
+    if os.environ.get(LAUNCHED_BY_FABRIC_CLI):
+        # A script's own folder comes first; with `python -m` it is where one's own modules lie.
+        sys.path[0] = os.getcwd()
     parser = build_parser(algorithm)
     try:
         folder, argv = resumed(argv)

@@ -10,7 +10,10 @@ ROOT = Path(__file__).parents[2]
 
 
 def fabric_run(recipe, folder, *arguments, devices=2, strategy="ddp"):
-    """Run it in ``folder`` to its end, which is to be a good one."""
+    """Run it in ``folder`` to its end, which is to be a good one.
+
+    The recipes are found because they are installed, and by no PYTHONPATH of the test's own.
+    """
     with socket.socket() as free:  # fabric's own port is always the same, and may be taken
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -19,7 +22,7 @@ def fabric_run(recipe, folder, *arguments, devices=2, strategy="ddp"):
     command += [f"--strategy={strategy}"] if devices > 1 else []
     done = subprocess.run(
         [*command, str(ROOT / "recipes" / f"{recipe}.py"), *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         cwd=folder,
         capture_output=True,
         text=True,
