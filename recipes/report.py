@@ -15,7 +15,7 @@ from rich.table import Table
 from scipy import stats
 
 from recipes.metrics import read_rows
-from vlmrb_torchrl.checks import require
+from vlmrb_torchrl.checks import require, shown
 
 Array = NDArray[np.float64]
 
@@ -81,7 +81,8 @@ def interval(values: Array, statistic: Callable[..., Any] = np.mean) -> tuple[fl
 
 def read_outcome(folders: list[Path]) -> Outcome:
     """Read the metrics of one method's runs; a task that knows no success is told by its return."""
-    curves, speeds, env_steps, measure = [], [], [], "success"
+    curves, speeds, measure = [], [], "success"
+    axes: list[list[float]] = []
     for folder in folders:
         rows = read_rows(folder)
         evaluations = [row for row in rows if "eval/return" in row]
@@ -90,10 +91,16 @@ def read_outcome(folders: list[Path]) -> Outcome:
         )
         measure = "success" if "eval/success" in evaluations[0] else "return"
         curves.append([row[f"eval/{measure}"] for row in evaluations])
-        env_steps = [row["env_steps"] for row in evaluations]
+        axes.append([row["env_steps"] for row in evaluations])
+        require(
+            axes[-1] == axes[0],
+            f"the env steps at the evaluations of {folder}",
+            axes[-1],
+            f"compare it with runs evaluated at the same; {folders[0]} was at {shown(axes[0])}",
+        )
         speeds.append(rows[-1]["env_steps"] / rows[-1]["seconds"])
     speed = np.array(speeds)
-    return Outcome(np.array(env_steps, float), np.array(curves, float), speed, measure)
+    return Outcome(np.array(axes[0], float), np.array(curves, float), speed, measure)
 
 
 def cell(values: Array, digits: int = 2) -> str:
@@ -138,12 +145,20 @@ def outcome_rows(outcomes: dict[str, Outcome]) -> Rows:
 
 
 def difference_rows(outcomes: dict[str, Outcome]) -> Rows:
-    """Build the table of differences in area, paired by seed, header first."""
+    """Build the table of differences in area, paired by seed, header first.
+
+    An area over other evaluations than the baseline's is not held against it.
+    """
+
+    def minus(outcome: Outcome, baseline: Outcome) -> str:
+        same = np.array_equal(outcome.env_steps, baseline.env_steps)
+        return cell(outcome.area - baseline.area) if same else "other evaluations"
+
     baselines = [name for name in BASELINES if name in outcomes]
     rows = [["area under curve of", *(f"minus {name}" for name in baselines)]]
     for method, outcome in outcomes.items():
         differences = [
-            "" if name == method else cell(outcome.area - outcomes[name].area) for name in baselines
+            "" if name == method else minus(outcome, outcomes[name]) for name in baselines
         ]
         rows.append([method, *differences])
     return rows if baselines and len(outcomes) > 1 else []

@@ -7,13 +7,41 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from recipes.report import Outcome, interval, read_outcome, report, steps_cell, unscored
+from recipes.report import (
+    Outcome,
+    difference_rows,
+    interval,
+    read_outcome,
+    report,
+    steps_cell,
+    unscored,
+)
+from vlmrb_torchrl.checks import ConfigError
 
 STEPS = np.array([100.0, 200.0, 300.0, 400.0])
 
 
 def outcome(*curves):
     return Outcome(STEPS, np.array(curves, float), np.full(len(curves), 1000.0))
+
+
+def evaluated(folder, *env_steps):
+    folder.mkdir()
+    rows = [{"env_steps": steps, "seconds": 1.0, "eval/return": 0.0} for steps in env_steps]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def test_runs_that_were_evaluated_at_other_steps_share_no_axis(tmp_path):
+    one, other = evaluated(tmp_path / "a", 100, 200), evaluated(tmp_path / "b", 100, 300)
+    with pytest.raises(ConfigError, match=r"evaluations of .*/b is \[100, 300\]: .*\[100, 200\]"):
+        read_outcome([one, other])
+    # Each method has its own axis; areas over other evaluations are not subtracted.
+    outcomes = {"uer": read_outcome([one]), "per": read_outcome([other])}
+    assert difference_rows(outcomes)[1:] == [
+        ["uer", "", "other evaluations"],
+        ["per", "other evaluations", ""],
+    ]
 
 
 def test_area_is_the_mean_over_evaluations():
