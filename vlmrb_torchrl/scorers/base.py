@@ -7,6 +7,7 @@ in ``scorers/__init__.py``; the contract tests then find it.
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
@@ -19,7 +20,7 @@ from vlmrb_torchrl.checks import is_positive, is_real, is_whole, quoted, shown
 from vlmrb_torchrl.keys import CLIP, EVENTS, SCORE
 
 
-class ClipScorer(TensorDictModuleBase):
+class ClipScorer(TensorDictModuleBase, ABC):
     """A frozen judge of clips: clips (or simulator events) in, a score in [0, 1] out.
 
     B: clips in the batch, F: frames shown of a clip, E: events a simulator can report.
@@ -90,13 +91,13 @@ class ClipScorer(TensorDictModuleBase):
     def load(self) -> None:
         """Load what is heavy. Called once by a worker before its first clip; may do nothing."""
 
+    @abstractmethod
     def score(self, tensordict: TensorDictBase) -> Tensor:
         """Judge a batch of clips: ``[B]`` in [0, 1], in the order of the batch.
 
         Args:
             tensordict: The clips, batch ``[B]``, holding at least ``in_keys``.
         """
-        raise NotImplementedError(f"{type(self).__name__} must implement score(tensordict).")
 
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -143,9 +144,9 @@ class PromptedScorer(ClipScorer):
         super().__init__(in_keys=(CLIP,))
         self.prompts = checked_prompts(prompts)
 
+    @abstractmethod
     def score_prompts(self, tensordict: TensorDictBase) -> Tensor:
         """Judge a batch of clips by every prompt: ``[B, P]`` in [0, 1]."""
-        raise NotImplementedError(f"{type(self).__name__} must implement score_prompts(clips).")
 
     def score(self, tensordict: TensorDictBase) -> Tensor:
         """Maximum over prompts, ``[B]``."""
