@@ -17,6 +17,7 @@ import lightning as L
 import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, lazy_instance
 from lightning.fabric import Fabric
+from lightning.fabric.plugins.environments import LightningEnvironment
 
 from recipes.checkpoint import Checkpoints, check_resumable, last_good, start_afresh
 from recipes.combinations import check
@@ -187,7 +188,10 @@ def launch(
     if os.environ.get(LAUNCHED_BY_FABRIC_CLI):
         fabric = Fabric()
     else:
-        fabric = Fabric(accelerator=training.accelerator, devices=1)
+        # One device, also in an allocation of SLURM's or MPI's, whose tasks are not ranks of ours.
+        alone = LightningEnvironment()
+        alone.set_global_rank(0)
+        fabric = Fabric(accelerator=training.accelerator, devices=1, plugins=alone)
         fabric.launch()
     # Lightning asks torch to look for NVML whenever it asks for a GPU, which Adam does in each
     # step: 0.1 ms where there is none. The processes are forked by now; the plain check is free.

@@ -7,15 +7,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchrl.envs import ExcludeTransform, GymEnv, TransformedEnv
 
 import recipes
 from recipes import cli
 from recipes.dqn import DQN
 from recipes.iqn import IQN
+from recipes.metrics import read_rows
 from recipes.sac import SAC
 from recipes.tasks import DoorKey, Task
+from tests.recipes.resuming import start
 from vlmrb_torchrl.checks import one_line
 from vlmrb_torchrl.prompts import OGBENCH
 from vlmrb_torchrl.renderers import mujoco as drawing
@@ -177,6 +182,24 @@ def test_judge_of_ogbench_is_asked_the_question_of_ogbench():
     )
     assert settings.scoring.scorer.prompts == (OGBENCH["success"],)
     assert settings.replay.td_boost
+
+
+@pytest.mark.parametrize("tasks_per_node", ["4", None])
+def test_in_an_allocation_of_slurm_one_device_trains_and_writes(
+    tasks_per_node, tmp_path, monkeypatch
+):
+    """The last of four tasks; its rank is what Lightning reads when it is imported."""
+    set_by_slurm = {"NTASKS": "4", "PROCID": "3", "LOCALID": "3", "NODEID": "0", "JOB_NAME": "x"}
+    for name, value in {**set_by_slurm, "NTASKS_PER_NODE": tasks_per_node}.items():
+        if value is not None:
+            monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setattr(rank_zero_only, "rank", 3)
+    folder = tmp_path / "run"
+    length = ["--training.total_env_steps=256", "--training.eval_every_env_steps=0"]
+    start(DQN, folder, "--env.size=5", "--replay=Uniform", *length)
+    assert torch.load(folder / "policy.ckpt", weights_only=True)["env_steps"] == 256
+    assert read_rows(folder)[-1]["env_steps"] == 256
+    assert EventAccumulator(str(folder)).Reload().Scalars("train/epsilon")[-1].step == 256
 
 
 def test_value_on_the_command_line_overrides_the_file():
