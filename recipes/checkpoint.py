@@ -7,10 +7,13 @@ rank has its own.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from torchrl.checkpoint import (
 )
 
 from recipes.interruption import StoppedError
-from recipes.metrics import CHECKPOINTS
+from recipes.metrics import CHECKPOINTS, METRICS_FILE
 from recipes.run_state import RunState
 from recipes.telemetry import Telemetry
 from vlmrb_torchrl.checks import ConfigError, one_line
@@ -177,7 +180,7 @@ def latest(folder: Path, world_size: int | None = None) -> Path:
     ]
     common: set[str] = set.intersection(*names) if names else set()
     if not common:
-        raise ConfigError(f"--resume {folder}: no checkpoint lies there, start the run anew")
+        raise ConfigError(f"--resume {folder}: no checkpoint lies there, start another run")
     if world_size and world_size != len(ranks):
         raise ConfigError(
             f"--resume {folder}: it was run by {len(ranks)} processes, and these are {world_size}"
@@ -217,21 +220,48 @@ def check_resumable(folder: Path, config: Config) -> None:
             )
 
 
-def start_afresh(folder: Path) -> None:
-    """Make room for a new run, but not of a run that could go on.
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep ``folder``, made if need be, from every other process that asks for it.
+
+    The kernel ends it with the process, however that ends; children do not inherit it.
 
     Raises:
-        ConfigError: There is one in ``folder``.
+        ConfigError: Another process has it.
     """
-    checkpoints, policy = folder / CHECKPOINTS, folder / "policy.ckpt"
-    if any(checkpoints.glob("rank*/checkpoint-*")) and not policy.exists():
-        raise ConfigError(
-            f"{folder} holds a run that is not finished: go on with --resume {folder}, or remove "
-            f"{checkpoints}"
-        )
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    policy.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise ConfigError(
+                    f"{folder} is being written by another process: wait for its end, or give "
+                    "this one another name (fabric run trains one run on several devices)"
+                ) from None
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS):  # a file system without locks
+                raise
+        yield
+
+
+def has_results(folder: Path) -> bool:
+    """Whether a run has left figures, a checkpoint or a policy in ``folder``."""
+    metrics = folder / METRICS_FILE
+    left = (folder / "policy.ckpt").exists() or any((folder / CHECKPOINTS).glob("*/checkpoint-*"))
+    return left or (metrics.exists() and metrics.stat().st_size > 0)
+
+
+def check_vacant(folder: Path) -> None:
+    """Refuse to begin a run where one has left results.
+
+    Raises:
+        ConfigError: They lie in ``folder``.
+    """
+    if has_results(folder):
+        raise ConfigError(
+            f"{folder} holds a run: give this one another --training.name, go on with that one by "
+            f"--resume {folder}, or remove it"
+        )
 
 
 def _registered(run: RunState) -> Checkpoint:

@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import sys
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,7 +19,13 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, lazy_instance
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import LightningEnvironment
 
-from recipes.checkpoint import Checkpoints, check_resumable, last_good, start_afresh
+from recipes.checkpoint import (
+    Checkpoints,
+    check_resumable,
+    check_vacant,
+    last_good,
+    locked,
+)
 from recipes.combinations import check
 from recipes.demonstrations import Demonstrations
 from recipes.divergence import DivergedError
@@ -163,13 +169,21 @@ def build_algorithm(algorithm: type[L.LightningModule], settings: Namespace) -> 
         return algorithm(env, **settings.algorithm.as_dict())
 
 
-def describe_policy(algorithm: type[L.LightningModule]) -> dict[str, Any]:
-    """Say which class plays ``policy.ckpt``: a run started by ``-m`` is ``__main__`` to itself."""
-    path = f"recipes.{algorithm.__name__.lower()}.{algorithm.__name__}"
-    return {
+def describe(
+    folder: Path, parser: ArgumentParser, config: Namespace, algorithm: type[L.LightningModule]
+) -> None:
+    """Write the whole configuration, and which class plays ``policy.ckpt``."""
+    written = folder / "config.yaml.writing"  # whole or not at all: --resume reads it
+    parser.save(config, written, overwrite=True)
+    written.replace(folder / "config.yaml")
+    policy = {
         "class_path": "recipes.policies.TrainedPolicy",
-        "init_args": {"checkpoint": "policy.ckpt", "algorithm": path},
+        "init_args": {
+            "checkpoint": "policy.ckpt",
+            "algorithm": f"recipes.{algorithm.__name__.lower()}.{algorithm.__name__}",
+        },
     }
+    (folder / "policy.yaml").write_text(json.dumps(policy))
 
 
 def launch(
@@ -200,16 +214,16 @@ def launch(
     folder = Path(training.log_dir) / (training.name or run_name(algorithm, settings))
     again = f"python -m recipes.{algorithm.__name__.lower()} --resume {folder}"
     try:
-        if fabric.is_global_zero:
-            if not resume:
-                start_afresh(folder)
-            written = folder / "config.yaml.writing"  # whole or not at all: --resume reads it
-            parser.save(config, written, overwrite=True)
-            written.replace(folder / "config.yaml")
-            (folder / "policy.yaml").write_text(json.dumps(describe_policy(algorithm)))
-        every, whole = training.checkpoint_every_env_steps, as_json(parser, config)
-        checkpoints = Checkpoints(fabric, folder, every, whole, resume=resume)
-        with Telemetry(fabric, settings.env, training, folder, resumed=resume) as telemetry:
+        with ExitStack() as kept:
+            if fabric.is_global_zero:
+                kept.enter_context(locked(folder))
+                if not resume:
+                    check_vacant(folder)
+                describe(folder, parser, config, algorithm)
+            fabric.barrier()  # no rank touches the folder before it is this run's
+            every, whole = training.checkpoint_every_env_steps, as_json(parser, config)
+            checkpoints = Checkpoints(fabric, folder, every, whole, resume=resume)
+            telemetry = Telemetry(fabric, settings.env, training, folder, resumed=resume)
             train(
                 fabric,
                 module,
@@ -218,7 +232,7 @@ def launch(
                 settings.scoring,
                 settings.demonstrations,
                 training,
-                telemetry,
+                kept.enter_context(telemetry),
                 checkpoints,
             )
     except DivergedError as error:

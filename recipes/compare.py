@@ -26,8 +26,9 @@ import jsonargparse
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from recipes.checkpoint import has_results, locked
 from recipes.cli import rehearse
-from recipes.metrics import CHECKPOINTS, last_row
+from recipes.metrics import CHECKPOINTS, METRICS_FILE, last_row
 from recipes.report import report
 from vlmrb_torchrl.checks import ConfigError, require
 
@@ -79,21 +80,25 @@ class Run:
 
     def replaces_another(self) -> bool:
         """Whether the folder holds what a run of other settings has come to."""
-        finished, checkpoints = self.folder / "finished.json", self.folder / CHECKPOINTS
-        kept = finished.exists() or any(checkpoints.glob("*/checkpoint-*"))
-        return kept and not self._marked("started.json")
+        return has_results(self.folder) and not self._marked("started.json")
 
     def start(self) -> None:
-        """Start the process, or go on with this very run; it prints into ``output.txt``."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "finished.json").unlink(missing_ok=True)
-        command, mode = [*self.command[:3], f"--resume={self.folder}"], "ab"
-        if not any((self.folder / CHECKPOINTS).glob("*/checkpoint-*")):
-            command, mode = self.command, "wb"
-            for events in self.folder.glob("events.out.tfevents.*"):
-                events.unlink()
-            (self.folder / "started.json").write_text(json.dumps(self.identity()))
-        with (self.folder / "output.txt").open(mode) as output:
+        """Start the process, or go on with this very run; it prints into ``output.txt``.
+
+        Raises:
+            ConfigError: Its process of before is still at it.
+        """
+        with locked(self.folder):
+            command, mode = [*self.command[:3], f"--resume={self.folder}"], "ab"
+            if not any((self.folder / CHECKPOINTS).glob("*/checkpoint-*")):
+                command, mode = self.command, "wb"
+                # What it had come to, without a checkpoint to go on from, is repeated.
+                for pattern in ("events.out.tfevents.*", METRICS_FILE, "policy.ckpt"):
+                    for path in self.folder.glob(pattern):
+                        path.unlink()
+                (self.folder / "started.json").write_text(json.dumps(self.identity()))
+            output = (self.folder / "output.txt").open(mode)
+        with output:
             self.process = subprocess.Popen(command, stdout=output, stderr=output)
 
     def ended(self) -> bool:
@@ -241,7 +246,7 @@ def compare(
         TimeElapsedColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console) as progress:
+    with locked(out), Progress(*columns, console=console) as progress:
         execute(runs, jobs, progress)
     folders: dict[str, list[Path]] = {}
     for run in runs:

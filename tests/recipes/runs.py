@@ -2,6 +2,9 @@
 
 import multiprocessing
 import signal
+import subprocess
+import sys
+from contextlib import contextmanager
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.recipes.runs", "recipes.dqn", "recipes.off_policy"])
@@ -29,3 +32,25 @@ def started(arguments, output):
     process = CONTEXT.Process(target=run_dqn, args=(arguments, str(output)))
     process.start()
     return process
+
+
+HOLD = """
+import fcntl, sys
+with open(sys.argv[1], "a") as file:
+    fcntl.lockf(file, fcntl.LOCK_EX)
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def held(folder):
+    """Another process has ``folder``, until it is killed at the end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-c", HOLD, str(folder / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout.readline() == b"held\n"
+            yield
+        finally:
+            process.kill()

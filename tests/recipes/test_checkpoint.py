@@ -2,8 +2,10 @@
 
 import errno
 import json
+import os
 import resource
 import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,7 +21,8 @@ from recipes.metrics import CHECKPOINTS, read_rows
 from recipes.plain import plain, restored
 from recipes.sac import SAC
 from recipes.settings import Training
-from tests.recipes.resuming import assert_same_end, resume, start, stopped
+from tests.recipes.resuming import SHORT, assert_same_end, resume, start, stopped
+from tests.recipes.runs import HOLD, held
 from vlmrb_torchrl.checks import ConfigError
 
 LINE = ["--env=tests.recipes.line_task.Line", "--algorithm.hidden_features=[8]", "--replay=Uniform"]
@@ -104,6 +107,69 @@ def test_command_to_go_on_is_shown(tmp_path, monkeypatch, capsys):
     assert last == f"stopped by SIGTERM; go on: python -m recipes.sac --resume {tmp_path}/run"
 
 
+def content(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("left", ["checkpoints", "policy.ckpt", "metrics.jsonl"])
+def test_fresh_start_leaves_what_a_run_has_left_alone_and_names_two_ways_out(left, tmp_path):
+    folder = tmp_path / "run"
+    if left == "checkpoints":
+        (folder / CHECKPOINTS / "rank0" / "checkpoint-000000000064").mkdir(parents=True)
+    else:
+        folder.mkdir()
+        (folder / left).write_text("of a run")
+    before = content(folder)
+    place = [f"--training.log_dir={tmp_path}", "--training.name=run"]
+    text = refused(SAC, *SHORT, *LINE, *place)
+    assert f"{folder} holds a run: " in text
+    assert "--training.name" in text
+    assert f"--resume {folder}" in text
+    assert content(folder) == before | {folder / ".lock": b""}
+
+
+def test_run_that_came_to_nothing_may_be_started_again(tmp_path):
+    """As after a judge that does not load."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    checkpoint.check_vacant(tmp_path / "run")
+
+
+@pytest.mark.parametrize("by", ["a fresh start", "--resume"])
+def test_second_start_of_a_run_is_refused_until_the_first_has_ended_or_was_killed(
+    by, unfinished, tmp_path
+):
+    folder = unfinished if by == "--resume" else tmp_path / "fresh"
+    begin = resume if by == "--resume" else start
+    with held(folder):
+        before = content(folder)
+        with pytest.raises(SystemExit) as refusal:
+            begin(SAC, folder, *([] if by == "--resume" else LINE))
+        assert str(refusal.value).startswith(f"{folder} is being written by another process: ")
+        assert "\n" not in str(refusal.value)
+        assert content(folder) == before
+    with checkpoint.locked(folder):
+        pass
+
+
+def test_lock_keeps_others_out_and_is_not_inherited(tmp_path):
+    """A judge's process may outlive a run that was killed, by a moment."""
+    waiting, woken = os.pipe()
+    with checkpoint.locked(tmp_path):
+        child = os.fork()
+        if not child:
+            os.close(woken)
+            os.read(waiting, 1)
+            os._exit(0)
+        ask = [sys.executable, "-c", HOLD.replace("LOCK_EX", "LOCK_EX | fcntl.LOCK_NB")]
+        ask.append(str(tmp_path / ".lock"))
+        assert subprocess.run(ask, input=b"", capture_output=True, check=False).returncode == 1
+    assert subprocess.run(ask, input=b"", capture_output=True, check=False).returncode == 0
+    os.close(woken)
+    os.close(waiting)
+    os.waitpid(child, 0)
+
+
 def edit_manifests(folder, **changes):
     for path in (folder / CHECKPOINTS).rglob("manifest.json"):
         manifest = json.loads(path.read_text())
@@ -144,15 +210,6 @@ def test_what_is_not_there_or_damaged_is_refused_in_one_line(unfinished, tmp_pat
     assert "no checkpoint lies there" in refused(SAC, f"--resume={unfinished}")
 
 
-def test_run_that_could_go_on_is_not_written_over(unfinished):
-    before = names(unfinished), (unfinished / "metrics.jsonl").read_text()
-    with pytest.raises(SystemExit, match="a run that is not finished: go on with --resume"):
-        start(SAC, unfinished, *LINE)
-    assert before == (names(unfinished), (unfinished / "metrics.jsonl").read_text())
-    resume(SAC, unfinished)
-    start(SAC, unfinished, *LINE)  # a finished one is
-
-
 def test_run_can_be_made_longer(unfinished):
     resume(SAC, unfinished)
     resume(SAC, unfinished, "--training.total_env_steps=1280")
@@ -190,8 +247,9 @@ def say_that_the_disk_is_full(state, path):
 
 
 def write_up_to_a_limit_of_the_kernel(state, path, save=torch.save):
+    """Less than a checkpoint takes; what TensorBoard's thread writes meanwhile fits in."""
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, unlimited[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 15, unlimited[1]))
     try:
         save(state, path)
     finally:

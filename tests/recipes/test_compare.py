@@ -9,6 +9,7 @@ from rich.progress import Progress
 
 from recipes import compare
 from recipes.metrics import last_row
+from tests.recipes.runs import held
 from vlmrb_torchrl.checks import ConfigError
 
 SHORT = [
@@ -66,6 +67,33 @@ def test_comparison_trains_in_parallel_reports_and_goes_on_where_it_was(tmp_path
     with pytest.raises(ConfigError, match="uer_s0 is of other settings; give another folder"):
         compare.compare(**{**arguments, "algorithm": "iqn"})
     assert metrics.stat().st_mtime_ns == written
+
+
+def test_two_processes_never_write_one_folder(tmp_path):
+    """Another comparison in ``out``; a run whose comparison was killed and which lives on."""
+    with held(tmp_path), pytest.raises(SystemExit, match=f"{tmp_path} is being written by another"):
+        compare.main(["--methods=[uer]", "--seeds=1", f"--out={tmp_path}"])
+    run = compare.Run("a", 0, [sys.executable, "-c", "pass"], tmp_path / "a")
+    with held(run.folder):
+        figures = run.folder / "metrics.jsonl"
+        figures.write_text("{}\n")
+        with pytest.raises(ConfigError, match="a is being written by another process"):
+            run.start()
+        assert figures.read_text() == "{}\n"
+
+
+def test_run_without_a_checkpoint_is_repeated_by_its_own_comparison_only(tmp_path):
+    run = compare.Run("a", 0, [sys.executable, "-c", "pass"], tmp_path / "a")
+    run.folder.mkdir()
+    left = [run.folder / name for name in ("metrics.jsonl", "events.out.tfevents.1")]
+    for path in left:
+        path.write_text("{}\n")
+    assert run.replaces_another()
+    (run.folder / "started.json").write_text(json.dumps(run.identity()))
+    assert not run.replaces_another()
+    run.start()
+    assert run.process.wait() == 0
+    assert not any(path.exists() for path in left)
 
 
 def test_failed_run_stops_the_others_and_is_reported_in_one_line(tmp_path):
