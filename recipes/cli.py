@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import lightning as L
 import torch
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, lazy_instance
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import LightningEnvironment
@@ -56,11 +57,13 @@ def build_parser(algorithm: type[L.LightningModule]) -> ArgumentParser:
     """Build the parser of a recipe from the signatures of its parts."""
     summary = (algorithm.__doc__ or algorithm.__name__).splitlines()[0]
     recipe = algorithm.__name__.lower()
-    tasks = " or ".join(sorted(path.parent.name for path in CONFIGS.glob(f"*/{recipe}.yaml")))
+    tasks = " or ".join(path.parent.name for path in tuned(recipe))
     guide = GUIDE.format(recipe=recipe, tasks=tasks or "a folder of your own")
     parser = ArgumentParser(description=f"{summary} {guide}", exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file; may be given repeatedly.")
-    parser.add_subclass_arguments(Task, "env", default=lazy_instance(DoorKey), required=False)
+    # The default settings are those of DoorKey-6x6: whoever has others says which task is meant.
+    default = {"default": lazy_instance(DoorKey)} if "doorkey_6x6" in tasks else {}
+    parser.add_subclass_arguments(Task, "env", required=False, **default)
     parser.add_subclass_arguments(
         Replay, "replay", default=lazy_instance(VLMGuided), required=False
     )
@@ -70,6 +73,11 @@ def build_parser(algorithm: type[L.LightningModule]) -> ArgumentParser:
     parser.add_class_arguments(algorithm, "algorithm", skip={"env"}, instantiate=False)
     parser.add_class_arguments(Training, "training")
     return parser
+
+
+def tuned(recipe: str) -> list[Path]:
+    """The files with settings of a recipe, one for each task that it was tuned on."""
+    return sorted(CONFIGS.glob(f"*/{recipe}.yaml"))
 
 
 def run_name(algorithm: type[L.LightningModule], settings: Namespace) -> str:
@@ -123,10 +131,8 @@ def run(algorithm: type[L.LightningModule], argv: list[str] | None = None) -> No
         config = parser.parse_args(argv)
         if folder is not None:
             check_resumable(folder, as_json(parser, config))
-        settings = parser.instantiate(config)
-        check(settings)
         # Built once to refuse its arguments before any process or file exists.
-        module = build_algorithm(algorithm, settings)
+        settings, module = build(algorithm, parser, config)
     except REFUSALS as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {refusal(error)}")
     launch(module, parser, config, settings, algorithm, resume=folder is not None)
@@ -140,12 +146,46 @@ def rehearse(algorithm: type[L.LightningModule], argv: list[str]) -> Namespace:
     """
     parser = build_parser(algorithm)
     try:
-        settings = parser.instantiate(parser.parse_args(argv))
-        check(settings)
-        build_algorithm(algorithm, settings)
+        settings, _ = build(algorithm, parser, parser.parse_args(argv))
     except REFUSALS as error:
         raise ConfigError(refusal(error)) from error
     return settings
+
+
+def build(
+    algorithm: type[L.LightningModule], parser: ArgumentParser, config: Namespace
+) -> tuple[Namespace, Any]:
+    """Build the settings and the LightningModule, and refuse what cannot work together."""
+    if config.get("env") is None:
+        known = " or ".join(map(shown_path, tuned(algorithm.__name__.lower())))
+        remedy = f"name a task's settings by --config {known}" if known else "name a task"
+        raise ConfigError(f"env is not set: {remedy}, or one of your own by --env my_module.MyTask")
+    settings = parser.instantiate(config)
+    check(settings)
+    return settings, build_algorithm(algorithm, settings)
+
+
+def advice(algorithm: type[L.LightningModule], settings: Namespace) -> str:
+    """Say which settings suit the task, where there are any and no file says how to train."""
+    recipe, task = algorithm.__name__.lower(), settings.env
+    file = CONFIGS / task.configs / f"{recipe}.yaml"
+    if file not in tuned(recipe) or not says_how_to_train(file):
+        return ""
+    if any(says_how_to_train(given) for given in settings.get("config") or []):
+        return ""
+    name = task.name or type(task).__name__
+    return f"{name} is hardly learnt with the default settings: use --config {shown_path(file)}"
+
+
+def says_how_to_train(file: Any) -> bool:
+    """Whether a YAML file has a section ``training``; None, a text in its place, counts as one."""
+    return file is None or "training" in (yaml.safe_load(Path(str(file)).read_text()) or {})
+
+
+def shown_path(path: Path) -> str:
+    """A path as one would write it here."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def refusal(error: Exception) -> str:
@@ -220,6 +260,8 @@ def launch(
                 if not resume:
                     check_vacant(folder)
                 describe(folder, parser, config, algorithm)
+                if advised := advice(algorithm, settings):
+                    print(advised, file=sys.stderr, flush=True)
             fabric.barrier()  # no rank touches the folder before it is this run's
             every, whole = training.checkpoint_every_env_steps, as_json(parser, config)
             checkpoints = Checkpoints(fabric, folder, every, whole, resume=resume)

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from recipes.checkpoint import has_results, locked
-from recipes.cli import rehearse
+from recipes.cli import advice, rehearse
 from recipes.metrics import CHECKPOINTS, METRICS_FILE, last_row
 from recipes.report import report
 from vlmrb_torchrl.checks import ConfigError, require
@@ -147,8 +147,13 @@ def plan(
     return runs
 
 
-def check(runs: list[Run], algorithm: str) -> None:
-    """Refuse what a run would refuse at its start, or only the report at the end."""
+def check(runs: list[Run], algorithm: str) -> set[str]:
+    """Refuse what a run would refuse at its start, or only the report at the end.
+
+    Returns:
+        What the runs would be advised.
+    """
+    said = set()
     recipe = getattr(import_module(f"recipes.{algorithm}"), algorithm.upper())
     for run in runs:
         try:
@@ -157,6 +162,8 @@ def check(runs: list[Run], algorithm: str) -> None:
             raise ConfigError(f"{run.method}: {error}") from error
         every = settings.training.eval_every_env_steps
         require(every > 0, "training.eval_every_env_steps", every, "evaluations are compared")
+        said.add(advice(recipe, settings))
+    return said - {""}
 
 
 def execute(runs: list[Run], jobs: int, progress: Progress) -> None:
@@ -233,8 +240,9 @@ def compare(
     jobs = jobs or len(os.sched_getaffinity(0))
     numbers = list(range(first_seed, first_seed + seeds))
     runs = plan(configs, algorithm, methods, numbers, out, extra)
-    check([run for run in runs[: len(methods)] if not run.finished()], algorithm)
     console = Console()
+    for advised in check([run for run in runs[: len(methods)] if not run.finished()], algorithm):
+        console.print(advised, soft_wrap=True)
     if finished := sum(run.finished() for run in runs):
         console.print(
             f"{finished} of {len(runs)} runs lie finished in {out}; remove it to repeat them"

@@ -27,9 +27,11 @@ class Task(ABC):
         name: Short name, used for folders; empty: the name of the class.
         event_names: What the simulator reports, in the order of ``("next", "events")``.
         success_event: The one of them that is success; None: only returns are measured.
+        configs: Folder in ``recipes/configs`` whose settings suit the task; empty: none is known.
     """
 
     name: str = ""
+    configs: str = ""
     event_names: tuple[str, ...] = ()
     success_event: str | None = None
 
@@ -77,7 +79,7 @@ class DoorKey(Task):
 
     def __init__(
         self,
-        size: int = 8,
+        size: int = 6,
         max_steps: int | None = None,
         tile_size: int = 8,
         window: int | None = 8,
@@ -90,6 +92,7 @@ class DoorKey(Task):
         self.size, self.max_steps = size, max_steps
         self.tile_size, self.window = tile_size, window
         self.name = f"doorkey_{size}x{size}"
+        self.configs = "doorkey_6x6" if size <= 6 else "doorkey_8x8"
 
     def make(self, num_envs: int, seed: int, *, held_out: bool = False) -> DoorKeyEnv:
         """Build ``num_envs`` games."""
@@ -115,6 +118,7 @@ class Scene(Task):
     """
 
     success_event = OGBenchEnv.success_event
+    configs = "scene_task1"
     _family = "scene"
 
     def __init__(
@@ -162,4 +166,5 @@ class Cube(Scene):
         height: Of the judge's frames, in pixels.
     """
 
+    configs = "cube_task1"
     _family = "cube-single"

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from recipes.iqn import IQN
 from recipes.metrics import read_rows
 from recipes.sac import SAC
 from recipes.tasks import DoorKey, Task
+from recipes.td3 import TD3
 from tests.recipes.resuming import start
 from vlmrb_torchrl.checks import one_line
 from vlmrb_torchrl.prompts import OGBENCH
@@ -184,6 +186,53 @@ def test_judge_of_ogbench_is_asked_the_question_of_ogbench():
     assert settings.replay.td_boost
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_default_task_is_the_one_whose_settings_the_defaults_are(recipe):
+    parser = cli.build_parser(RECIPES[recipe])
+    plain, tuned = (
+        parser.instantiate(parser.parse_args(arguments))
+        for arguments in ([], [f"--config={CONFIGS}/doorkey_6x6/{recipe}.yaml"])
+    )
+    assert plain.env.name == tuned.env.name == "doorkey_6x6"
+    assert (plain.algorithm, plain.training) == (tuned.algorithm, tuned.training)
+
+
+@pytest.mark.parametrize("algorithm", [SAC, TD3])
+def test_recipe_without_a_task_is_refused_with_the_settings_to_use(algorithm, monkeypatch):
+    """Its defaults suit no task of this project: each wants a length and a pace of its own."""
+    monkeypatch.chdir(CONFIGS.parent.parent)
+    with pytest.raises(SystemExit) as refusal:
+        cli.run(algorithm, [])
+    file = f"{algorithm.__name__.lower()}.yaml"
+    for task in ("cube_task1", "scene_task1"):
+        assert f"recipes/configs/{task}/{file}" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "arguments", "advised"),
+    [
+        (DQN, ["--env.size=16"], "doorkey_8x8/dqn.yaml"),
+        (IQN, ["--config=doorkey_6x6/iqn.yaml", "--env.size=8"], "doorkey_8x8/iqn.yaml"),
+        (DQN, ["--config=doorkey_8x8/dqn.yaml", "--env.size=16"], None),
+        (DQN, ["--env.size=16", "--config=methods/per.yaml"], "doorkey_8x8/dqn.yaml"),
+        (DQN, ["--env.size=16", "--config={training: {total_env_steps: 9000000}}"], None),
+        (DQN, ["--env.size=5"], None),
+        (SAC, ["--env=Scene", "--replay=Uniform"], "scene_task1/sac.yaml"),
+        (TD3, ["--env=Cube", "--replay=Uniform"], "cube_task1/td3.yaml"),
+        (SAC, ["--config=scene_task1/sac.yaml", "--env.task=3"], None),
+        (SAC, ["--env=tests.recipes.line_task.Line", "--replay=Uniform"], None),
+    ],
+)
+def test_task_that_the_defaults_do_not_suit_is_advised_its_settings(
+    algorithm, arguments, advised, monkeypatch
+):
+    monkeypatch.chdir(CONFIGS)
+    text = cli.advice(algorithm, cli.rehearse(algorithm, arguments))
+    assert text.endswith(f"use --config {advised}" if advised else "")
+    assert bool(text) == bool(advised)
+
+
 @pytest.mark.parametrize("tasks_per_node", ["4", None])
 def test_in_an_allocation_of_slurm_one_device_trains_and_writes(
     tasks_per_node, tmp_path, monkeypatch
@@ -225,6 +274,10 @@ def test_help_explains_every_setting(recipe, capsys):
     assert "Gradient steps per environment step" in text
     assert f"python -m recipes.{recipe} --config recipes/configs/TASK/{recipe}.yaml" in text
     assert all(path.parent.name in text for path in SHARED if path.stem == recipe)
+    abstract = {"Task", "Replay", "ClipScorer", "PromptedScorer", "SeededScorer", "LocalScorer"}
+    choices = re.findall(r"known subclasses: ([^)]*)", text)
+    assert len(choices) == 3
+    assert not abstract & set(re.findall(r"\w+", " ".join(choices)))
 
 
 @pytest.mark.parametrize("path", METHODS, ids=lambda path: path.stem)
