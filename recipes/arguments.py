@@ -41,6 +41,8 @@ _RULES: dict[str, Rule] = {
 def check_arguments(**arguments: Any) -> None:
     """Refuse an argument of an algorithm that cannot work, by its name.
 
+    One that no other algorithm has is not known here: its algorithm checks it.
+
     Raises:
         ConfigError: In one line, with the argument, its value and the remedy.
 
@@ -48,5 +50,6 @@ def check_arguments(**arguments: Any) -> None:
         >>> check_arguments(gamma=0.99, learning_rate=3e-4)
     """
     for name, value in arguments.items():
-        allowed, remedy = _RULES[name]
-        require(allowed(value), f"algorithm.{name}", value, remedy)
+        if name in _RULES:
+            allowed, remedy = _RULES[name]
+            require(allowed(value), f"algorithm.{name}", value, remedy)

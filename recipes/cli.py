@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import lightning as L
 import torch
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace, lazy_instance
+from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, Namespace, lazy_instance
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import LightningEnvironment
 
@@ -41,12 +41,12 @@ from vlmrb_torchrl.checks import ConfigError, one_line, require
 DEFAULT_SCORER = "vlmrb_torchrl.scorers.EmbeddedJudge"
 GUIDE = (
     "A run is set up by YAML files, laid over each other in order, and by arguments, which come "
-    "last: 'python -m recipes.{recipe} --config recipes/configs/TASK/{recipe}.yaml "
+    "last: 'python -m {module} --config recipes/configs/TASK/{recipe}.yaml "
     "--config recipes/configs/methods/per.yaml --training.seed 1'; TASK may be {tasks}. "
     "Environment, replay method and judge are chosen by class: '--replay Uniform', "
     "'--env my_module.MyTask', '--scoring.scorer my_module.MyScorer'; '--replay.help VLMGuided' "
     "shows the settings of one. A run that was stopped goes on where it was: 'python -m "
-    "recipes.{recipe} --resume runs/NAME'."
+    "{module} --resume runs/NAME'."
 )
 CONFIGS = Path(__file__).parent / "configs"
 LAUNCHED_BY_FABRIC_CLI = "LT_CLI_USED"
@@ -58,9 +58,17 @@ def build_parser(algorithm: type[L.LightningModule]) -> ArgumentParser:
     summary = (algorithm.__doc__ or algorithm.__name__).splitlines()[0]
     recipe = algorithm.__name__.lower()
     tasks = " or ".join(path.parent.name for path in tuned(recipe))
-    guide = GUIDE.format(recipe=recipe, tasks=tasks or "a folder of your own")
+    guide = GUIDE.format(
+        recipe=recipe, module=module_of(algorithm), tasks=tasks or "a folder of your own"
+    )
     parser = ArgumentParser(description=f"{summary} {guide}", exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file; may be given repeatedly.")
+    parser.add_argument(  # read before all others, by `resumed`: here to be listed
+        "--resume",
+        default=SUPPRESS,
+        metavar="FOLDER",
+        help="Folder of a run that was stopped, to go on with, under its settings.",
+    )
     # The default settings are those of DoorKey-6x6: whoever has others says which task is meant.
     default = {"default": lazy_instance(DoorKey)} if "doorkey_6x6" in tasks else {}
     parser.add_subclass_arguments(Task, "env", required=False, **default)
@@ -78,6 +86,17 @@ def build_parser(algorithm: type[L.LightningModule]) -> ArgumentParser:
 def tuned(recipe: str) -> list[Path]:
     """The files with settings of a recipe, one for each task that it was tuned on."""
     return sorted(CONFIGS.glob(f"*/{recipe}.yaml"))
+
+
+def module_of(algorithm: type[L.LightningModule]) -> str:
+    """Name the module of an algorithm, which is ``__main__`` to itself when it is run."""
+    if algorithm.__module__ != "__main__":
+        return algorithm.__module__
+    main = sys.modules["__main__"]
+    if main.__spec__ is not None:
+        return main.__spec__.name
+    script = Path(str(main.__file__)).resolve()
+    return f"recipes.{script.stem}" if script.parent == CONFIGS.parent else script.stem
 
 
 def run_name(algorithm: type[L.LightningModule], settings: Namespace) -> str:
@@ -156,6 +175,7 @@ def build(
     algorithm: type[L.LightningModule], parser: ArgumentParser, config: Namespace
 ) -> tuple[Namespace, Any]:
     """Build the settings and the LightningModule, and refuse what cannot work together."""
+    require("resume" not in config, "resume", config.get("resume"), "say it in the command itself")
     if config.get("env") is None:
         known = " or ".join(map(shown_path, tuned(algorithm.__name__.lower())))
         remedy = f"name a task's settings by --config {known}" if known else "name a task"
@@ -220,7 +240,7 @@ def describe(
         "class_path": "recipes.policies.TrainedPolicy",
         "init_args": {
             "checkpoint": "policy.ckpt",
-            "algorithm": f"recipes.{algorithm.__name__.lower()}.{algorithm.__name__}",
+            "algorithm": f"{module_of(algorithm)}.{algorithm.__name__}",
         },
     }
     (folder / "policy.yaml").write_text(json.dumps(policy))
@@ -252,7 +272,7 @@ def launch(
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
     fabric.seed_everything(training.seed * fabric.world_size + fabric.global_rank, verbose=False)
     folder = Path(training.log_dir) / (training.name or run_name(algorithm, settings))
-    again = f"python -m recipes.{algorithm.__name__.lower()} --resume {folder}"
+    again = f"python -m {module_of(algorithm)} --resume {folder}"
     try:
         with ExitStack() as kept:
             if fabric.is_global_zero:

@@ -36,7 +36,7 @@ def check(settings: Namespace) -> None:
         batch,
         f"use at most replay.capacity ({capacity})",
     )
-    n_steps = settings.algorithm.n_steps
+    n_steps = settings.algorithm.get("n_steps", 1)
     require(
         n_steps <= settings.training.steps_per_collection,
         "algorithm.n_steps",

@@ -16,6 +16,7 @@ from torchrl.envs import ExcludeTransform, GymEnv, TransformedEnv
 
 import recipes
 from recipes import cli
+from recipes.arguments import check_arguments
 from recipes.dqn import DQN
 from recipes.iqn import IQN
 from recipes.metrics import read_rows
@@ -23,7 +24,7 @@ from recipes.sac import SAC
 from recipes.tasks import DoorKey, Task
 from recipes.td3 import TD3
 from tests.recipes.resuming import start
-from vlmrb_torchrl.checks import one_line
+from vlmrb_torchrl.checks import one_line, require
 from vlmrb_torchrl.prompts import OGBENCH
 from vlmrb_torchrl.renderers import mujoco as drawing
 
@@ -93,6 +94,7 @@ REFUSED = {
     "--training.updates_per_env_step=-1": ("training.updates_per_env_step", "-1"),
     "--no_such_group.key=1": ("no_such_group",),
     "--config=no_such_file.yaml": ("no_such_file.yaml",),
+    "--config={resume: runs/there}": ("resume is runs/there", "in the command itself"),
     "--env=tests.recipes.test_cli.StatelessDoorKey": ("render_state", "StatelessDoorKey"),
     "--env.tile_size=16": ("EmbeddedJudge knows (64, 64) only", "--env.help DoorKey"),
     "--training.eval_every_env_steps=300000": ("training.eval_every_env_steps", "240000"),
@@ -251,6 +253,34 @@ def test_in_an_allocation_of_slurm_one_device_trains_and_writes(
     assert EventAccumulator(str(folder)).Reload().Scalars("train/epsilon")[-1].step == 256
 
 
+class Capped(DQN):
+    """An algorithm of one's own, in one file, with an argument that no other has.
+
+    Args:
+        env: Environment whose specs the network is built for.
+        gamma: Discount factor.
+        ceiling: Largest return.
+    """
+
+    def __init__(self, env, *, gamma: float = 0.95, ceiling: float = 1.0) -> None:
+        check_arguments(gamma=gamma, ceiling=ceiling)
+        require(ceiling > 0, "algorithm.ceiling", ceiling, "use more than 0")
+        super().__init__(env, gamma=gamma)
+
+
+def test_algorithm_of_one_s_own_is_one_file_with_arguments_of_its_own(tmp_path):
+    with pytest.raises(SystemExit, match=r"algorithm\.ceiling is -1.0: use more than 0"):
+        cli.run(Capped, ["--env=DoorKey", "--algorithm.ceiling=-1"])
+    with pytest.raises(SystemExit, match=r"env is not set: name a task"):
+        cli.run(Capped, [])
+    folder = tmp_path / "run"
+    length = ["--training.total_env_steps=32", "--training.warmup_env_steps=0"]
+    length += ["--training.eval_every_env_steps=0"]
+    start(Capped, folder, "--env=DoorKey", "--replay=Uniform", "--algorithm.ceiling=2", *length)
+    written = json.loads((folder / "policy.yaml").read_text())
+    assert written["init_args"]["algorithm"] == "tests.recipes.test_cli.Capped"
+
+
 def test_value_on_the_command_line_overrides_the_file():
     path = CONFIGS / "doorkey_6x6" / "dqn.yaml"
     parser = cli.build_parser(DQN)
@@ -269,7 +299,7 @@ def test_help_explains_every_setting(recipe, capsys):
     assert end.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     own = [f"--algorithm.{name}" for name in inspect.signature(algorithm).parameters]
-    for setting in ("--training.updates_per_env_step", "--scoring.stride", *own):
+    for setting in ("--training.updates_per_env_step", "--scoring.stride", "--resume FOLDER", *own):
         assert setting in text or setting == "--algorithm.env"
     assert "Gradient steps per environment step" in text
     assert f"python -m recipes.{recipe} --config recipes/configs/TASK/{recipe}.yaml" in text
