@@ -3,6 +3,7 @@
 import gc
 import itertools
 import logging
+import math
 import os
 import pickle
 import queue
@@ -20,7 +21,16 @@ from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, RandomSampler
 
 from tests.recipes.resuming import assert_equal
-from tests.scoring_doubles import Brightness, Faulty, Foreign, Gate, Gated, NumberRenderer, Yes
+from tests.scoring_doubles import (
+    Brightness,
+    Faulty,
+    Foreign,
+    Gate,
+    Gated,
+    NumberRenderer,
+    ThirdIs,
+    Yes,
+)
 from tests.streams import stream
 from vlmrb_torchrl.buffer import VLMReplayBuffer
 from vlmrb_torchrl.clips import ClipRenderTransform
@@ -411,6 +421,45 @@ def test_a_fault_is_counted_logged_once_retried_and_survived(how, mode, tmp_path
     (record,) = caplog.records
     assert "Learning goes on" in record.message
     assert "\n" not in record.message
+
+
+@pytest.mark.parametrize("mode", ["sync", "thread", SLOW_PROCESS])
+@pytest.mark.parametrize("answer", [math.nan, 1.7, math.inf, None], ids=str)
+def test_a_clip_without_a_score_costs_the_others_nothing(answer, mode, tmp_path):
+    """Of 16 clips the third gets no score: asked once more, alone, it alone fails.
+
+    A scorer that raises (None) does not say about which: then each is asked about alone. Pauses
+    are for scorers that answer nothing; one here of an hour would be noticed.
+    """
+    buffer = make_buffer()
+    backoff_s = (0.0, 0.0) if answer is None else (3600.0, 3600.0)
+    scorer = ThirdIs(answer, tmp_path)
+    with make(buffer, scorer, mode, batch_clips=16, max_wait_s=3600.0, backoff_s=backoff_s) as s:
+        insert(buffer, s, stream([4] * 16))
+        assert s.drain(PATIENT)
+        figures = books(s)
+    assert [score >= 0 for score in scores(buffer)] == [True] * 8 + [False] * 4 + [True] * 52
+    assert figures["clips_scored"] == 15
+    assert figures["clips_failed"] == 1
+    assert figures["transitions_failed"] == 4
+    assert faults(figures) == {"raised" if answer is None else "invalid": 2}
+    alone = [1] * 16 if answer is None else [1]
+    assert [int(size) for size in scorer.log.read_text().split()] == [16, *alone]
+
+
+def test_what_a_judge_behind_the_scorer_answered_is_not_taken_for_its_own_answer(tmp_path):
+    """Its own is the inverse; that of the third clip is none."""
+
+    class Inverse(Brightness):
+        def score(self, tensordict):
+            return 1 - ThirdIs(1.7, tmp_path)(tensordict)["score"]
+
+    buffer = make_buffer()
+    with make(buffer, Inverse(), "sync", batch_clips=16) as scoring:
+        insert(buffer, scoring, stream([4] * 4))
+        assert books(scoring)["clips_failed"] == 1
+    expected = [1 - 4 / 255] * 4 + [1 - 8 / 255] * 4 + [-1] * 4 + [1 - 16 / 255] * 4
+    assert scores(buffer)[:16] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("mode", ["thread", SLOW_PROCESS])

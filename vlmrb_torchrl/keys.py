@@ -11,7 +11,7 @@ simulator can report.
 | ``index_generation`` | int64 ``[B]`` | times the slot was rewritten | buffer | late writes |
 | ``clip`` | uint8 ``[B, F, 3, H, W]`` | RGB, 0 to 255 | ``ClipRenderTransform`` | scorers |
 | ``events`` | bool ``[B, E]`` | happened anywhere in the clip | clip cutter | privileged scorer |
-| ``score`` | float32 ``[B]`` | probability of Yes, 0 to 1 | scorers | ``write_scores`` |
+| ``score`` | float32 ``[B]`` | probability of Yes, 0 to 1; NaN: no score | scorers | ``write_scores`` |
 | ``td_error`` | float32 ``[B]`` or ``[B, 1]`` | absolute, in units of return | recipe | ``update_priority`` |
 | ``priority_weight`` | float32 ``[B]`` | (N q)^-β | sampler | loss |
 | ``q`` | float64 ``[B]`` | probability of the draw | sampler | whoever looks into a batch |

@@ -45,15 +45,18 @@ class AsyncScorer:
     | ``"auto"`` | thread if it is on CUDA or ``scorer.cheap``, else process | |
 
     A scorer that raises, answers nonsense, hangs or dies is counted, logged once per kind, and
-    asked once more about the same batch after a pause that doubles from fault to fault; then the
-    batch is given up. One that hangs or dies is started anew. One that raises
-    `ScorerUnavailableError` (its server is down) is asked about the same batch until it answers;
-    in ``"sync"`` mode, where learning would wait for it, once more.
+    asked once more about the same clips, one by one, after a pause that doubles from fault to
+    fault; then those without a score are given up. A clip that it answers NaN or another number
+    outside [0, 1] costs the others nothing: it alone is asked about once more. One that hangs or
+    dies is started anew. One that raises `ScorerUnavailableError` (its server is down) is asked
+    about the same batch until it answers; in ``"sync"`` mode, where learning would wait for it,
+    once more.
 
     Args:
         buffer: Where the transitions are and the scores go. Its sampler must take scores.
         transform: Draws ``"clip"`` from ``"render_state"``; None for a scorer of events.
-        scorer: The judge, any TensorDictModule that writes ``"score"`` ``[B]`` in [0, 1].
+        scorer: The judge, any TensorDictModule that writes ``"score"`` ``[B]`` in [0, 1], or NaN
+            where a clip has none.
         clip_transitions: Transitions that a clip covers.
         frames_per_clip: Frames of them that are shown, the last outcome always among them.
         stride: Transitions from one clip's start to the next; None: no overlap.

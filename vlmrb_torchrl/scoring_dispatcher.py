@@ -22,7 +22,7 @@ from vlmrb_torchrl.scoring_worker import ScorerError, one_line
 
 _LOGGER = logging.getLogger("vlmrb_torchrl.scoring")
 _TRIES = 2
-"""How often a batch is tried: once more, since its process may have died of something else."""
+"""How often a clip is asked about: once more, since its process may have died of something else."""
 _LONGEST_ABSENCE_SECONDS = 5.0
 """Pause, at most, until a scorer that was unavailable is asked again."""
 _JOIN_SECONDS = 5.0
@@ -107,7 +107,8 @@ class Dispatcher:
         if self._thread is None:
             self._env_steps = env_steps
             for start in range(0, len(clips), self._batch_clips):
-                self._attempt([Ticket(clip) for clip in clips[start : start + self._batch_clips]])
+                self._batch = [Ticket(clip) for clip in clips[start : start + self._batch_clips]]
+                self._attempt(self._batch)
             return
         with self._changed:
             self._env_steps = env_steps
@@ -158,12 +159,16 @@ class Dispatcher:
         self._backend.abort()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(_JOIN_SECONDS)
+        with self._changed:
+            self._ledger.dropped([ticket.clip for ticket in self._batch])
+            self._batch = []
 
     def _run(self) -> None:
         try:
             self._backend.start()
         except ScorerError as error:
-            self._fault(error.kind, str(error), retried=False)
+            self._count(error.kind, str(error), retried=False)
+            self._pause(error.kind)
         self._started.set()
         while batch := self._take():
             begun = time.monotonic()
@@ -188,58 +193,79 @@ class Dispatcher:
             return []
 
     def _attempt(self, batch: list[Ticket]) -> None:
-        """Have a batch scored and write the scores; whatever goes wrong is counted."""
-        clips = [ticket.clip for ticket in batch]
-        scores, tries = None, 0
-        while scores is None:
+        """Have a batch scored and the scores written; whatever goes wrong is counted.
+
+        Clips that get no score are asked about once more: one by one if nothing tells which of
+        them is to blame, so that none costs another its score.
+        """
+        parts, answered = deque([(batch, _TRIES)]), False
+        while parts and not self._closed:
+            part, tries = parts.popleft()
+            fault = None
             try:
-                scores = self._score(clips)
+                answer = self._score(part)
             except ScorerError as error:
                 if self._closed:
-                    self._settle(lambda: self._ledger.dropped(clips))
                     return
+                fault = error
                 # A server that is down says nothing of the batch: it waits.
-                tries += error.kind != "unavailable" or self._thread is None
-                self._fault(error.kind, str(error), retried=tries < _TRIES)
-                if tries >= _TRIES:
-                    self._settle(lambda: self._ledger.failed(clips))
-                    return
-        self._faults_in_a_row = 0
-        try:
-            live = self._write(clips, scores)
-        except Exception as error:
-            self._fault("write", one_line(error), retried=False)
-            self._settle(lambda: self._ledger.failed(clips))
-            return
-        self._settle(lambda: self._ledger.answered(batch, scores, live, self._env_steps))
+                tries -= fault.kind != "unavailable" or self._thread is None
+                self._count(fault.kind, str(fault), retried=tries > 0)
+                answer = np.full(len(part), np.nan) if fault.scores is None else fault.scores
+            none = np.isnan(answer)
+            if not none.all():
+                answered, self._faults_in_a_row = True, 0
+                self._write([part[i] for i in np.flatnonzero(~none)], answer[~none])
+            if fault is None:
+                continue
+            left = [part[i] for i in np.flatnonzero(none)]
+            if not tries:
+                self._settle(left, self._ledger.failed)
+            elif fault.scores is not None or fault.kind == "unavailable":
+                parts.append((left, tries))
+            else:
+                parts.extend(([ticket], tries) for ticket in left)
+            if not answered or fault.kind == "unavailable":
+                self._pause(fault.kind)
 
-    def _settle(self, note: Callable[[], None]) -> None:
-        """Enter a batch's fate into the books: it is pending until then, never both."""
+    def _settle(self, tickets: list[Ticket], note: Callable[[list[Clip]], None]) -> None:
+        """Enter the fate of clips into the books: they are pending until then, never both."""
+        settled = set(tickets)
         with self._changed:
-            note()
-            self._batch = []
-            self._changed.notify_all()
+            if self._batch:  # else `close` has dropped it
+                note([ticket.clip for ticket in tickets])
+                self._batch = [ticket for ticket in self._batch if ticket not in settled]
+                self._changed.notify_all()
 
-    def _score(self, clips: list[Clip]) -> NDArray[np.float32]:
+    def _score(self, batch: list[Ticket]) -> NDArray[np.float32]:
         try:
-            return self._backend.score(stack_clips(clips))
+            return self._backend.score(stack_clips([ticket.clip for ticket in batch]))
         except ScorerError:
             raise
         except Exception as error:
             raise ScorerError("raised", one_line(error)) from error
 
-    def _write(self, clips: list[Clip], scores: NDArray[np.float32]) -> list[int]:
-        lengths = [len(clip) for clip in clips]
-        live = self._buffer.write_scores(
-            torch.from_numpy(np.concatenate([clip.index for clip in clips])),
-            torch.from_numpy(np.concatenate([clip.generation for clip in clips])),
-            torch.from_numpy(scores.repeat(lengths)),
-        )
-        return [int(part.sum()) for part in live.cpu().split(lengths)]
-
-    def _fault(self, kind: str, message: str, retried: bool) -> None:
-        if self._closed:
+    def _write(self, batch: list[Ticket], scores: NDArray[np.float32]) -> None:
+        """Write the scores of clips to their transitions."""
+        lengths = [len(ticket.clip) for ticket in batch]
+        try:
+            live = self._buffer.write_scores(
+                torch.from_numpy(np.concatenate([ticket.clip.index for ticket in batch])),
+                torch.from_numpy(np.concatenate([ticket.clip.generation for ticket in batch])),
+                torch.from_numpy(scores.repeat(lengths)),
+            )
+        except Exception as error:
+            self._count("write", one_line(error), retried=False)
+            self._settle(batch, self._ledger.failed)
+            self._pause("write")
             return
+        written = [int(part.sum()) for part in live.cpu().split(lengths)]
+        self._settle(
+            batch, lambda _: self._ledger.answered(batch, scores, written, self._env_steps)
+        )
+
+    def _count(self, kind: str, message: str, retried: bool) -> None:
+        """Count a fault, and log the first of its kind."""
         if self._ledger.fault(kind, retried):
             _LOGGER.warning(
                 "Scoring: %s (%s). Learning goes on with the scores there are; further faults of "
@@ -248,6 +274,9 @@ class Dispatcher:
                 kind,
                 kind,
             )
+
+    def _pause(self, kind: str) -> None:
+        """Leave a scorer alone that has failed."""
         if self._thread is None:
             return
         first, longest = self._backoff_s

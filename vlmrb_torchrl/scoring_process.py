@@ -98,22 +98,21 @@ class ProcessBackend:
             connection = self._connection
             assert connection is not None
             connection.send((to_numpy(clips), clips.shape[0]))
-            kind, answer = self._receive(connection, self._timeout_s)
+            kind, *answer = self._receive(connection, self._timeout_s)
         except (EOFError, OSError) as error:
             raise ScorerError("died", self._end(by_itself=True)) from error
         if kind != "scores":
-            raise ScorerError(kind, answer)
-        scores: NDArray[np.float32] = answer
+            raise ScorerError(kind, *answer)
+        scores: NDArray[np.float32] = answer[0]
         return scores
 
-    def _receive(self, connection: Connection, timeout_s: float) -> tuple[Any, Any]:
+    def _receive(self, connection: Connection, timeout_s: float) -> Any:
         if not connection.poll(timeout_s):
             self._end()
             raise ScorerError(
                 "timeout", f"no answer within {timeout_s:g} s; its process was killed"
             )
-        kind, answer = connection.recv()
-        return kind, answer
+        return connection.recv()
 
     def _launch(self) -> None:
         ours, theirs = Pipe()
@@ -135,10 +134,10 @@ class ProcessBackend:
         self._connection = ours
         ours.send(_preparation(self._payload))
         ours.send((self._payload, self._threads))
-        kind, answer = self._receive(ours, self._start_timeout_s)
+        kind, *why = self._receive(ours, self._start_timeout_s)
         if kind != "ready":
             self._end(by_itself=True)
-            raise ScorerError(kind, answer)
+            raise ScorerError(kind, *why)
 
     def _end(self, by_itself: bool = False) -> str:
         """End the process if there is one; say how it ended."""

@@ -60,17 +60,22 @@ _WATCH_SECONDS = 1.0
 
 
 class ScorerError(Exception):
-    """A batch that got no scores, and why.
+    """A batch of which some clips, or all, got no score, and why.
 
     Attributes:
         kind: ``"raised"`` (the scorer raised), ``"invalid"`` (it answered something else than
             one number in [0, 1] per clip), ``"unavailable"`` (it cannot answer now, whatever the
             batch), ``"timeout"`` (no answer), ``"died"`` (its process).
+        scores: Answer of the scorer, float32 ``[B]``, NaN for a clip without a score; None if
+            there is none that could be told apart by clips.
     """
 
-    def __init__(self, kind: FaultKind, message: str) -> None:
+    def __init__(
+        self, kind: FaultKind, message: str, scores: NDArray[np.float32] | None = None
+    ) -> None:
         super().__init__(message)
         self.kind: FaultKind = kind
+        self.scores = scores
 
 
 def judge(
@@ -87,21 +92,27 @@ def judge(
         Scores, float32 ``[B]`` in [0, 1].
 
     Raises:
-        ScorerError: If the transform or the scorer raised, or the answer is no score.
+        ScorerError: If the transform or the scorer raised, or a clip has no score.
     """
+    B = clips.shape[0]
     try:
         with torch.no_grad():
             if transform is not None and CLIP in scorer.in_keys:
                 clips = transform(clips)
-            score: Tensor = scorer(clips).get(SCORE)
-            check_scores(score, clips.shape[0], type(scorer).__name__)
-            return score.detach().to("cpu", torch.float32).numpy()
+            scores = check_scores(scorer(clips).get(SCORE, None), B, scorer).cpu().numpy()
     except InvalidScoreError as error:
-        raise ScorerError("invalid", str(error)) from error
+        # Another scorer, which this one asks, may have been asked about other clips.
+        usable = error.scores is not None and error.source is scorer
+        given = error.scores.cpu().numpy() if usable else None
+        raise ScorerError("invalid", str(error), given) from error
     except ScorerUnavailableError as error:
         raise ScorerError("unavailable", one_line(error)) from error
     except Exception as error:
         raise ScorerError("raised", one_line(error)) from error
+    if missing := int(np.isnan(scores).sum()):
+        text = f"{type(scorer).__name__} gave {missing} of {B} clips no score"
+        raise ScorerError("invalid", text, scores)
+    return scores
 
 
 def load(scorer: TensorDictModuleBase) -> None:
@@ -157,7 +168,7 @@ def serve(connection: Connection, parent: int) -> None:
         except Exception as error:
             connection.send(("raised", f"the worker cannot read the scorer: {one_line(error)}"))
             return
-        connection.send(("ready", None))
+        connection.send(("ready",))
         while True:
             arrays, clips = connection.recv()
             connection.send(_answer(transform, scorer, from_numpy(arrays, [clips])))
@@ -165,11 +176,11 @@ def serve(connection: Connection, parent: int) -> None:
 
 def _answer(
     transform: Transform | None, scorer: TensorDictModuleBase, clips: TensorDict
-) -> tuple[str, Any]:
+) -> tuple[Any, ...]:
     try:
         return "scores", judge(transform, scorer, clips)
     except ScorerError as error:
-        return error.kind, str(error)
+        return error.kind, str(error), error.scores
 
 
 def _end_with(parent: int) -> None:

@@ -74,6 +74,16 @@ def test_noisy_without_noise_is_the_judge_thresholded():
         )
 
 
+def test_noisy_has_no_score_where_its_judge_has_none():
+    class Half(ClipScorer):
+        def score(self, tensordict):
+            return torch.tensor([1.0, math.nan])
+
+    answer = NoisyScorer(Half(in_keys=()), 1.0, 1.0)(TensorDict({}, [2]))["score"]
+    assert answer[0] == 1
+    assert answer[1].isnan()
+
+
 def test_noisy_reads_and_costs_what_its_judge_does():
     class Dear(ClipScorer):
         pass
@@ -131,13 +141,17 @@ def test_answers_that_are_no_scores_are_refused_with_the_scorers_name():
 
     for answer, message in (
         ([0.5], r"shape \(1,\) for 2 clips"),
-        ([[0.5], [0.5]], r"shape \(2, 1\) for 2 clips"),
-        ([0.5, math.nan], "answered nan"),
-        ([0.5, 1.5], "answered 1.5"),
+        ([[0.5, 0.5]], r"shape \(1, 2\) for 2 clips"),
+        ([0.5, math.inf], "answered inf"),
+        ([math.nan, 1.5], "answered 1.5"),
         ([0.5, -1.0], "answered -1.0"),
     ):
         with pytest.raises(ValueError, match=rf"Wrong\(\) .*{message}"):
             Wrong(answer)(TensorDict({}, [2]))
+    column = Wrong([[0.5], [math.nan]])(TensorDict({}, [2]))["score"]  # NaN: no score
+    assert column.shape == (2,)
+    assert column[0] == 0.5
+    assert column[1].isnan()
 
 
 def test_scores_are_computed_without_gradient():

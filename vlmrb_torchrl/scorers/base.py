@@ -29,6 +29,9 @@ class ClipScorer(TensorDictModuleBase, ABC):
     cheap to construct and picklable, since a scorer may be sent to a worker process: whatever is
     heavy (weights) is loaded by `load`, which the worker calls before its first clip.
 
+    NaN says that a clip has no score (its answer could not be read, say) and costs the others of
+    the batch nothing: `AsyncScorer` asks about it once more, then counts it as failed.
+
     Args:
         in_keys: Keys read. ``"clip"`` (uint8 ``[B, F, 3, H, W]``) asks for rendered frames; a
             scorer that reads only ``"events"`` (bool ``[B, E]``) costs no rendering.
@@ -93,7 +96,7 @@ class ClipScorer(TensorDictModuleBase, ABC):
 
     @abstractmethod
     def score(self, tensordict: TensorDictBase) -> Tensor:
-        """Judge a batch of clips: ``[B]`` in [0, 1], in the order of the batch.
+        """Judge a batch of clips: ``[B]`` in [0, 1], NaN for none, in the order of the batch.
 
         Args:
             tensordict: The clips, batch ``[B]``, holding at least ``in_keys``.
@@ -107,7 +110,7 @@ class ClipScorer(TensorDictModuleBase, ABC):
             KeyError: If one of ``in_keys`` is missing.
             TypeError: If they are no TensorDict.
             ValueError: If ``"clip"`` or ``"events"`` is of another dtype or shape than clips have.
-            InvalidScoreError: If `score` answered anything but ``[B]`` numbers in [0, 1].
+            InvalidScoreError: If `score` answered anything but ``[B]`` numbers in [0, 1] or NaN.
         """
         if not isinstance(tensordict, TensorDictBase):
             raise TypeError(f"{self!r} reads a TensorDict of clips, not {shown(tensordict)}.")
@@ -118,10 +121,9 @@ class ClipScorer(TensorDictModuleBase, ABC):
                     f"{sorted(map(str, tensordict.keys()))}; {_REMEDIES.get(key, 'add it')}."
                 )
             _check_entry(key, tensordict[key])
-        score = self.score(tensordict)
-        check_scores(score, tensordict.shape[0], repr(self))
-        tensordict.set(SCORE, score.detach().to(torch.float32))
-        return tensordict
+        return tensordict.set(
+            SCORE, check_scores(self.score(tensordict), tensordict.shape[0], self)
+        )
 
     def __repr__(self) -> str:
         arguments = ", ".join(f"{name}={value!r}" for name, value in self.config)
@@ -146,7 +148,7 @@ class PromptedScorer(ClipScorer):
 
     @abstractmethod
     def score_prompts(self, tensordict: TensorDictBase) -> Tensor:
-        """Judge a batch of clips by every prompt: ``[B, P]`` in [0, 1]."""
+        """Judge a batch of clips by every prompt: ``[B, P]`` in [0, 1], NaN for none."""
 
     def score(self, tensordict: TensorDictBase) -> Tensor:
         """Maximum over prompts, ``[B]``."""
@@ -232,34 +234,55 @@ def _check_entry(key: str, entry: Any) -> None:
 
 
 class InvalidScoreError(ValueError):
-    """A scorer answered something else than one number in [0, 1] per clip."""
+    """A scorer answered something else than one number in [0, 1], or NaN, per clip.
+
+    Attributes:
+        source: Who answered: maybe a scorer that the one that was asked has asked in turn.
+        scores: The answer, float32 ``[B]``, with NaN for what is no score; None if it is of
+            another shape.
+    """
+
+    def __init__(self, message: str, source: object, scores: Tensor | None = None) -> None:
+        super().__init__(message)
+        self.source, self.scores = source, scores
 
 
 class ScorerUnavailableError(RuntimeError):
     """A scorer cannot answer now, whatever it is asked: its server is down or busy.
 
     `AsyncScorer` keeps the batch and asks again, with longer and longer pauses. Any other error
-    is laid to the batch, which is given up after a second try.
+    is laid to the batch: its clips are asked about once more, one by one.
     """
 
 
-def check_scores(score: Tensor, clips: int, source: str) -> None:
-    """Raise InvalidScoreError unless ``score`` is ``[clips]`` finite numbers in [0, 1].
+def check_scores(score: Any, clips: int, source: object) -> Tensor:
+    """Return the scores as float32 ``[clips]``, each in [0, 1], or NaN where a clip has none.
 
     Args:
-        score: What a scorer answered.
+        score: What a scorer answered; ``[clips, 1]`` is taken, too.
         clips: How many clips it was asked about.
-        source: Who answered, for the message.
+        source: Who answered: the scorer, or a name for it.
+
+    Raises:
+        InvalidScoreError: If it answered something else.
     """
-    if score.shape != (clips,):
+    if not isinstance(score, Tensor) or score.shape not in ((clips,), (clips, 1)):
+        answer = f"shape {tuple(score.shape)}" if isinstance(score, Tensor) else shown(score)
         raise InvalidScoreError(
-            f"{source} answered shape {tuple(score.shape)} for {clips} clips; "
-            f"score() must return one number per clip, shape ({clips},)."
+            f"{shown(source)} answered {answer} for {clips} clips; "
+            f"score() must return one number per clip, shape ({clips},).",
+            source,
         )
-    good = (score >= 0) & (score <= 1)  # False for NaN, too
-    if not bool(good.all()):
-        bad = score[~good][0].item()
-        raise InvalidScoreError(f"{source} answered {bad}; a score must be a number in [0, 1].")
+    scores = score.detach().reshape(clips).to(torch.float32)
+    bad = (scores < 0) | (scores > 1)  # False for NaN
+    if bool(bad.any()):
+        raise InvalidScoreError(
+            f"{shown(source)} answered {scores[bad][0].item():.4}; a score must be a number in "
+            "[0, 1], or NaN for none.",
+            source,
+            scores.masked_fill(bad, torch.nan),
+        )
+    return scores
 
 
 def check_positive(name: str, value: Any, *, whole: bool = False, or_none: bool = False) -> None:
