@@ -70,10 +70,11 @@ class NoisyScorer(SeededScorer):
         self.scorer.load()
 
     def score(self, tensordict: TensorDictBase) -> Tensor:
-        """1.0 for Yes, 0.0 for No, float32 ``[B]``."""
-        truth = self.scorer(tensordict.copy())[SCORE].cpu() >= _YES
-        rate = torch.where(truth, self.true_positive_rate, self.false_positive_rate)
-        return (self.draw(tensordict.shape[0]) < rate).to(torch.float32)
+        """1.0 for Yes, 0.0 for No, NaN where the other judge has none, float32 ``[B]``."""
+        truth = self.scorer(tensordict.copy())[SCORE].cpu()
+        rate = torch.where(truth >= _YES, self.true_positive_rate, self.false_positive_rate)
+        answer = (self.draw(tensordict.shape[0]) < rate).to(torch.float32)
+        return answer.masked_fill(truth.isnan(), torch.nan)
 
 
 class _AlwaysYes(ClipScorer):
