@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import sqlite3
 import threading
@@ -130,7 +131,7 @@ class CachedScorer(ClipScorer):
             rows = list(first.values())
             asked = self.scorer(TensorDict({CLIP: clips[rows]}, [len(rows)]))
             known.update(zip(first, asked[SCORE].tolist(), strict=True))
-        self._write(known)
+        self._write({key: score for key, score in known.items() if not math.isnan(score)})
         self.misses += len(first)
         self.hits += len(keys) - len(first)
         return torch.tensor([known[key] for key in keys], dtype=torch.float32)
