@@ -38,6 +38,11 @@ class Broken(ClipScorer):
         raise RuntimeError("out of\nmemory")
 
 
+class Silent(ClipScorer):
+    def score(self, tensordict):
+        return torch.full((len(tensordict),), torch.nan)
+
+
 def advance(_: int) -> None:
     pass
 
@@ -192,6 +197,8 @@ def test_clips_that_all_are_positives_are_told_of(tmp_path) -> None:
 def test_a_scorer_that_fails_is_told_of_in_one_line() -> None:
     with pytest.raises(ConfigError, match="Broken failed on 9 clips: RuntimeError: out of memory"):
         examined(counted(scorers=[Broken()]))
+    with pytest.raises(ConfigError, match=r"failed on 9 clips: .*Silent gave no score 9 times"):
+        examined(counted(scorers=[Silent()]))
 
 
 def test_a_policy_that_cannot_act_is_refused_before_anything_is_played() -> None:

@@ -21,7 +21,7 @@ from vlmrb_torchrl.clips import ClipRenderTransform
 from vlmrb_torchrl.judge.settings import Settings
 from vlmrb_torchrl.keys import CLIP, SCORE
 from vlmrb_torchrl.scorers import ClipScorer, PromptedScorer
-from vlmrb_torchrl.scorers.base import check_scores
+from vlmrb_torchrl.scorers.base import InvalidScoreError, check_scores
 
 _AGAIN_BATCHES, _AGAIN_SECONDS = 4, 2.0
 """As much is scored twice, to time frames that were seen before."""
@@ -132,12 +132,13 @@ class Judge:
         """Scores of a batch of B clips to every question, float32 ``[B, Q]`` on the CPU."""
         if self._each is None:
             scores: Tensor = self.scorer(batch.copy())[SCORE][:, None]
-            return scores.cpu()
-        with torch.no_grad():
-            scores = self._each.score_prompts(batch)
-        for column in scores.unbind(-1):
-            check_scores(column, len(batch), self.name)
-        return scores.float().cpu()
+        else:
+            with torch.no_grad():
+                asked = self._each.score_prompts(batch).unbind(-1)
+            scores = torch.stack([check_scores(one, len(batch), self.name) for one in asked], -1)
+        if missing := int(scores.isnan().sum()):
+            raise InvalidScoreError(f"{self.name} gave no score {missing} times", self.name)
+        return scores.cpu()
 
     def answers(
         self, clips: TensorDict, advance: Callable[[int], object]
