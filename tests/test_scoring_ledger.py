@@ -25,3 +25,12 @@ def test_what_was_pending_in_a_loaded_state_counts_once_it_is_queued_again():
     figures = after.statistics()
     assert (figures["clips_submitted"], figures["clips_pending"]) == (3, 2)
     assert (figures["transitions_submitted"], figures["transitions_pending"]) == (7, 3)
+
+
+def test_a_fault_of_a_loaded_state_is_counted_on_and_still_the_first_here():
+    before, after = Ledger(), Ledger()
+    assert before.fault("raised", retried=True)
+    assert not before.fault("raised", retried=True)
+    after.load_state_dict(before.state_dict())
+    assert [after.fault("raised", retried=False) for _ in range(2)] == [True, False]
+    assert after.statistics()["faults_raised"] == 4

@@ -67,6 +67,7 @@ class Ledger:
             "clips_positive": 0,
             "retries": 0,
         }
+        self._seen: set[str] = set()  # kinds of faults, those of a loaded state not among them
         self._answers: deque[_Answers] = deque()
         self._started = time.monotonic()
         self._best: tuple[Clip, float] | None = None
@@ -91,11 +92,13 @@ class Ledger:
             self._count[f"transitions_{fate}"] += transitions
 
     def fault(self, kind: str, retried: bool) -> bool:
-        """Note a fault; return whether it is the first of its kind."""
+        """Note a fault; return whether it is the first of its kind in this process."""
         with self._lock:
             self._count[f"faults_{kind}"] += 1
             self._count["retries"] += retried
-            return self._count[f"faults_{kind}"] == 1
+            first = kind not in self._seen
+            self._seen.add(kind)
+            return first
 
     def answered(
         self,
