@@ -100,9 +100,7 @@ def wait_for_judge(scoring: AsyncScorer, settings: Scoring) -> None:
         ConfigError: If it does not load. Later its faults stop nothing, but a run without a judge
             from the start is uniform replay under another name.
     """
-    scoring.wait_until_ready()
-    figures = scoring.statistics()
-    if any(figures[f"faults_{kind}"] for kind in ("raised", "unavailable", "timeout", "died")):
+    if not scoring.wait_until_ready():
         raise ConfigError(
             f"scoring.scorer is {settings.scorer!r}: it does not load, the warning above says why"
         )

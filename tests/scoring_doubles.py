@@ -124,6 +124,8 @@ class Faulty(Yes):
                 raise ScorerUnavailableError("the server\nis down")
             case "exits":
                 os._exit(3)
+            case "leaves":
+                raise SystemExit
             case "hangs":
                 select.select([], [], [])
             case "answers NaN":

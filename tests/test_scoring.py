@@ -13,10 +13,13 @@ import subprocess
 import sys
 import textwrap
 import threading
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from tensordict import TensorDict
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, RandomSampler
 
@@ -38,6 +41,9 @@ from vlmrb_torchrl.envs import DoorKeyEnv
 from vlmrb_torchrl.samplers import VLMPrioritizedSampler
 from vlmrb_torchrl.scorers import ConstantScorer, NoisyScorer, PrivilegedScorer, RandomScorer
 from vlmrb_torchrl.scoring import AsyncScorer, choose_mode
+from vlmrb_torchrl.scoring_backends import InlineBackend
+from vlmrb_torchrl.scoring_process import ProcessBackend
+from vlmrb_torchrl.scoring_worker import ScorerError, judge
 
 ROOT = Path(__file__).parent.parent
 # Starting a process takes seconds: what is one code path is tested with a thread alone.
@@ -390,6 +396,7 @@ FAULTS = {
     "answers NaN": "invalid",
     "answers 2": "invalid",
     "answers one too many": "invalid",
+    "leaves": "raised",
     "hangs": "timeout",
     "exits": "died",
 }
@@ -404,12 +411,11 @@ def faults(figures):
 def test_a_fault_is_counted_logged_once_retried_and_survived(how, mode, tmp_path, caplog):
     """Three bad calls: the first batch fails twice and is given up, the second is saved by its
     retry, the third meets a sound scorer."""
-    if how == "exits" or (how, mode) == ("hangs", "sync"):
+    if how in ("exits", "hangs") or (how, mode) == ("leaves", "sync"):
         pytest.skip("nothing could survive that")
     caplog.set_level(logging.WARNING)
     buffer = make_buffer()
-    timeout_s = 0.1 if how == "hangs" else PATIENT
-    with make(buffer, Faulty([how] * 3, tmp_path), mode, timeout_s=timeout_s) as scoring:
+    with make(buffer, Faulty([how] * 3, tmp_path), mode) as scoring:
         insert(buffer, scoring, stream([4, 4, 4]))
         assert scoring.drain(PATIENT)
         figures = books(scoring)
@@ -418,9 +424,10 @@ def test_a_fault_is_counted_logged_once_retried_and_survived(how, mode, tmp_path
     assert figures["clips_scored"] == 2
     assert figures["retries"] == 2
     assert faults(figures) == {FAULTS[how]: 3}
-    (record,) = caplog.records
-    assert "Learning goes on" in record.message
-    assert "\n" not in record.message
+    fault, silence = (record.message for record in caplog.records)
+    assert "Learning goes on" in fault
+    assert "\n" not in fault
+    assert "no clip has a score yet" in silence
 
 
 @pytest.mark.parametrize("mode", ["sync", "thread", SLOW_PROCESS])
@@ -497,7 +504,8 @@ def test_an_unavailable_scorer_in_the_learners_own_thread_is_asked_twice(tmp_pat
 def test_a_process_survives_every_fault_or_is_replaced(tmp_path, caplog):
     """Every batch is saved by its retry but the last, whose process exits twice."""
     caplog.set_level(logging.WARNING)
-    script = [step for how in list(FAULTS)[:-1] for step in (how, "works")] + ["exits"] * 2
+    survived = [how for how in FAULTS if how not in ("leaves", "exits")]
+    script = [step for how in survived for step in (how, "works")] + ["exits"] * 2
     buffer = make_buffer()
     with make(buffer, Faulty(script, tmp_path), "process", timeout_s=0.5) as scoring:
         insert(buffer, scoring, stream([4] * 6))
@@ -515,37 +523,131 @@ def test_a_scorer_that_does_not_load_is_a_fault_like_another(mode, tmp_path, cap
     buffer = make_buffer()
     scorer = Faulty(["raises"] * 2, tmp_path, in_load=True)
     with make(buffer, scorer, mode) as scoring:
+        assert not scoring.wait_until_ready(PATIENT)
         insert(buffer, scoring, stream([4, 4]))
         assert scoring.drain(PATIENT)
+        assert scoring.wait_until_ready(PATIENT)
         figures = books(scoring)
     assert figures["faults_raised"] == 2
-    assert figures["clips_scored"] + figures["clips_failed"] == 2
-    assert figures["clips_scored"] >= 1
+    assert figures["clips_scored"] == 2
     assert "loading the scorer failed: RuntimeError: no luck" in caplog.text
 
 
-@pytest.mark.parametrize("mode", ["thread", SLOW_PROCESS])
-def test_a_scorer_that_hangs_while_loading_is_a_timeout(mode, tmp_path):
+@pytest.mark.slow
+def test_a_process_that_hangs_while_loading_is_replaced(tmp_path):
+    """It needs seconds to come up; its scorer would load for ever."""
     buffer = make_buffer()
     scorer = Faulty(["hangs"], tmp_path, in_load=True)
-    # A process needs seconds to come up, its scorer would load for ever.
-    start_timeout_s = 0.1 if mode == "thread" else 20.0
-    with make(buffer, scorer, mode, start_timeout_s=start_timeout_s) as scoring:
+    with make(buffer, scorer, "process", start_timeout_s=20.0) as scoring:
+        assert not scoring.wait_until_ready()
         insert(buffer, scoring, stream([4]))
         assert scoring.drain(PATIENT)
         figures = books(scoring)
-    assert figures["faults_timeout"] >= 1
+    assert faults(figures) == {"timeout": 1}
     assert figures["clips_scored"] == 1
 
 
-def test_threads_that_never_come_back_are_not_multiplied_for_ever(tmp_path):
-    buffer = make_buffer()
-    before = threading.active_count()
-    with make(buffer, Faulty(["hangs"] * 1000, tmp_path), "thread", timeout_s=0.02) as scoring:
-        insert(buffer, scoring, stream([4] * 10))
+def test_a_thread_that_is_late_is_told_once_never_doubled_and_its_answer_taken(gate, caplog):
+    """Every call is later than its limit of a nanosecond, as is loading, at the gate, too."""
+    caplog.set_level(logging.WARNING)
+    entered = threading.Lock()
+
+    class Late(Gated):
+        def load(self):
+            self.gate.pass_through()
+
+        def score(self, tensordict):
+            assert entered.acquire(blocking=False), "two threads in one scorer"
+            score = super().score(tensordict)
+            entered.release()
+            return score
+
+    buffer, limit = make_buffer(), {"timeout_s": 1e-9, "start_timeout_s": 1e-9}
+    with make(buffer, Late(gate), "thread", queue_clips=1, **limit) as scoring:
+        gate.await_arrival()
+        assert not scoring.wait_until_ready(0.0)
+        assert faults(books(scoring)) == {"timeout": 1}
+        gate.release()
+        assert scoring.wait_until_ready(PATIENT)
+        insert(buffer, scoring, stream([4]))
+        gate.await_arrival()
+        insert(buffer, scoring, stream([4, 4], start=4))  # the queue holds one of them
+        assert not scoring.drain(0.0)
+        figures = books(scoring)
+        assert faults(figures) == {"timeout": 2}
+        assert (figures["clips_pending"], figures["clips_dropped"]) == (2, 1)
+        gate.release(2)
         assert scoring.drain(PATIENT)
-        assert books(scoring)["clips_failed"] == 10
-        assert threading.active_count() - before <= 5  # four stuck ones and the dispatcher
+        figures = books(scoring)
+    assert scores(buffer)[:12] == [1] * 4 + [-1] * 4 + [1] * 4
+    assert figures["clips_scored"] == 2
+    assert figures["retries"] == 0
+    (record,) = caplog.records
+    assert "no answer within 1e-09 s; a thread cannot be ended" in record.message
+
+
+def test_loading_and_the_first_batch_have_a_limit_of_their_own():
+    """An hour for them, a nanosecond for every batch after."""
+
+    class Asks(Yes):
+        def load(self):
+            said.append(backend.overdue())
+
+        def score(self, tensordict):
+            said.append(backend.overdue())
+            return super().score(tensordict)
+
+    said, clips = [], TensorDict({}, [1])
+    limits = {"timeout_s": 1e-9, "start_timeout_s": 3600.0}
+    backend = InlineBackend(None, Asks(), own_stream=False, **limits)
+    for _ in range(3):
+        backend.score(clips)
+    assert [bool(text) for text in said] == [False, False, True, True]
+    assert backend.overdue() == ""
+
+
+def test_a_process_has_the_time_of_a_start_for_its_first_batch_too(monkeypatch):
+    limits = []
+    backend = ProcessBackend(None, Yes(), timeout_s=1.0, start_timeout_s=7.0, niceness=0, threads=1)
+
+    def exchange(timeout_s, *messages):
+        limits.append(timeout_s)
+        return ("ready",) if len(messages) == 2 else ("scores", np.ones(1))
+
+    monkeypatch.setattr(backend, "_launch", lambda: setattr(backend, "_connection", "a pipe"))
+    monkeypatch.setattr(backend, "_exchange", exchange)
+    for connection in ("a pipe", None, "a pipe"):  # it is gone after the first two batches
+        for _ in range(2):
+            backend.score(TensorDict({}, [1]))
+        backend._connection = connection
+    assert limits == [7, 7, 1, 1, 1, 7, 7, 1]
+
+
+def test_a_process_that_reads_nothing_is_ended_within_its_limit(monkeypatch):
+    """What is sent to it is more than the pipe holds."""
+    monkeypatch.setattr("vlmrb_torchrl.scoring_process.BOOTSTRAP", "import time; time.sleep(3600)")
+    limits = {"timeout_s": 0.2, "start_timeout_s": 0.2}
+    backend = ProcessBackend(None, Yes(), niceness=0, threads=1, **limits)
+    backend._payload = bytes(1 << 20)
+    with pytest.raises(ScorerError, match=r"no answer within 0\.2 s; its process") as refusal:
+        backend.start()
+    assert refusal.value.kind == "timeout"
+    assert backend.pid is None
+
+
+@pytest.mark.slow
+def test_a_stopped_process_is_replaced_although_a_batch_fills_its_pipe():
+    clips = TensorDict({"render_state": torch.zeros(2, 1 << 20)}, [2])
+    limits = {"timeout_s": 1.0, "start_timeout_s": PATIENT}
+    backend = ProcessBackend(None, Yes(), niceness=0, threads=1, **limits)
+    assert backend.score(clips).tolist() == [1, 1]
+    stopped = backend.pid
+    os.kill(stopped, signal.SIGSTOP)
+    with pytest.raises(ScorerError, match="no answer within 1 s"):
+        backend.score(clips)
+    assert vanishes(stopped)
+    assert backend.score(clips).tolist() == [1, 1]
+    backend.abort()
 
 
 def test_the_pause_doubles_from_fault_to_fault_up_to_its_longest(tmp_path, monkeypatch):
@@ -676,7 +778,12 @@ def test_close_may_come_twice_and_submit_after_it_says_so(mode):
 
 
 @pytest.mark.parametrize("mode", ["thread", "process"])
-def test_closing_in_the_middle_of_a_batch_leaves_no_worker_and_balanced_books(mode, gate):
+def test_closing_in_the_middle_of_a_batch_leaves_no_worker_and_balanced_books(
+    mode, gate, monkeypatch
+):
+    """A thread that sits in its scorer cannot be ended: it ends, and writes nothing, once back."""
+    if mode == "thread":
+        monkeypatch.setattr("vlmrb_torchrl.scoring_dispatcher._JOIN_SECONDS", 0.01)
     buffer = make_buffer()
     scoring = make(buffer, Gated(gate), mode)
     insert(buffer, scoring, stream([4, 4]))
@@ -684,7 +791,10 @@ def test_closing_in_the_middle_of_a_batch_leaves_no_worker_and_balanced_books(mo
     pid = scoring.worker_pid
     with pytest.raises(ZeroDivisionError), scoring:
         raise ZeroDivisionError
-    assert not scoring._dispatcher._thread.is_alive()
+    assert books(scoring)["clips_dropped"] == 2
+    assert scoring._dispatcher._thread.is_alive() == (mode == "thread")
+    gate.release()
+    scoring._dispatcher._thread.join(PATIENT)
     assert (pid is None) == (mode == "thread")
     assert pid is None or vanishes(pid)
     assert scoring.worker_pid is None
@@ -1041,6 +1151,46 @@ def test_a_scorer_that_cannot_be_sent_is_refused_when_it_is_built():
 
     with pytest.raises(ValueError, match='top level of a module, or pass mode="thread"'):
         make(make_buffer(), Local(), "process")
+
+
+def test_a_scorer_of_a_script_that_is_no_file_is_refused_when_it_is_built(monkeypatch):
+    """As on standard input: `__main__` has no file that a process could import."""
+
+    class Mine(Yes):
+        pass
+
+    script = types.ModuleType("__main__")
+    script.__file__, script.Mine = "<stdin>", Mine
+    Mine.__module__, Mine.__qualname__ = "__main__", "Mine"
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    with pytest.raises(ValueError, match='put it into a module, or pass mode="thread"') as refusal:
+        make(make_buffer(), Mine(), "process")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("draws", ["meta", "cpu"])
+def test_states_or_frames_go_to_the_scorers_device_once(draws):
+    """Devices as seen on the road; "meta" stands for a GPU. What the scorer does not read stays."""
+    seen = []
+
+    class Renderer(NumberRenderer):
+        def __call__(self, render_state):
+            seen.append(render_state.device.type)
+            return super().__call__(render_state)
+
+    class OnMeta(Brightness):
+        device = torch.device("meta")
+
+        def score(self, tensordict):
+            seen.append({key: value.device.type for key, value in tensordict.items()})
+            return torch.ones(tensordict.shape[0])
+
+    renderer = Renderer()
+    if draws == "cpu":
+        renderer.device = torch.device("cpu")
+    clips = TensorDict({"render_state": torch.zeros(2, 3, 1)}, [2])
+    assert judge(ClipRenderTransform(renderer), OnMeta(), clips).tolist() == [1, 1]
+    assert seen == [draws, {"clip": "meta"}]
 
 
 def test_wrong_data_is_the_callers_error_and_leaves_the_books_alone():

@@ -28,6 +28,8 @@ from vlmrb_torchrl.scoring_ledger import Ledger
 from vlmrb_torchrl.scoring_process import ProcessBackend, make_backend
 
 _LOGGER = logging.getLogger(__name__)
+_END_SECONDS = 5.0
+"""How long a worker that does not start in time may take to end."""
 
 
 class AsyncScorer:
@@ -47,10 +49,11 @@ class AsyncScorer:
     A scorer that raises, answers nonsense, hangs or dies is counted, logged once per kind, and
     asked once more about the same clips, one by one, after a pause that doubles from fault to
     fault; then those without a score are given up. A clip that it answers NaN or another number
-    outside [0, 1] costs the others nothing: it alone is asked about once more. One that hangs or
-    dies is started anew. One that raises `ScorerUnavailableError` (its server is down) is asked
-    about the same batch until it answers; in ``"sync"`` mode, where learning would wait for it,
-    once more.
+    outside [0, 1] costs the others nothing: it alone is asked about once more. A process that
+    hangs or dies is replaced; a thread cannot be: one that is late is counted as a fault and its
+    answer still taken, one that never comes back scores nothing more, and the queue drops what it
+    cannot hold. A scorer that raises `ScorerUnavailableError` (its server is down) is asked about
+    the same batch until it answers; in ``"sync"`` mode, where learning would wait, once more.
 
     Args:
         buffer: Where the transitions are and the scores go. Its sampler must take scores.
@@ -66,7 +69,8 @@ class AsyncScorer:
         mode: See above.
         timeout_s: Seconds for a batch until the scorer counts as hanging. In ``"sync"`` mode
             there is no limit.
-        start_timeout_s: Seconds for a worker to start and load the scorer.
+        start_timeout_s: Seconds for the scorer to start and load, and again for its first batch,
+            in which it may compile.
         duty_cycle: Share of the time that the scorer may compute, in (0, 1]; after a batch it
             rests until its share is kept. For a scorer on the learner's own GPU: the streams
             share one set of cores, and only new work sees that the learner's has priority
@@ -120,6 +124,7 @@ class AsyncScorer:
             clip_transitions, frames_per_clip, stride, needs_frames=needs_frames, patience=patience
         )
         self._cutting = threading.Lock()
+        self._start_timeout_s = start_timeout_s
         self._blind = False  # pictures to look at failed
         self._ledger = Ledger(seed)
         self.mode = choose_mode(mode, scorer)
@@ -188,15 +193,21 @@ class AsyncScorer:
         with self._cutting:
             self._dispatcher.put(self._cutter.flush(), self._cutter.transitions)
 
-    def wait_until_ready(self, timeout_s: float = 300.0) -> bool:
-        """Wait until the worker has loaded the scorer, or failed to.
+    def wait_until_ready(self, timeout_s: float | None = None) -> bool:
+        """Wait until the scorer has loaded, or failed to; in ``"sync"`` mode, let it load.
 
         A process takes seconds to start. Learning need not wait for it, but what is inserted
         meanwhile may be more than the queue holds.
 
+        Args:
+            timeout_s: Seconds to wait at most; None: as long as it may take to start.
+
         Returns:
-            Whether that came true within ``timeout_s``.
+            Whether it has loaded. If it failed to, a warning has said why, and each batch has it
+            try again.
         """
+        if timeout_s is None:
+            timeout_s = self._start_timeout_s + _END_SECONDS
         return self._dispatcher.wait_until_ready(checked_seconds(timeout_s))
 
     def drain(self, timeout_s: float = 60.0, *, flush: bool = False) -> bool:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from vlmrb_torchrl.scoring_backends import Backend
 from vlmrb_torchrl.scoring_ledger import Ledger, Ticket
 from vlmrb_torchrl.scoring_worker import ScorerError, one_line
 
+_T = TypeVar("_T")
 _LOGGER = logging.getLogger("vlmrb_torchrl.scoring")
 _TRIES = 2
 """How often a clip is asked about: once more, since its process may have died of something else."""
@@ -33,7 +34,8 @@ class Dispatcher:
     """A bounded queue of clips and the thread that has them scored in small batches.
 
     Nothing that a scorer does reaches the learner: faults are counted, logged once per kind, and
-    answered by a pause that doubles from fault to fault until a batch succeeds.
+    answered by a pause that doubles from fault to fault until a batch succeeds. A call that hangs
+    in the thread itself holds it for good; the learner's next `put` counts that as a fault.
 
     Args:
         buffer: Where scores are written: ``write_scores(index, generation, score)``.
@@ -83,10 +85,11 @@ class Dispatcher:
         self._batch: list[Ticket] = []  # being scored
         self._draining = 0
         self._closed = False
+        self._silent = True  # no clip has a score, nor was that said
         self._faults_in_a_row = 0
         self._env_steps = 0
         self._pid = os.getpid()
-        self._started = threading.Event()
+        self._ready: bool | None = None  # None: it loads
         self._thread: threading.Thread | None = None
         if threaded:
             # Daemonic: what hangs in it must not keep the interpreter from ending.
@@ -112,20 +115,31 @@ class Dispatcher:
             return
         with self._changed:
             self._env_steps = env_steps
-            if not clips:
-                return
             waiting = len(self._queue)
             self._queue.extend(map(Ticket, clips))
             excess = len(self._queue) - self._queue_clips
-            if bounded and excess > 0:
+            if clips and bounded and excess > 0:
                 self._ledger.dropped([self._queue.popleft().clip for _ in range(excess)])
             # The thread sleeps until the first clip comes, then until a batch is full.
             if not waiting or waiting < self._batch_clips <= len(self._queue):
                 self._changed.notify_all()
+        self._watch()
+
+    def _watch(self) -> None:
+        """Count a call of the scorer that takes longer than it may; it cannot say so itself."""
+        with self._changed:
+            overdue = self._backend.overdue()
+        if overdue:
+            self._count("timeout", overdue, retried=False)
 
     def wait_until_ready(self, timeout_s: float) -> bool:
-        """Wait until the scorer was started, or failed to; whether that came within the time."""
-        return self._thread is None or self._started.wait(timeout_s)
+        """Wait until the scorer has loaded, or failed to; whether it has."""
+        if self._thread is None and not self._ready:
+            self._start()
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready is not None or self._closed, timeout_s)
+        self._watch()
+        return self._ready is True
 
     def snapshot(self) -> tuple[list[Clip], dict[str, Any]]:
         """Clips neither scored nor given up, the oldest first, and the books of that moment."""
@@ -139,11 +153,13 @@ class Dispatcher:
             self._draining += 1
             self._changed.notify_all()
             try:
-                return self._changed.wait_for(
+                done = self._changed.wait_for(
                     lambda: self._closed or not (self._queue or self._batch), timeout_s
                 )
             finally:
                 self._draining -= 1
+        self._watch()
+        return done
 
     def close(self) -> None:
         """Stop, leaving what is pending unscored. May be called again."""
@@ -163,13 +179,24 @@ class Dispatcher:
             self._ledger.dropped([ticket.clip for ticket in self._batch])
             self._batch = []
 
-    def _run(self) -> None:
+    def _start(self) -> None:
+        """Let the scorer load; if it cannot, each batch tries again."""
+        fault = None
         try:
-            self._backend.start()
+            self._guarded(self._backend.start)
         except ScorerError as error:
-            self._count(error.kind, str(error), retried=False)
-            self._pause(error.kind)
-        self._started.set()
+            if self._closed:
+                return
+            fault = error
+            self._count(fault.kind, str(fault), retried=False)
+        with self._changed:
+            self._ready = fault is None
+            self._changed.notify_all()
+        if fault is not None:
+            self._pause(fault.kind)
+
+    def _run(self) -> None:
+        self._start()
         while batch := self._take():
             begun = time.monotonic()
             self._attempt(batch)
@@ -201,26 +228,29 @@ class Dispatcher:
         parts, answered = deque([(batch, _TRIES)]), False
         while parts and not self._closed:
             part, tries = parts.popleft()
-            fault = None
-            try:
-                answer = self._score(part)
-            except ScorerError as error:
-                if self._closed:
-                    return
-                fault = error
+            answer, fault = self._score(part)
+            if self._closed:
+                return
+            if fault is not None:
                 # A server that is down says nothing of the batch: it waits.
                 tries -= fault.kind != "unavailable" or self._thread is None
                 self._count(fault.kind, str(fault), retried=tries > 0)
-                answer = np.full(len(part), np.nan) if fault.scores is None else fault.scores
             none = np.isnan(answer)
             if not none.all():
-                answered, self._faults_in_a_row = True, 0
+                answered = self._ready = True
+                self._silent, self._faults_in_a_row = False, 0
                 self._write([part[i] for i in np.flatnonzero(~none)], answer[~none])
             if fault is None:
                 continue
             left = [part[i] for i in np.flatnonzero(none)]
             if not tries:
                 self._settle(left, self._ledger.failed)
+                if self._silent:
+                    self._silent = False
+                    _LOGGER.warning(
+                        "Scoring: no clip has a score yet, and the first were given up after two "
+                        "tries. As long as that lasts, replay is what it is without a scorer."
+                    )
             elif fault.scores is not None or fault.kind == "unavailable":
                 parts.append((left, tries))
             else:
@@ -237,12 +267,25 @@ class Dispatcher:
                 self._batch = [ticket for ticket in self._batch if ticket not in settled]
                 self._changed.notify_all()
 
-    def _score(self, batch: list[Ticket]) -> NDArray[np.float32]:
+    def _score(self, batch: list[Ticket]) -> tuple[NDArray[np.float32], ScorerError | None]:
+        """Scores of a batch, NaN for none, and what was wrong if there is one."""
+        clips = [ticket.clip for ticket in batch]
         try:
-            return self._backend.score(stack_clips([ticket.clip for ticket in batch]))
+            return self._guarded(lambda: self._backend.score(stack_clips(clips))), None
+        except ScorerError as fault:
+            none = np.full(len(batch), np.nan, np.float32)
+            return none if fault.scores is None else fault.scores, fault
+
+    def _guarded(self, call: Callable[[], _T]) -> _T:
+        """What ``call`` returns; whatever it raises becomes a `ScorerError`."""
+        try:
+            return call()
         except ScorerError:
             raise
-        except Exception as error:
+        except BaseException as error:
+            # Nothing else may end this thread; the learner's own is ended by Ctrl-C and exit.
+            if self._thread is None and not isinstance(error, Exception):
+                raise
             raise ScorerError("raised", one_line(error)) from error
 
     def _write(self, batch: list[Ticket], scores: NDArray[np.float32]) -> None:

@@ -83,10 +83,13 @@ def judge(
 ) -> NDArray[np.float32]:
     """Draw the clips if ``scorer`` wants frames, and score them.
 
+    What ``scorer`` reads goes to its device once: the states, if they are drawn there, or else
+    the frames.
+
     Args:
         transform: Draws ``"clip"`` from ``"render_state"``.
         scorer: Writes ``"score"``.
-        clips: Batch ``[B]``.
+        clips: Batch ``[B]``, on the CPU.
 
     Returns:
         Scores, float32 ``[B]`` in [0, 1].
@@ -97,8 +100,11 @@ def judge(
     B = clips.shape[0]
     try:
         with torch.no_grad():
+            device = device_of(scorer)
             if transform is not None and CLIP in scorer.in_keys:
-                clips = transform(clips)
+                renderer = getattr(transform, "renderer", None)
+                clips = transform(_moved(clips, getattr(renderer, "device", device)))
+            clips = _moved(clips.select(*scorer.in_keys, strict=False), device)
             scores = check_scores(scorer(clips).get(SCORE, None), B, scorer).cpu().numpy()
     except InvalidScoreError as error:
         # Another scorer, which this one asks, may have been asked about other clips.
@@ -113,6 +119,20 @@ def judge(
         text = f"{type(scorer).__name__} gave {missing} of {B} clips no score"
         raise ScorerError("invalid", text, scores)
     return scores
+
+
+def device_of(scorer: TensorDictModuleBase) -> torch.device:
+    """Where ``scorer`` computes; the CPU if it does not say."""
+    return torch.device(getattr(scorer, "device", None) or "cpu")
+
+
+def _moved(clips: TensorDictBase, device: torch.device) -> TensorDictBase:
+    def move(entry: Tensor) -> Tensor:
+        if entry.device.type == "cpu" and device.type == "cuda":
+            return entry.pin_memory().to(device, non_blocking=True)
+        return entry.to(device)
+
+    return clips.apply(move, device=None)  # no device of its own: a score may stay on the CPU
 
 
 def load(scorer: TensorDictModuleBase) -> None:

@@ -287,6 +287,6 @@ ROWS: dict[str, Callable[[], Case]] = {
     "AsyncScorer.submit": of_scoring("submit", inserted, SUBMITTED),
     "AsyncScorer.drain": of_scoring("drain", dict, {"timeout_s": values.real(0, 1e9)}),
     "AsyncScorer.wait_until_ready": of_scoring(
-        "wait_until_ready", dict, {"timeout_s": values.real(0, 1e9)}
+        "wait_until_ready", dict, {"timeout_s": values.real(0, 1e9, or_none=True)}
     ),
 }

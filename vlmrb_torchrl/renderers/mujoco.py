@@ -69,6 +69,9 @@ class MuJoCoRenderer:
         shadows: Draw shadows.
         samples: For each pixel, to smooth edges; 0 and 1 do not, MuJoCo's own default is 4.
 
+    Attributes:
+        device: Where it wants its states, whatever the scorer's device: on the CPU.
+
     Raises:
         ValueError: A size that is not positive, or (at the first frame) an unknown camera.
 
@@ -78,6 +81,7 @@ class MuJoCoRenderer:
         torch.Size([5, 3, 48, 64])
     """
 
+    device = torch.device("cpu")
     _canvas: _Canvas | None
 
     def __init__(
