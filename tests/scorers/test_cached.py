@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import multiprocessing
 import pickle
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from tensordict import TensorDict
 
 from recipes import cli
 from recipes.dqn import DQN
-from tests.scorers.cached_doubles import Brightness, brightness, scores, some_clips
-from vlmrb_torchrl.scorers import CachedScorer, EmbeddedJudge
+from tests.scorers.cached_doubles import (
+    Both,
+    Brightness,
+    Heard,
+    Opaque,
+    OutOfRange,
+    Reticent,
+    Silent,
+    Wavering,
+    Weighty,
+    brightness,
+    made_here,
+    scores,
+    some_clips,
+)
+from vlmrb_torchrl.scorers import CachedScorer, ClipScorer, EmbeddedJudge, NoisyScorer
+from vlmrb_torchrl.scorers.base import InvalidScoreError
 from vlmrb_torchrl.scorers.embedded import FOLDER
 
 
@@ -92,16 +109,148 @@ def test_no_clips_no_scores(tmp_path: Path) -> None:
     assert scores(CachedScorer(Brightness(), tmp_path), some_clips(0)).shape == (0,)
 
 
-def test_a_missing_score_is_not_kept(tmp_path: Path) -> None:
-    class Broken(Brightness):
-        def score(self, tensordict: Any) -> Tensor:
-            super().score(tensordict)
-            return torch.full((len(tensordict),), torch.nan)
-
-    judge = Broken()
+def test_an_invalid_answer_is_not_kept(tmp_path: Path) -> None:
+    judge = OutOfRange()
     scorer = CachedScorer(judge, tmp_path)
     for asked in (1, 2):
-        assert scores(scorer, some_clips(1)).isnan().all()
+        with pytest.raises(InvalidScoreError):
+            scores(scorer, some_clips(1))
+        assert judge.asked == asked
+
+
+def test_a_clip_that_got_no_score_is_asked_about_again(tmp_path: Path) -> None:
+    judge = Silent()
+    scorer = CachedScorer(judge, tmp_path)
+    for asked in (2, 4):
+        said = scorer.score(TensorDict({"clip": some_clips(2)}, [2]))
+        assert (bool(said.isnan().all()), judge.asked) == (True, asked)
+
+
+# Whose scores they are
+
+
+def test_two_prompts_of_a_judge_without_a_config_are_two_judges(tmp_path: Path) -> None:
+    """Each prompt has its own answer, whichever way it was given and whoever asked before."""
+    clips, judge = some_clips(1), Heard("Is the door open?")
+    for _ in range(2):
+        for prompt, said in (("Is the door open?", 0.9), ("Is it night?", 0.1)):
+            for asked in (Heard(prompt), judge.asking(prompt)):
+                assert scores(CachedScorer(asked, tmp_path), clips).item() == pytest.approx(said)
+
+
+_SAID = """
+import torch
+from {place} import {base}
+
+def said():
+    return {helper}
+
+class Judge({base}):
+    def score(self, tensordict):
+        return torch.full((len(tensordict),), {own})
+"""
+
+
+@pytest.mark.parametrize("edited", ["own", "helper", "base", "module"])
+def test_a_judge_whose_code_is_another_is_another_judge(
+    edited: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0.2, then 0.8: of its class, of a function beside, of a base, or in another module."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    for said in (0.2, 0.8):
+        ours = "vlmrb_torchrl.scorers"
+        parts = {"place": ours, "base": "ClipScorer", "helper": said, "own": "said()"}
+        if edited == "own":
+            parts.update(helper=0, own=said)
+        name = f"judge_{said * 10:.0f}" if edited == "module" else "judge_of_today"
+        (tmp_path / f"{name}.py").write_text(_SAID.format(**parts))
+        if edited == "base":
+            heir = "from judge_of_today import Judge as Base\nclass Judge(Base): pass\n"
+            (tmp_path / "heir.py").write_text(heir)
+        for module in (name, "heir"):
+            monkeypatch.delitem(sys.modules, module, raising=False)
+        importlib.invalidate_caches()
+        judge = importlib.import_module("heir" if edited == "base" else name).Judge()
+        for _ in range(2):
+            got = scores(CachedScorer(judge, tmp_path / "scores"), some_clips(1))
+            assert got.item() == pytest.approx(said)
+
+
+def test_the_same_code_under_another_name_is_another_judge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    whole = _SAID.format(place="vlmrb_torchrl.scorers", base="ClipScorer", helper=0, own=0.5)
+    for name in ("one_judge", "same_judge"):
+        (tmp_path / f"{name}.py").write_text(whole + "\nclass Other(Judge): pass\n")
+    one, same = (importlib.import_module(name) for name in ("one_judge", "same_judge"))
+    judges = [one.Judge(), one.Other(), same.Judge()]
+    assert len({judge.fingerprint for judge in judges}) == 3
+    assert one.Judge().fingerprint == judges[0].fingerprint
+
+
+def test_a_judge_in_a_script_is_the_same_in_the_processes_of_its_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is spawned imports the script that its parent ran as ``__main__`` anew."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        _SAID.format(place="vlmrb_torchrl.scorers", base="ClipScorer", helper=0, own=0.5)
+    )
+    known = set()
+    for name in ("__main__", "__mp_main__"):
+        spec = importlib.util.spec_from_file_location(name, script)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        known.add(module.Judge().fingerprint)
+    assert len(known - {None}) == 1
+
+
+def test_a_judge_of_judges_is_known_by_them(tmp_path: Path) -> None:
+    bright = Brightness()
+    pairs = [(bright, Brightness()), (bright, Brightness(weights="2")), (bright, Heard("door"))]
+    known = [Both(*pair).fingerprint for pair in pairs]
+    noisy = [NoisyScorer(other).fingerprint for _, other in pairs]
+    assert len({*known, *noisy} - {None}) == 6
+    twice = CachedScorer(CachedScorer(bright, tmp_path), tmp_path)
+    assert twice.fingerprint == bright.fingerprint
+    assert twice.prompts == ()
+    assert NoisyScorer(CachedScorer(Heard("door"), tmp_path)).prompts == ("door",)
+    assert NoisyScorer(made_here(0.5)).fingerprint is None
+
+
+@pytest.mark.parametrize(
+    "judge",
+    [made_here(0.5), Reticent(), Opaque(), Both(Brightness(), made_here(0.5))],
+    ids=lambda judge: type(judge).__name__,
+)
+def test_a_judge_that_another_could_pass_for_is_refused(judge: ClipScorer, tmp_path: Path) -> None:
+    assert judge.fingerprint is None
+    with pytest.raises(ValueError, match="cannot be cached: another judge could pass") as refusal:
+        CachedScorer(judge, tmp_path)
+    assert "\n" not in str(refusal.value)
+
+
+def test_weights_that_no_revision_names_leave_the_cache(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    scorer = CachedScorer(Weighty(), tmp_path)
+    with caplog.at_level(logging.WARNING, logger="vlmrb_torchrl.scorers"):
+        for _ in range(2):
+            assert scores(scorer, some_clips(1)).item() == 0.5
+    assert scorer.misses == 2
+    (record,) = caplog.records
+    assert "its weights in its revision" in record.getMessage()
+
+
+def test_a_judge_that_changes_while_it_answers_leaves_no_score(tmp_path: Path) -> None:
+    """Its answer is neither the old judge's nor surely the new one's; the next ones are kept."""
+    judge = Wavering()
+    scorer = CachedScorer(judge, tmp_path)
+    for asked in (1, 2, 2):
+        scores(scorer, some_clips(1))
         assert judge.asked == asked
 
 
@@ -116,23 +265,6 @@ def test_the_embedded_judge_is_known_by_its_weights(tmp_path: Path) -> None:
     assert first.fingerprint == first.scorer.fingerprint
 
 
-def test_the_judges_fingerprint_is_taken_once(tmp_path: Path) -> None:
-    """It may cost a digest of gigabytes of weights."""
-
-    class Heavy(Brightness):
-        digests = 0
-
-        @property
-        def revision(self) -> str:
-            type(self).digests += 1
-            return super().revision
-
-    scorer = CachedScorer(Heavy(), tmp_path)
-    for seed in range(5):
-        scores(scorer, some_clips(2, seed))
-    assert Heavy.digests == 1
-
-
 def test_it_passes_for_the_judge(tmp_path: Path) -> None:
     judge = Brightness()
     scorer = CachedScorer(judge, tmp_path)
@@ -141,7 +273,7 @@ def test_it_passes_for_the_judge(tmp_path: Path) -> None:
     assert scorer.revision == judge.revision
     assert scorer.in_keys == ["clip"]
     assert not scorer.cheap
-    assert scorer.config == (("scorer", "Brightness"), *judge.config)
+    assert repr(scorer) == f"CachedScorer(scorer={judge!r})"
 
 
 # Bound and sharing

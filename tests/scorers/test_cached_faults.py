@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from tests.scorers.cached_doubles import Brightness, brightness, scores, some_clips
+from tests.scorers.cached_doubles import Brightness, Failing, brightness, scores, some_clips
 from vlmrb_torchrl.scorers import (
     CachedScorer,
     ClipScorer,
@@ -158,11 +157,7 @@ def test_a_lock_that_no_one_gives_back_stops_no_scoring(
 
 
 def test_the_judges_own_errors_are_not_swallowed(tmp_path: Path) -> None:
-    class Broken(Brightness):
-        def score(self, tensordict: Any) -> Tensor:
-            raise RuntimeError("no luck")
-
-    scorer = CachedScorer(Broken(), tmp_path)
+    scorer = CachedScorer(Failing(), tmp_path)
     with pytest.raises(RuntimeError, match="no luck"):
         scores(scorer, some_clips(1))
     assert scorer._cache is not None

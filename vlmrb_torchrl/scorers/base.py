@@ -6,9 +6,14 @@ in ``scorers/__init__.py``; the contract tests then find it.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from abc import ABC, abstractmethod
+import inspect
+import pickle
 from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
@@ -63,22 +68,42 @@ class ClipScorer(TensorDictModuleBase, ABC):
 
     @property
     def config(self) -> tuple[tuple[str, object], ...]:
-        """Hashable (name, value) pairs: everything that the scores of a clip depend on."""
+        """Hashable (name, value) pairs: everything that the scores of a clip depend on.
+
+        A class with an ``__init__`` of its own says so in a ``config`` of its own, or its
+        `fingerprint` is None. Values: numbers, strings, paths, torch's dtypes and devices, None,
+        other scorers, and tuples of these.
+        """
         return ()
 
     @property
     def revision(self) -> str:
         """Which weights stand behind ``config``; known once they are loaded, "" if there are none.
 
-        A commit of the hub, or a digest of the files.
+        A commit of the hub, or a digest of the files. `CachedScorer` reads it with every batch.
         """
         return ""
 
     @property
-    def fingerprint(self) -> str:
-        """What identifies a clip's scores from run to run: class, ``config`` and ``revision``."""
-        whole = (type(self).__qualname__, self.config, self.revision)
-        return hashlib.blake2b(repr(whole).encode(), digest_size=16).hexdigest()
+    def fingerprint(self) -> str | None:
+        """What identifies a clip's scores from run to run; None if another judge could share it.
+
+        A digest of the class, its code, its prompts, ``config`` and ``revision``. The code is this
+        package's and that of the files in which the class and its bases stand; what they call in
+        other files is for ``config`` to tell. None: the class is not to be found under its name in
+        a file (it was made in a function or a notebook), it takes arguments and has no ``config``
+        that names them, a value there has no digest, or it has weights and no ``revision``.
+        """
+        first = next(c for c in type(self).__mro__ if {"__init__", "config"} & vars(c).keys())
+        weights = any(True for _ in chain(self.parameters(), self.buffers()))
+        if "config" not in vars(first) or (weights and not self.revision):
+            return None
+        try:
+            told = _identity((getattr(self, "prompts", ()), self.config))
+            whole = repr((_code(type(self)), told, self.revision))
+        except TypeError:
+            return None
+        return hashlib.blake2b(whole.encode(), digest_size=16).hexdigest()
 
     @property
     def device(self) -> torch.device:
@@ -146,6 +171,11 @@ class PromptedScorer(ClipScorer):
         super().__init__(in_keys=(CLIP,))
         self.prompts = checked_prompts(prompts)
 
+    @property
+    def config(self) -> tuple[tuple[str, object], ...]:
+        """The prompts; more, if a subclass takes more."""
+        return (("prompts", self.prompts),)
+
     @abstractmethod
     def score_prompts(self, tensordict: TensorDictBase) -> Tensor:
         """Judge a batch of clips by every prompt: ``[B, P]`` in [0, 1], NaN for none."""
@@ -155,7 +185,10 @@ class PromptedScorer(ClipScorer):
         return self.score_prompts(tensordict).amax(-1)
 
     def asking(self, prompts: str | Sequence[str]) -> Self:
-        """The same judge, asked something else; what is loaded already is shared."""
+        """The same judge, asked something else; what is loaded already is shared.
+
+        It is a copy with other ``prompts``: what a subclass makes of them, it makes when it scores.
+        """
         other = type(self).__new__(type(self))
         other.__dict__.update(self.__dict__)  # copy.copy would pickle: without the weights
         other.prompts = checked_prompts(prompts)
@@ -191,6 +224,11 @@ class SeededScorer(ClipScorer):
         self._generator = torch.Generator()
         self.manual_seed(seed)
 
+    @property
+    def config(self) -> tuple[tuple[str, object], ...]:
+        """The seed; more, if a subclass takes more."""
+        return (("seed", self.seed),)
+
     def manual_seed(self, seed: int) -> None:
         """Start another sequence.
 
@@ -213,6 +251,45 @@ class SeededScorer(ClipScorer):
     def set_extra_state(self, state: Tensor) -> None:
         """Continue the sequence where ``state`` was taken."""
         self._generator.set_state(state.cpu())
+
+
+@functools.cache
+def _code(scorer: type[ClipScorer]) -> str:
+    """Digest of a class's name, of this package's code and of the files of the class and its bases.
+
+    Raises:
+        TypeError: One of the classes is not to be found under its name, or in no file.
+    """
+    files = sorted(Path(__file__).parents[1].rglob("*.py"))
+    try:
+        for base in scorer.__mro__:
+            if base not in ClipScorer.__mro__:
+                pickle.dumps(base)  # by name: raises unless the name leads to this very class
+                files.append(Path(inspect.getfile(base)))
+        code = b"".join(file.read_bytes() for file in files)
+    except (pickle.PicklingError, AttributeError, OSError) as error:
+        raise TypeError(f"{scorer} cannot be told from another of its name: {error}") from error
+    # The script that a run started with is __mp_main__ in the processes that it spawns.
+    module = scorer.__module__.replace("__mp_main__", "__main__")
+    name = f"{module} {scorer.__qualname__} "
+    return hashlib.blake2b(name.encode() + code, digest_size=16).hexdigest()
+
+
+def _identity(value: object) -> object:
+    """What stands for ``value`` in a digest: its ``repr`` is that of no other value.
+
+    Raises:
+        TypeError: There is no such thing; of an object, ``repr`` may tell nothing.
+    """
+    if isinstance(value, ClipScorer) and (known := value.fingerprint) is not None:
+        return known
+    if isinstance(value, tuple):
+        return tuple(map(_identity, value))
+    if value is None or isinstance(
+        value, (int, float, str, bytes, Path, torch.dtype, torch.device)
+    ):
+        return value
+    raise TypeError(f"{value!r} has no digest.")
 
 
 _REMEDIES = {

@@ -27,19 +27,25 @@ _LOGGER = logging.getLogger("vlmrb_torchrl.scorers")
 _FILE = "scores.sqlite"
 _LOCK_SECONDS = 10.0
 """How long another process may write. A batch takes it milliseconds, so beyond this it hangs."""
+_NO_FINGERPRINT = (
+    "another judge could pass for it; write its class in a file, and name its arguments in its "
+    "config and its weights in its revision."
+)
 
 
 class CachedScorer(ClipScorer):
     """Answers from a folder of scores; asks the judge only about clips that it does not hold.
 
-    A score is kept under a digest of the judge's fingerprint (its configuration and weights) and
-    of the clip's frames, pixel by pixel. Any number of processes may share the folder. A cache
-    that fails (disk full, no right to write, damaged) is logged once and left; the judge answers.
+    A score is kept under a digest of the judge's `fingerprint` (its code, prompts, configuration
+    and weights) and of the clip's frames, pixel by pixel. Any number of processes may share the
+    folder. A cache that fails (disk full, no right to write, damaged) is logged once and left; the
+    judge answers.
 
     B: clips in the batch.
 
     Args:
-        scorer: The judge. It must read frames alone and answer the same ones the same.
+        scorer: The judge. It must read frames alone, answer the same ones the same, and have a
+            `fingerprint`.
         folder: Where scores are kept, on a disk of this machine: SQLite's log does not work over
             a network. None: ``vlmrb_torchrl/scores`` in the user's cache folder.
         size_megabytes: Bound of the folder's database, with the scores that were not asked for
@@ -72,6 +78,8 @@ class CachedScorer(ClipScorer):
                 f"scorer={scorer!r} cannot be cached, only one that reads frames alone and answers "
                 "the same ones the same: use it as it is."
             )
+        if scorer.fingerprint is None:
+            raise ValueError(f"scorer={scorer!r} cannot be cached: {_NO_FINGERPRINT}")
         check_positive("size_megabytes", size_megabytes)
         if folder is not None and not isinstance(folder, (str, Path)):
             raise TypeError(f"folder={shown(folder)}: pass the path of a folder.")
@@ -82,12 +90,16 @@ class CachedScorer(ClipScorer):
         self.hits = self.misses = 0
         self._cache: _Scores | None = None
         self._given_up = False
-        self._judge: str | None = None
 
     @property
     def config(self) -> tuple[tuple[str, object], ...]:
-        """What the judge's scores depend on; not on the folder."""
-        return (("scorer", type(self.scorer).__name__), *self.scorer.config)
+        """The judge; the folder changes no score."""
+        return (("scorer", self.scorer),)
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """What the judge is asked; nothing if it is not asked in words."""
+        return getattr(self.scorer, "prompts", ())
 
     @property
     def revision(self) -> str:
@@ -95,7 +107,7 @@ class CachedScorer(ClipScorer):
         return self.scorer.revision
 
     @property
-    def fingerprint(self) -> str:
+    def fingerprint(self) -> str | None:
         """The judge's: its scores are these."""
         return self.scorer.fingerprint
 
@@ -106,22 +118,23 @@ class CachedScorer(ClipScorer):
 
     def __getstate__(self) -> dict[str, Any]:
         # Another process opens a connection of its own.
-        return {**self.__dict__, "_cache": None, "_given_up": False, "_judge": None}
+        return {**self.__dict__, "_cache": None, "_given_up": False}
 
     def load(self) -> None:
-        """Load the judge, whose fingerprint is known only then, and open the cache."""
+        """Load the judge and open the cache."""
         self.scorer.load()
-        # Once: it may cost a digest of all weights.
-        self._judge = self._judge or self.fingerprint
-        if self._cache is None and not self._given_up:
+        if not self._given_up:
             with self._giving_up():
-                self._cache = _Scores(self.folder, self.size_megabytes * 1e6)
+                if self.fingerprint is None:  # it has loaded weights that it does not name
+                    raise ValueError(_NO_FINGERPRINT)
+                self._cache = self._cache or _Scores(self.folder, self.size_megabytes * 1e6)
 
     def score(self, tensordict: TensorDictBase) -> Tensor:
         """The judge's scores, float32 ``[B]``, each of them asked for once."""
         self.load()
         clips = tensordict[CLIP]
-        keys = self._keys(clips)
+        judge = self.fingerprint
+        keys = self._keys(judge, clips)
         known = self._read(list(dict.fromkeys(keys)))
         first: dict[bytes, int] = {}
         for row, key in enumerate(keys):
@@ -131,16 +144,17 @@ class CachedScorer(ClipScorer):
             rows = list(first.values())
             asked = self.scorer(TensorDict({CLIP: clips[rows]}, [len(rows)]))
             known.update(zip(first, asked[SCORE].tolist(), strict=True))
-        self._write({key: score for key, score in known.items() if not math.isnan(score)})
+        if self.fingerprint == judge:  # a server may go over to another kind of answer
+            self._write({key: score for key, score in known.items() if not math.isnan(score)})
         self.misses += len(first)
         self.hits += len(keys) - len(first)
         return torch.tensor([known[key] for key in keys], dtype=torch.float32)
 
-    def _keys(self, clips: Tensor) -> list[bytes]:
-        """What the scores of ``[B, F, 3, H, W]`` are kept under."""
-        judge = f"{self._judge} {tuple(clips.shape[1:])} {clips.dtype} ".encode()
+    def _keys(self, judge: str | None, clips: Tensor) -> list[bytes]:
+        """What the scores of ``[B, F, 3, H, W]`` by the judge of a fingerprint are kept under."""
+        whose = f"{judge} {tuple(clips.shape[1:])} ".encode()
         return [
-            hashlib.blake2b(judge + digest, digest_size=16).digest()
+            hashlib.blake2b(whose + digest, digest_size=16).digest()
             for digest in frame_digests(clips)
         ]
 

@@ -54,11 +54,21 @@ class NoisyScorer(SeededScorer):
     def config(self) -> tuple[tuple[str, object], ...]:
         """The arguments."""
         return (
-            ("scorer", repr(self.scorer)),
+            ("scorer", self.scorer),
             ("true_positive_rate", self.true_positive_rate),
             ("false_positive_rate", self.false_positive_rate),
-            ("seed", self.seed),
+            *super().config,
         )
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """What the other judge is asked; nothing if it is not asked in words."""
+        return getattr(self.scorer, "prompts", ())
+
+    @property
+    def revision(self) -> str:
+        """The other judge's."""
+        return self.scorer.revision
 
     @property
     def device(self) -> torch.device:

@@ -30,7 +30,7 @@ class RandomScorer(SeededScorer):
     @property
     def config(self) -> tuple[tuple[str, object], ...]:
         """The arguments."""
-        return (("rate", self.rate), ("seed", self.seed))
+        return (("rate", self.rate), *super().config)
 
     def score(self, tensordict: TensorDictBase) -> Tensor:
         """One toss a clip, float32 ``[B]``."""
