@@ -113,8 +113,13 @@ def test_card_is_shipped_and_says_what_the_judge_is_not() -> None:
 
 
 def test_asked_something_else_it_is_another_judge() -> None:
-    judge = EmbeddedJudge()
-    door = judge.asking(MINIGRID["door"])
-    assert (judge.questions, door.questions) == (("goal",), ("door",))
-    assert door.fingerprint == EmbeddedJudge("door").fingerprint != judge.fingerprint
+    """By an event's name or in its words: the same question, so the same judge."""
+    judge, built = EmbeddedJudge(), EmbeddedJudge("door")
+    for asked in ("door", MINIGRID["door"]):
+        door = judge.asking(asked)
+        assert (judge.questions, door.questions) == (("goal",), ("door",))
+        assert door.prompts == built.prompts
+        assert door.fingerprint == built.fingerprint != judge.fingerprint
+    on_gpu = EmbeddedJudge(device="cuda")
+    assert (on_gpu.dtype, on_gpu.fingerprint == judge.fingerprint) == ("bfloat16", False)
     assert judge.asking("Is it night?").questions == ("Is it night?",)

@@ -91,6 +91,12 @@ class EmbeddedJudge(HuggingFaceScorer):
             )
         return super().score_prompts(tensordict)
 
+    def asking(self, prompts: str | Sequence[str]) -> Self:
+        """The same judge, asked about other events by their names, or anything else in words."""
+        other = super().asking(prompts)
+        other.prompts = tuple(MINIGRID.get(prompt, prompt) for prompt in other.prompts)
+        return other
+
     @classmethod
     def example(cls) -> Self:
         """The judge as it comes."""
@@ -98,5 +104,5 @@ class EmbeddedJudge(HuggingFaceScorer):
 
     @property
     def config(self) -> tuple[tuple[str, object], ...]:
-        """What is asked."""
-        return (("questions", self.questions),)
+        """What is asked, and in which precision the weights are."""
+        return (("questions", self.questions), ("dtype", self.dtype))
