@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from inspect import signature
 from pathlib import Path
@@ -18,7 +19,13 @@ from tests.scorers.contrastive_models import (
     scores,
     some_clips,
 )
-from vlmrb_torchrl.scorers import ContrastiveScorer, EmbeddedJudge, contrastive_model
+from vlmrb_torchrl.scorers import (
+    ContrastiveScorer,
+    EmbeddedJudge,
+    contrastive_model,
+    local,
+    pretrained,
+)
 from vlmrb_torchrl.scorers.embedded import FOLDER
 
 
@@ -53,9 +60,9 @@ def test_scorer_pickles_small_before_and_after_it_loaded(
 def test_fingerprint_tells_weights_apart(folders: dict[str, Path], tmp_path: Path) -> None:
     copy = tmp_path / "clip"
     FAMILIES["clip"](copy)
-    scorer, again = scorer_of(copy), scorer_of(copy)
-    scorer.load()
-    again.load()
+    scorer, again, late = (scorer_of(copy) for _ in range(3))
+    for each in (scorer, again, late):
+        each.load()
     before = scorer.fingerprint
     assert again.fingerprint == before
     model, _ = model_and_processor(copy)
@@ -65,7 +72,52 @@ def test_fingerprint_tells_weights_apart(folders: dict[str, Path], tmp_path: Pat
     changed = scorer_of(copy)
     changed.load()
     assert changed.fingerprint != before
-    assert scorer.fingerprint == before, "of the weights that it holds, not of today's folder"
+    for each in (scorer, late):
+        assert each.fingerprint == before, "of the weights that it holds, not of today's folder"
+
+
+def test_files_are_digested_when_a_fingerprint_is_asked_for_and_once(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digested: list[str] = []
+    original = hashlib.file_digest
+
+    def counted(file: Any, name: str) -> Any:
+        digested.append(Path(file.name).name)
+        return original(file, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", counted)
+    pretrained._digest.cache_clear()
+    scorer, again = (scorer_of(folders["clip"]) for _ in range(2))
+    for each in (scorer, again):
+        scores(each, some_clips())
+    assert not digested, "loading and scoring read no file twice"
+    assert scorer.fingerprint == again.fingerprint == scorer.fingerprint
+    assert sorted(digested) == sorted(p.name for p in folders["clip"].iterdir())
+
+
+def test_weights_that_changed_before_they_were_digested_are_like_no_others(tmp_path: Path) -> None:
+    """What was read is gone, and its successor's digest would be another model's."""
+    FAMILIES["clip"](tmp_path)
+    scorer, other = scorer_of(tmp_path), scorer_of(tmp_path)
+    scorer.load()
+    (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text() + " ")
+    other.load()
+    assert scorer.fingerprint == scorer.fingerprint != other.fingerprint
+
+
+@pytest.mark.parametrize("what", ["transformers", "device"])
+def test_another_reader_of_the_same_weights_is_another_judge(
+    what: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer = scorer_of(folders["clip"])
+    scorer.load()
+    before = scorer.fingerprint
+    if what == "transformers":
+        monkeypatch.setattr(local, "version", lambda package: "4.0")
+    else:
+        scorer._device = torch.device("cuda")
+    assert scorer.fingerprint != before
 
 
 def test_a_revision_is_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:

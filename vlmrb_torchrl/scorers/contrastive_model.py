@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 
 from vlmrb_torchrl.frames import shown_outcomes
 from vlmrb_torchrl.scorers.embeddings import FrameEmbeddings
-from vlmrb_torchrl.scorers.pretrained import read_pretrained, weights_revision
+from vlmrb_torchrl.scorers.pretrained import read_pretrained
 
 _FRAMES_AT_ONCE = 128
 
@@ -33,7 +33,6 @@ class ContrastiveModel:
         options: More of ``from_pretrained``.
 
     Attributes:
-        revision: The hub's commit or a digest of the folder, when it was read.
         scale: The model's own logit scale; None if it has none.
 
     Raises:
@@ -54,7 +53,6 @@ class ContrastiveModel:
     ) -> None:
         family = _checked_family(name, options)
         self.processor, model = read_pretrained(name, "AutoModel", dtype=dtype, **options)
-        self.revision = weights_revision(name, model)
         self.model = model.to(device).eval().requires_grad_(False)
         self.device, self.dtype = device, dtype
         own = getattr(model, "logit_scale", None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,12 @@ from vlmrb_torchrl.checks import checked_device, quoted
 from vlmrb_torchrl.frames import thin
 from vlmrb_torchrl.keys import CLIP
 from vlmrb_torchrl.scorers.base import PromptedScorer, check_positive
-from vlmrb_torchrl.scorers.pretrained import checked_dtype, checked_model
+from vlmrb_torchrl.scorers.pretrained import (
+    checked_dtype,
+    checked_model,
+    files_of,
+    weights_revision,
+)
 
 _LOGGER = logging.getLogger("vlmrb_torchrl.scorers")
 
@@ -66,10 +72,11 @@ class LocalScorer(PromptedScorer):
         self._pinned: dict[str, Any] = {} if revision is None else {"revision": revision}
         # In a plain object: as a submodule the weights would enter every checkpoint.
         self._loaded: Any = None
+        self._files: list[tuple[Path, int, int]] = []
 
     @abstractmethod
     def _read(self) -> Any:
-        """Read processor and weights; what is returned has a ``revision``."""
+        """Read processor and weights; what is returned has a ``model``."""
 
     @abstractmethod
     def _ask(self, loaded: Any, clips: Tensor) -> Tensor:
@@ -87,10 +94,15 @@ class LocalScorer(PromptedScorer):
 
     @property
     def revision(self) -> str:
-        """The hub's commit or a digest of the folder, once loaded; before, what was asked for."""
+        """What was loaded and what computes with it; before, what was asked for.
+
+        The hub's commit or a digest of the folder, made when it is asked for; the version of
+        transformers and the kind of device, which both have a part in what a clip looks like.
+        """
         if self._loaded is None:
             return str(self._pinned.get("revision", ""))
-        return str(self._loaded.revision)
+        weights = weights_revision(self._loaded.model, self._files)
+        return f"{weights} transformers {version('transformers')} {self._device.type}"
 
     @property
     def device(self) -> torch.device:
@@ -108,6 +120,7 @@ class LocalScorer(PromptedScorer):
             ValueError: There is no such model, or it cannot do what the arguments ask for.
         """
         if self._loaded is None:
+            self._files = files_of(self.model_name)
             self._loaded = self._read()
 
     def kept_state(self) -> dict[str, Any] | None:

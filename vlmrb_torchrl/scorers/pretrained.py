@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,6 @@ YES_WORDS = ("Yes", " Yes", "yes", " yes", "YES", " YES")
 NO_WORDS = ("No", " No", "no", " no", "NO", " NO")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _INSTALL = "pip install 'vlmrb-torchrl[vlm]'"
-_WEIGHTS = (".safetensors", ".json", ".jinja", ".txt", ".model")
 
 
 def checked_model(model: str | Path) -> str:
@@ -110,16 +111,40 @@ def _read(name: str, auto_class: str, any_resolution: bool, **options: Any) -> t
     return processor, model
 
 
-def weights_revision(name: str, model: Any) -> str:
-    """The hub's commit of a loaded model, or a digest of its folder's files."""
+def files_of(name: str) -> list[tuple[Path, int, int]]:
+    """A model's folder as it is now: files, sizes, times of change; nothing of a hub name."""
     folder = Path(name)
-    if not folder.is_dir():
+    return [_state(p) for p in sorted(folder.iterdir()) if p.is_file()] if folder.is_dir() else []
+
+
+def weights_revision(model: Any, files: list[tuple[Path, int, int]]) -> str:
+    """The hub's commit of a loaded model, or a digest of its folder's files.
+
+    Args:
+        model: The model.
+        files: What `files_of` said before it was read.
+    """
+    if not files:
         return str(getattr(model.config, "_commit_hash", None) or "")
     whole = hashlib.blake2b(digest_size=16)
-    for file in sorted(p for p in folder.iterdir() if p.suffix in _WEIGHTS):
-        with file.open("rb") as opened:
-            whole.update(file.name.encode() + hashlib.file_digest(opened, "blake2b").digest())
+    for file in files:
+        whole.update(file[0].name.encode() + _digest(*file))
     return whole.hexdigest()
+
+
+def _state(file: Path) -> tuple[Path, int, int]:
+    # st_ctime: unlike st_mtime, nothing that copies files sets it back.
+    return file, file.stat().st_size, file.stat().st_ctime_ns
+
+
+@functools.cache
+def _digest(file: Path, size_bytes: int, changed_ns: int) -> bytes:
+    """Digest of a file, of which a process makes one for each of its states."""
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "blake2b").digest()
+    if _state(file) != (file, size_bytes, changed_ns):
+        return secrets.token_bytes()  # what was read before is gone: nothing else is like it
+    return digest
 
 
 def answer_ids(tokenizer: Any) -> tuple[list[int], list[int]]:

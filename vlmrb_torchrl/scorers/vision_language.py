@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmrb_torchrl.scorers.embeddings import FrameEmbeddings
-from vlmrb_torchrl.scorers.pretrained import answer_ids, read_pretrained, weights_revision
+from vlmrb_torchrl.scorers.pretrained import answer_ids, read_pretrained
 
 ENCODED_ONE_BY_ONE = {"perception_lm": "video", "smolvlm": "image"}
 """Families whose frames do not see each other before the language model, and under what name it
@@ -37,9 +37,6 @@ class VisionLanguageModel:
         cache_megabytes: Memory for their embeddings.
         compiled: Whether ``torch.compile`` translates the model.
         options: More of ``from_pretrained``.
-
-    Attributes:
-        revision: The hub's commit or a digest of the folder, when it was read.
 
     Raises:
         ImportError: transformers, or a package that the model needs, is not installed.
@@ -67,7 +64,6 @@ class VisionLanguageModel:
             dtype=dtype,
             **options,
         )
-        self.revision = weights_revision(name, self.model)
         self.model = self.model.to(device).eval().requires_grad_(False)
         _fold_batch_norms(self.model)
         self.device, self.dtype, self.fps, self.resolution = device, dtype, fps, resolution
