@@ -131,7 +131,12 @@ class HuggingFaceScorer(LocalScorer):
     @property
     def config(self) -> tuple[tuple[str, object], ...]:
         """What the scores depend on."""
-        return (*super().config, ("resolution", self.resolution), ("fps", self.fps))
+        return (
+            *super().config,
+            ("resolution", self.resolution),
+            ("fps", self.fps),
+            ("trust_remote_code", self._options["trust_remote_code"]),
+        )
 
     def _read(self) -> VisionLanguageModel:
         return VisionLanguageModel(
