@@ -283,7 +283,7 @@ def _identity(value: object) -> object:
     """
     if isinstance(value, ClipScorer) and (known := value.fingerprint) is not None:
         return known
-    if isinstance(value, tuple):
+    if isinstance(value, (tuple, list)):
         return tuple(map(_identity, value))
     if value is None or isinstance(
         value, (int, float, str, bytes, Path, torch.dtype, torch.device)
