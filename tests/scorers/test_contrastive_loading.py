@@ -106,6 +106,29 @@ def test_weights_that_changed_before_they_were_digested_are_like_no_others(tmp_p
     assert scorer.fingerprint == scorer.fingerprint != other.fingerprint
 
 
+def test_kept_embeddings_are_of_use_to_the_same_judge_alone(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """A resumed run may find other weights in the folder that its checkpoint was made with."""
+    clips, copy = some_clips(), tmp_path / "clip"
+    FAMILIES["clip"](copy)
+    before = scorer_of(copy)
+    scores(before, clips)
+    state = before.kept_state()
+    again = scorer_of(copy)
+    again.load_kept_state(state)
+    assert torch.equal(scores(again, clips), scores(before, clips))
+    assert again._loaded.embeddings.encoded == 0
+    model, _ = model_and_processor(copy)
+    with torch.no_grad():
+        model.visual_projection.weight.neg_()
+    model.save_pretrained(copy)
+    changed, fresh = scorer_of(copy), scorer_of(copy)
+    changed.load_kept_state(state)
+    assert torch.equal(scores(changed, clips), scores(fresh, clips))
+    assert not torch.equal(scores(changed, clips), scores(before, clips))
+
+
 @pytest.mark.parametrize("what", ["transformers", "device"])
 def test_another_reader_of_the_same_weights_is_another_judge(
     what: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch

@@ -129,13 +129,19 @@ class LocalScorer(PromptedScorer):
         Which frames are encoded together, and so are rounded alike, follows from what is kept.
         """
         embeddings = getattr(self._loaded, "embeddings", None)
-        return None if embeddings is None else dict(embeddings.state_dict())
+        if embeddings is None:
+            return None
+        return {"fingerprint": self.fingerprint, **embeddings.state_dict()}
 
     def load_kept_state(self, state: dict[str, Any] | None) -> None:
-        """Go on with the embeddings of `kept_state`: the next scores are the same to the bit."""
+        """Go on with the embeddings of `kept_state`: the next scores are the same to the bit.
+
+        Another judge's are let go.
+        """
         if state is not None:
             self.load()
-            self._loaded.embeddings.load_state_dict(state, self._device)
+            if state["fingerprint"] == self.fingerprint:
+                self._loaded.embeddings.load_state_dict(state, self._device)
 
     def score_prompts(self, tensordict: TensorDictBase) -> Tensor:
         """Score of each clip under each prompt, float32 ``[B, P]``."""
