@@ -23,6 +23,13 @@ SCORERS = [
     and getattr(member, "score_prompts", None) is not PromptedScorer.score_prompts
 ]
 B, F = 3, 8
+CHANGES_NO_SCORE = {
+    *("api_key_variable", "concurrency", "retries", "timeout_s"),
+    *("attention", "batch_clips", "cache_megabytes", "compile", "dedup"),  # round, at most
+    *("folder", "size_megabytes"),
+    *("device", "revision"),  # in the revision, once loaded
+}
+"""Arguments that no ``config`` has to name."""
 
 
 @pytest.fixture(scope="module", params=SCORERS, ids=lambda scorer: scorer.__name__)
@@ -102,8 +109,17 @@ def test_loading_twice_changes_nothing(scorer, clips):
 
 def test_its_configuration_is_hashable_and_shown(scorer):
     assert isinstance(hash(scorer.config), int)
+    assert isinstance(scorer.fingerprint, str)
     assert type(scorer).__name__ in repr(scorer)
     assert "\n" not in repr(scorer)
+
+
+def test_every_argument_that_changes_scores_is_in_its_configuration(scorer):
+    """Else a cache would take the scores of one value for those of another."""
+    assert set(inspect.signature(type(scorer)).parameters) <= {
+        *dict(scorer.config),
+        *CHANGES_NO_SCORE,
+    }
 
 
 def test_its_device_is_a_torch_device(scorer):

@@ -70,9 +70,9 @@ class ClipScorer(TensorDictModuleBase, ABC):
     def config(self) -> tuple[tuple[str, object], ...]:
         """Hashable (name, value) pairs: everything that the scores of a clip depend on.
 
-        A class with an ``__init__`` of its own says so in a ``config`` of its own, or its
-        `fingerprint` is None. Values: numbers, strings, paths, torch's dtypes and devices, None,
-        other scorers, and tuples of these.
+        A class whose own ``__init__`` takes arguments names them in a ``config`` of its own, or
+        its `fingerprint` is None. Values: numbers, strings, paths, torch's dtypes and devices,
+        None, other scorers, and tuples of these.
         """
         return ()
 
@@ -94,9 +94,8 @@ class ClipScorer(TensorDictModuleBase, ABC):
         a file (it was made in a function or a notebook), it takes arguments and has no ``config``
         that names them, a value there has no digest, or it has weights and no ``revision``.
         """
-        first = next(c for c in type(self).__mro__ if {"__init__", "config"} & vars(c).keys())
         weights = any(True for _ in chain(self.parameters(), self.buffers()))
-        if "config" not in vars(first) or (weights and not self.revision):
+        if weights and not self.revision:
             return None
         try:
             told = _identity((getattr(self, "prompts", ()), self.config))
@@ -258,8 +257,12 @@ def _code(scorer: type[ClipScorer]) -> str:
     """Digest of a class's name, of this package's code and of the files of the class and its bases.
 
     Raises:
-        TypeError: One of the classes is not to be found under its name, or in no file.
+        TypeError: The class takes arguments and has no ``config`` that names them, or one of the
+            classes is not to be found under its name, or in no file.
     """
+    first = next(c for c in scorer.__mro__ if {"__init__", "config"} & vars(c).keys())
+    if inspect.signature(scorer).parameters and "config" not in vars(first):
+        raise TypeError(f"{scorer} has no config that names its arguments.")
     files = sorted(Path(__file__).parents[1].rglob("*.py"))
     try:
         for base in scorer.__mro__:
