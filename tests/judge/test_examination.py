@@ -13,6 +13,7 @@ from tensordict.nn import TensorDictModule
 from tests.judge.worlds import Counter, examined
 from vlmrb_torchrl.checks import ConfigError
 from vlmrb_torchrl.envs import DoorKeyEnv
+from vlmrb_torchrl.judge.asking import judges
 from vlmrb_torchrl.judge.collection import collect
 from vlmrb_torchrl.judge.examination import keep, write
 from vlmrb_torchrl.judge.settings import Settings
@@ -163,6 +164,32 @@ def test_a_scorer_of_several_prompts_is_judged_as_it_scores() -> None:
 def test_scorers_of_one_class_keep_names_of_their_own() -> None:
     result = examined(counted(scorers=[ConstantScorer(0.2), ConstantScorer(0.7)]))
     assert [cost.scorer for cost in result.costs] == ["ConstantScorer", "ConstantScorer #2"]
+
+
+class Named(ConstantScorer):
+    model: str = "run"
+
+    @property
+    def config(self):
+        return (("model", self.model),)
+
+
+def test_models_whose_folders_look_numbered_keep_names_of_their_own() -> None:
+    scorers = [Named() for _ in range(4)]
+    scorers[0].model = scorers[3].model = "run #2"
+    asked = judges(counted(scorers=[*scorers, NoisyScorer(Named())]))
+    assert [judge.name for judge in asked] == [
+        *("Named run #2", "Named run", "Named run #3", "Named run #2 #2"),
+        "NoisyScorer run",
+    ]
+
+
+def test_a_judge_within_another_is_held_against_what_it_is_asked() -> None:
+    env = Counter(prompts={"end": "Is it over?", "third": "Is it the third?"})
+    scorers = [NoisyScorer(Grey(("Is it the third?",))), NoisyScorer(ConstantScorer())]
+    third, end = examined(counted(env=env, scorers=scorers)).verdicts
+    assert (third.question.asked, third.question.events) == ("third", ("third",))
+    assert end.question.events == ("end",)
 
 
 def test_costs_follow_from_the_clips_a_second() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
@@ -96,13 +97,11 @@ class Judge:
 
     def __init__(self, scorer: ClipScorer, settings: Settings, name: str) -> None:
         self.name, self._settings, self._load_s = name, settings, 0.0
-        words: list[tuple[str, ...]] = [()]
+        words: list[tuple[str, ...]] = [getattr(scorer, "prompts", ())]
         self._each: PromptedScorer | None = None  # judged by each of its prompts
-        if isinstance(scorer, PromptedScorer):
-            words = [scorer.prompts]
-            if settings.prompts:
-                scorer = self._each = scorer.asking(settings.texts)
-                words = [(text,) for text in scorer.prompts]
+        if isinstance(scorer, PromptedScorer) and settings.prompts:
+            scorer = self._each = scorer.asking(settings.texts)
+            words = [(text,) for text in scorer.prompts]
         self.scorer: ClipScorer = scorer
         self.questions = [self._question(prompts) for prompts in words]
 
@@ -208,8 +207,16 @@ def judges(settings: Settings) -> list[Judge]:
     """The scorers by short names: class and model, numbered where that is not enough."""
     found: list[Judge] = []
     for scorer in settings.scorers:
-        model = dict(scorer.config).get("model")
+        model = _model(scorer)
         name = type(scorer).__name__ + (f" {Path(str(model)).name}" if model else "")
-        same = sum(judge.name.partition(" #")[0] == name for judge in found)
-        found.append(Judge(scorer, settings, f"{name} #{same + 1}" if same else name))
+        taken = {judge.name for judge in found}
+        names = chain([name], (f"{name} #{number}" for number in count(2)))
+        found.append(Judge(scorer, settings, next(name for name in names if name not in taken)))
     return found
+
+
+def _model(scorer: ClipScorer) -> object:
+    """The model's name, also of a judge within; None if there is none."""
+    config = dict(scorer.config)
+    inner = config.get("scorer")
+    return _model(inner) if isinstance(inner, ClipScorer) else config.get("model")
