@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL.Image import Resampling
 from tensordict import TensorDict
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2.functional import resize
 
 from tests.scorers.contrastive_models import (
     BASELINE,
@@ -16,6 +20,7 @@ from tests.scorers.contrastive_models import (
     GOAL,
     PATCH,
     PATCHES,
+    PIXELS,
     TEXT_TOKENS,
     X_CLIP_FRAMES,
     close,
@@ -24,6 +29,7 @@ from tests.scorers.contrastive_models import (
     scores,
     some_clips,
 )
+from vlmrb_torchrl.scorers import ContrastiveScorer
 
 OTHER = "an open door"
 FRAME_WISE = [name for name in FAMILIES if name != "x_clip"]
@@ -231,11 +237,59 @@ def test_prompt_longer_than_the_model_reads_is_refused(folders: dict[str, Path])
         scores(fits.asking("x" * TEXT_TOKENS), some_clips(1))
 
 
+# On a GPU. A score's slope over the difference of cosines is scale / 4 at most, here e² / 4.
+
+RESIZED, OWN_SIZE = 5e-3 * math.e**2 / 4, 1e-4 * math.e**2 / 4
+
+
+def resized_as_on_a_gpu(clips: Tensor, scorer: ContrastiveScorer) -> Tensor:
+    """In floating point, rounded once at the end; a CPU resizes uint8 in whole numbers."""
+    scorer.load()
+    assert scorer._loaded is not None
+    processor = scorer._loaded.processor.image_processor
+    way = InterpolationMode[Resampling(processor.resample).name]
+    frames = resize(clips.flatten(0, 1).float(), [PIXELS, PIXELS], way, antialias=True)
+    return frames.round().clamp(0, 255).byte().view(*clips.shape[:3], PIXELS, PIXELS)
+
+
+def tf32(value: Tensor) -> Tensor:
+    """Round to 10 bits of mantissa, as cuDNN does with what float32 convolutions read."""
+    return ((value.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+@each_family
+def test_frames_resized_as_on_a_gpu_score_within_the_bound(
+    family: str, folders: dict[str, Path]
+) -> None:
+    """Noise, the worst of pictures; a pixel comes out another by one of 255 or, bicubic, more."""
+    scorer, clips = scorer_of(folders[family]), some_clips()
+    there = resized_as_on_a_gpu(clips, scorer)
+    expected = scores(scorer, clips)
+    torch.testing.assert_close(scores(scorer, there), expected, atol=RESIZED, rtol=0)
+    assert not torch.allclose(scores(scorer, there), expected, atol=OWN_SIZE, rtol=0)
+
+
+@each_family
+def test_convolutions_as_on_a_gpu_score_within_the_bound(
+    family: str, folders: dict[str, Path]
+) -> None:
+    plain, rounded = (scorer_of(folders[family]) for _ in range(2))
+    clips = resized_as_on_a_gpu(some_clips(), plain)
+    rounded.load()
+    assert rounded._loaded is not None
+    for module in rounded._loaded.model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.weight.copy_(tf32(module.weight))
+            module.register_forward_pre_hook(lambda _, inputs: tuple(map(tf32, inputs)))
+    torch.testing.assert_close(scores(rounded, clips), scores(plain, clips), atol=OWN_SIZE, rtol=0)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @each_family
 def test_gpu_scores_as_the_cpu(family: str, folders: dict[str, Path]) -> None:
+    here = scorer_of(folders[family])
+    there = scorer_of(folders[family], device="cuda", dtype="float32")
     clips = some_clips()
-    there = scores(scorer_of(folders[family], device="cuda", dtype="float32"), clips.cuda())
-    torch.testing.assert_close(
-        there.cpu(), scores(scorer_of(folders[family]), clips), atol=1e-3, rtol=0
-    )
+    for frames, bound in ((clips, RESIZED), (resized_as_on_a_gpu(clips, here), OWN_SIZE)):
+        on_gpu = scores(there, frames.cuda()).cpu()
+        torch.testing.assert_close(on_gpu, scores(here, frames), atol=bound, rtol=0)

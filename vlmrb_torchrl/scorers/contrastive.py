@@ -45,7 +45,10 @@ class ContrastiveScorer(LocalScorer):
         pooling: A clip's evidence among that of its frames: their "max", for a goal that shows in
             one frame, or the evidence of the "mean" of their embeddings. X-CLIP needs neither.
         scale: Factor of the difference; None: the model's own logit scale.
-        device: Where the model computes, the preparation of the frames included.
+        device: Where the model computes, the preparation of the frames included. A GPU resizes
+            them in floating point, a CPU in whole numbers: their differences of cosines are
+            within 0.005 of each other in float32 (on noise, the worst of pictures), and within
+            0.0001 where nothing is resized. A score moves by scale / 4 times that at most.
         dtype: Precision of the weights, as torch names it; None: bfloat16 on CUDA, else float32.
         frames: Frames looked at of each clip, spread evenly, the last among them; None: all.
             X-CLIP looks at as many of these as it was trained with.
