@@ -126,6 +126,9 @@ ROWS: dict[str, Callable[[], Case]] = {
             ),
             "resolution": values.whole(1, or_none=True),
             "fps": values.real(0, above=True),
+            "answer_prefix": st.one_of(
+                st.integers(), st.none(), st.text(max_size=9).map(lambda text: text + " ")
+            ),
             "compile": values.flag(),
             "trust_remote_code": values.flag(),
         },

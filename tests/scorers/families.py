@@ -59,6 +59,7 @@ def tokenizer(chat_template: str | None, named: dict[str, str], *others: str) ->
         show_progress=False,
     )
     words = ["user assistant Yes No yes no YES NO Answer: Yes Answer: No"] * 20
+    words += ["Yes", "No", "yes", "no", "YES", "NO"] * 20
     core.train_from_iterator([p for group in PARAPHRASES.values() for p in group] + words, trainer)
     core.add_special_tokens(special)
     return PreTrainedTokenizerFast(
@@ -299,3 +300,30 @@ def save(family: str, folder: Path) -> Path:
     model.eval().save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+@torch.no_grad()
+def says(loaded: Any, first: dict[str, float], after_colon: dict[str, float]) -> None:
+    """Write the next word's logits, by token, into a loaded model: after ":", and anywhere else.
+
+    No layer adds to the token's embedding, which is one of two unit vectors; the norm makes of it
+    √width times the same, and the head's column for it is the distribution.
+    """
+    tokenizer, model = loaded.processor.tokenizer, loaded.model
+    text = getattr(model.model, "language_model", None) or model.model.text_model
+    for layer in text.layers:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    embeddings = text.embed_tokens.weight
+    width = embeddings.shape[1]
+    head = torch.full_like(embeddings, -50.0 / width**0.5)
+    embeddings.zero_()
+    embeddings[:, 0] = 1e3  # beside which the norm's epsilon is nothing
+    (colon,) = tokenizer.encode(":", add_special_tokens=False)
+    embeddings[colon] = embeddings[colon].roll(1)
+    other = len(tokenizer) - 1  # stands for words that this tokenizer has in pieces
+    for column, words in enumerate((first, after_colon)):
+        for word, logit in words.items():
+            pieces = tokenizer.encode(word, add_special_tokens=False)
+            head[pieces[0] if len(pieces) == 1 else other, column] = logit / width**0.5
+    model.lm_head.weight = torch.nn.Parameter(head, requires_grad=False)

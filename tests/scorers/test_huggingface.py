@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from tensordict import TensorDict
 
 from recipes.judge_model import build_model, build_processor, build_tokenizer
 from vlmrb_torchrl.scorers import HuggingFaceScorer
-from vlmrb_torchrl.scorers.pretrained import answer_ids
+from vlmrb_torchrl.scorers.pretrained import answer_ids, answer_start
 
 ASK = "Does this clip contain a clear instance of goal satisfaction?"
 OTHER = "Is a door opened in this clip? Answer Yes or No."
@@ -149,6 +150,20 @@ def test_tokenizer_without_a_single_token_yes_is_refused() -> None:
         answer_ids(Letters())
 
 
+class Pieces(OneToken):
+    """Each space is a token, and each run of letters."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [sum(map(ord, piece)) for piece in re.findall(r"\w+|\W", text)]
+
+
+def test_a_space_of_its_own_before_the_answer_is_part_of_the_prefix() -> None:
+    """Else the model would say that space next, and Yes and No only after it."""
+    assert answer_start(Pieces(), "Answer:") == "Answer: "
+    assert answer_start(build_tokenizer(), "Answer:") == "Answer:"
+    assert answer_start(Pieces(), "") == ""
+
+
 def test_scorer_pickles_small_before_and_after_it_loaded(folder: Path) -> None:
     scorer = HuggingFaceScorer(folder, ASK)
     clips = some_clips()
@@ -186,6 +201,7 @@ def test_hub_name_is_taken_without_a_look_at_the_hub() -> None:
         ({"dtype": "int8"}, "dtype='int8'"),
         ({"frames": 0}, "frames=0"),
         ({"resolution": -1}, "resolution=-1"),
+        ({"answer_prefix": "Answer: "}, "answer_prefix=.*without a space"),
     ],
 )
 def test_impossible_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:

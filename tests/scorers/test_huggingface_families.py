@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from tests.scorers.families import FAMILIES, save
+from tests.scorers.distributions import DISTRIBUTIONS
+from tests.scorers.families import FAMILIES, save, says
 from vlmrb_torchrl.scorers import HuggingFaceScorer
 from vlmrb_torchrl.scorers.vision_language import ENCODED_ONE_BY_ONE, VisionLanguageModel
 
@@ -20,6 +22,8 @@ PROMPTS = (
     "Does the agent open a door in this clip anywhere? Answer Yes or No.",
 )
 REUSING = ("perception_lm", "perception_lm_pe", "smolvlm")
+OBEDIENT = {"Answer": math.log(0.9), "Yes": math.log(0.02), "No": math.log(0.08)}
+"""What it says first, asked to "Output exactly Answer: Yes": read there, the score would be 0.2."""
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +93,50 @@ def test_turns_of_unequal_length_in_a_batch_are_padded_on_the_left(
                 model.processed(frames[k : k + 1], [PROMPTS[k]]), use_cache=False
             )
             close(together[k : k + 1], alone)
+
+
+def test_the_score_is_read_where_an_obedient_model_answers(
+    folders: dict[str, Path], family: str
+) -> None:
+    clips = some_clips(2)
+    scorer = HuggingFaceScorer(folders[family], PROMPTS[0])
+    at_once = HuggingFaceScorer(folders[family], PROMPTS[0], answer_prefix="")
+    for name, (answer, score) in DISTRIBUTIONS.items():
+        if name == "every spelling" and family.startswith("perception_lm"):
+            continue  # to its tokenizer, YES is three tokens
+        says(loaded(scorer), OBEDIENT, answer)
+        close(scores(scorer, clips), torch.full((2,), score))
+        close(scores(scorer.asking(PROMPTS), clips), torch.full((2,), score))
+    if family != "smolvlm":  # whose turn begins after "Assistant:", another colon
+        says(loaded(at_once), OBEDIENT, answer)
+        close(scores(at_once, clips), torch.full((2,), 0.2))
+
+
+@pytest.mark.parametrize(
+    ("name", "opening", "ending"),
+    [
+        ("qwen3_vl", "", "<|im_start|>assistant\nAnswer:"),
+        ("smolvlm", "", "<end_of_utterance>\nAssistant: Answer:"),
+        ("perception_lm", "", "<|end_header_id|>\n\nAnswer:"),
+        # Qwen3-VL-Thinking, Qwen3.5: what the template opens is closed, as Qwen writes no thoughts.
+        ("qwen3_vl", "{{ '<think>\n' }}", "assistant\n<think>\n\n</think>\n\nAnswer:"),
+        (
+            "qwen3_vl",
+            "{% if enable_thinking is false %}<think></think>\n{% endif %}",
+            "assistant\n<think></think>\nAnswer:",
+        ),
+    ],
+)
+def test_the_turn_ends_in_the_prefix_and_without_thoughts(
+    folders: dict[str, Path], name: str, opening: str, ending: str
+) -> None:
+    model = loaded(HuggingFaceScorer(folders[name]))
+    if opening:
+        model.processor.chat_template += opening
+    text = model._text(PROMPTS[0])
+    assert text.endswith(ending)
+    ids = model.processed(some_clips(1)["clip"], [PROMPTS[0]])["input_ids"][0]
+    assert model.processor.tokenizer.decode(ids).endswith(ending)
 
 
 @pytest.mark.parametrize("dedup", [None, False])

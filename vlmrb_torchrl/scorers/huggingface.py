@@ -30,9 +30,10 @@ Attention = Literal["eager", "sdpa", "flash_attention_2", "flex_attention"]
 class HuggingFaceScorer(LocalScorer):
     """A frozen vision-language model that answers a Yes/No question about each clip.
 
-    The score is P(Yes) / (P(Yes) + P(No)) of the answer's first token, each summed over the
-    spellings that are one token. Several prompts: the maximum of their scores, that is,
-    "any of these"; a further prompt costs its own tokens only.
+    The score is P(Yes) / (P(Yes) + P(No)) of the token after ``answer_prefix``, each summed over
+    the spellings that are one token. Several prompts: the maximum of their scores, that is,
+    "any of these"; a further prompt costs its own tokens only. Models that think before they
+    answer are asked without thoughts.
 
     Constructing it is cheap; weights load at the first clip (or by `load`). It pickles before
     and after: the weights stay behind and load again from where they came. Out of memory, it
@@ -51,6 +52,9 @@ class HuggingFaceScorer(LocalScorer):
             size only refuse it.
         fps: Frames per second told to the model. Some families score differently under another
             value, so it belongs with the scores.
+        answer_prefix: What the model's turn begins with, as the paper's prompts ask; without a
+            space behind it. "": the score is read off the turn's first token, for a model that
+            says Yes or No at once.
         batch_clips: Clips of one forward pass.
         dedup: Encode equal frames once and keep their embeddings. None: where the model allows
             it (PerceptionLM, SmolVLM). False: the plain path.
@@ -83,6 +87,7 @@ class HuggingFaceScorer(LocalScorer):
         frames: int | None = None,
         resolution: int | None = None,
         fps: float = 1.0,
+        answer_prefix: str = "Answer:",
         batch_clips: int = 64,
         dedup: bool | None = None,
         cache_megabytes: float = 256.0,
@@ -102,6 +107,10 @@ class HuggingFaceScorer(LocalScorer):
         check_positive("resolution", resolution, whole=True, or_none=True)
         check_positive("fps", fps)
         check_positive("cache_megabytes", cache_megabytes)
+        if not isinstance(answer_prefix, str) or answer_prefix != answer_prefix.rstrip():
+            raise ValueError(
+                f"answer_prefix={quoted(answer_prefix)}: give text without a space behind it."
+            )
         check_flag("dedup", dedup, or_none=True)
         check_flag("compile", compile)
         check_flag("trust_remote_code", trust_remote_code)
@@ -113,7 +122,7 @@ class HuggingFaceScorer(LocalScorer):
                 "with your rights; read it, and pin it by revision.",
                 stacklevel=2,
             )
-        self.resolution, self.fps = resolution, float(fps)
+        self.resolution, self.fps, self.answer_prefix = resolution, float(fps), answer_prefix
         self._options: dict[str, Any] = {
             "dedup": dedup,
             "cache_megabytes": float(cache_megabytes),
@@ -126,15 +135,14 @@ class HuggingFaceScorer(LocalScorer):
     @classmethod
     def example(cls) -> Self:
         """The embedded judge's folder, asked the paper's prompt."""
-        return cls(Path(__file__).parent / "judge")
+        return cls(Path(__file__).parent / "judge", answer_prefix="")
 
     @property
     def config(self) -> tuple[tuple[str, object], ...]:
         """What the scores depend on."""
         return (
             *super().config,
-            ("resolution", self.resolution),
-            ("fps", self.fps),
+            *((name, getattr(self, name)) for name in ("resolution", "fps", "answer_prefix")),
             ("trust_remote_code", self._options["trust_remote_code"]),
         )
 
@@ -145,6 +153,7 @@ class HuggingFaceScorer(LocalScorer):
             dtype=getattr(torch, self.dtype),
             fps=self.fps,
             resolution=self.resolution,
+            answer_prefix=self.answer_prefix,
             **self._options,
             **self._pinned,
         )

@@ -170,3 +170,18 @@ def answer_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
     if shared := found[0] & found[1]:
         raise ValueError(f"tokens {sorted(shared)} mean Yes and No alike: use another model.")
     return sorted(found[0]), sorted(found[1])
+
+
+def answer_start(tokenizer: Any, prefix: str) -> str:
+    """``prefix`` as the model itself would write it before Yes or No.
+
+    Mostly the space behind it belongs to the token of the answer; where it is one of its own, it
+    is written, too.
+    """
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=False))
+
+    spaced = ids(f"{prefix} ")
+    apart = all(ids(f"{prefix} {word}")[: len(spaced)] == spaced for word in ("Yes", "No"))
+    return f"{prefix} " if prefix and apart else prefix

@@ -6,6 +6,7 @@ No family is named but where there is no common way: which of them encode frames
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -14,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from vlmrb_torchrl.scorers.embeddings import FrameEmbeddings
-from vlmrb_torchrl.scorers.pretrained import answer_ids, read_pretrained
+from vlmrb_torchrl.scorers.pretrained import answer_ids, answer_start, read_pretrained
 
 ENCODED_ONE_BY_ONE = {"perception_lm": "video", "smolvlm": "image"}
 """Families whose frames do not see each other before the language model, and under what name it
 takes their embeddings. Qwen-VL merges two frames in one patch."""
+_THOUGHTS = re.compile(r"<(\w*think\w*)>\s*$")
+"""Thoughts that a template begins on the model's behalf; the last words before its turn."""
 
 
 class VisionLanguageModel:
@@ -33,6 +36,7 @@ class VisionLanguageModel:
         dtype: Precision of the weights.
         fps: Frames per second told to the processor.
         resolution: Pixels along the edges that frames are resized to; None: as the processor does.
+        answer_prefix: What the model's turn begins with; the score is read off the token after it.
         dedup: Whether equal frames are encoded once; None: where the family allows it.
         cache_megabytes: Memory for their embeddings.
         compiled: Whether ``torch.compile`` translates the model.
@@ -52,6 +56,7 @@ class VisionLanguageModel:
         dtype: torch.dtype,
         fps: float = 1.0,
         resolution: int | None = None,
+        answer_prefix: str = "",
         dedup: bool | None = None,
         cache_megabytes: float = 256.0,
         compiled: bool = False,
@@ -72,6 +77,7 @@ class VisionLanguageModel:
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         self.yes, self.no = answer_ids(tokenizer)
+        self._answer = answer_start(tokenizer, answer_prefix)
         video = self.processor.video_processor
         if getattr(video, "cap_pixels_per_frame", False) is None:
             video.cap_pixels_per_frame = True  # Qwen-VL: as its authors' own reader does
@@ -178,15 +184,7 @@ class VisionLanguageModel:
     def processed(self, clips: Tensor, prompts: Sequence[str]) -> dict[str, Any]:
         """What the processor makes of clips ``[B, F, 3, H, W]`` and as many questions."""
         frames, height, width = clips.shape[1], *clips.shape[-2:]
-        conversations = [
-            [
-                {
-                    "role": "user",
-                    "content": [{"type": "video", "video": clip}, {"type": "text", "text": prompt}],
-                }
-            ]
-            for clip, prompt in zip(clips, prompts, strict=True)
-        ]
+        texts = {prompt: self._text(prompt) for prompt in prompts}
         metadata = [  # one each: some processors write into it
             {
                 "fps": self.fps,
@@ -198,15 +196,39 @@ class VisionLanguageModel:
             }
             for _ in clips
         ]
-        inputs = self.processor.apply_chat_template(
-            conversations,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
+        bos = self.processor.tokenizer.bos_token
+        begun = bool(bos) and all(text.startswith(bos) for text in texts.values())
+        inputs = self.processor(
+            text=[texts[prompt] for prompt in prompts],
+            videos=[[clip] for clip in clips],
+            video_metadata=metadata,
+            padding=True,
             return_tensors="pt",
-            processor_kwargs={**self._video_options(), "video_metadata": metadata, "padding": True},
+            **({"add_special_tokens": False} if begun else {}),
+            **self._video_options(),
         )
         return {k: self._placed(v) for k, v in inputs.items()}
+
+    def _text(self, prompt: str) -> str:
+        """A clip and ``prompt`` in the model's own form, up to where it says Yes or No.
+
+        It is to answer without thoughts: they are turned off where the template can, and closed
+        where it begins them all the same.
+        """
+        content = [{"type": "video"}, {"type": "text", "text": prompt}]
+        known = "enable_thinking" in str(self.processor.chat_template)
+        text: str = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=False,
+            **({"enable_thinking": False} if known else {}),
+        )
+        if begun := _THOUGHTS.search(text):
+            text += f"\n</{begun[1]}>\n\n"
+        marks = tuple(self.processor.tokenizer.get_added_vocab())
+        if self._answer and not text[-1:].isspace() and not text.endswith(marks):
+            text += " "  # behind words, such as "Assistant:"
+        return text + self._answer
 
     def _video_options(self) -> dict[str, Any]:
         options: dict[str, Any] = {
