@@ -85,13 +85,15 @@ def write_card(folder: Path, episodes: int, log: Log) -> None:
         log: Told about every row.
     """
     facts = json.loads((folder / "training.json").read_text())
-    report = _Report(Examiner(HuggingFaceScorer(folder)), episodes, log)
+
+    def judge(**options: Any) -> HuggingFaceScorer:
+        return HuggingFaceScorer(folder, answer_prefix="", **options)
+
+    report = _Report(Examiner(judge()), episodes, log)
     tables = report.tables()
     speed_clips = cut(report.doorkey[8], 32, 32)[:256]
-    cold, warm = clips_per_second(HuggingFaceScorer(folder), report.doorkey[8], speed_clips)
-    _, plain = clips_per_second(
-        HuggingFaceScorer(folder, dedup=False), report.doorkey[8], speed_clips[:64]
-    )
+    cold, warm = clips_per_second(judge(), report.doorkey[8], speed_clips)
+    _, plain = clips_per_second(judge(dedup=False), report.doorkey[8], speed_clips[:64])
     head = INTRODUCTION.format(
         **{**facts, "steps": " + ".join(str(v) for v in facts["steps"].values())},
         megabytes=(folder / "model.safetensors").stat().st_size / 1e6,

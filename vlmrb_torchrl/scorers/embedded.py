@@ -67,6 +67,7 @@ class EmbeddedJudge(HuggingFaceScorer):
             [MINIGRID[q] for q in asked],
             device=device,
             batch_clips=batch_clips,
+            answer_prefix="",  # it was trained to say Yes or No at once
             dedup=dedup,
             cache_megabytes=cache_megabytes,
         )
