@@ -139,6 +139,7 @@ def test_the_turn_ends_in_the_prefix_and_without_thoughts(
     assert model.processor.tokenizer.decode(ids).endswith(ending)
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")  # of arguments that will be ignored one day
 @pytest.mark.parametrize("dedup", [None, False])
 def test_each_of_several_prompts_scores_as_if_asked_alone(
     folders: dict[str, Path], family: str, dedup: bool | None
@@ -182,6 +183,23 @@ def test_reused_frame_embeddings_change_no_score(folders: dict[str, Path], name:
     embeddings = loaded(reused).embeddings
     assert embeddings is not None
     assert embeddings.encoded == len(clips["clip"].flatten(0, 1).flatten(1).unique(dim=0))
+
+
+@pytest.mark.parametrize("name", ["perception_lm", "smolvlm"])
+def test_frames_are_seen_by_a_model_that_takes_no_embeddings_of_them(
+    folders: dict[str, Path], name: str
+) -> None:
+    """As before transformers 5.23, whose models ignore the argument without a word."""
+    reused, plain = (HuggingFaceScorer(folders[name], dedup=dedup) for dedup in (None, False))
+    model = loaded(reused).model
+    real = model.forward
+
+    def forward(*, mm_encoder_outputs: Any = None, **inputs: Any) -> Any:
+        return real(**inputs)
+
+    model.forward = forward
+    clips = some_clips()
+    close(scores(reused, clips), scores(plain, clips))
 
 
 def test_frames_are_reused_by_default_just_where_they_are_encoded_one_by_one(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -18,8 +18,8 @@ from vlmrb_torchrl.scorers.embeddings import FrameEmbeddings
 from vlmrb_torchrl.scorers.pretrained import answer_ids, answer_start, read_pretrained
 
 ENCODED_ONE_BY_ONE = {"perception_lm": "video", "smolvlm": "image"}
-"""Families whose frames do not see each other before the language model, and under what name it
-takes their embeddings. Qwen-VL merges two frames in one patch."""
+"""Families whose frames do not see each other before the language model, and as what their
+placeholder tokens are known. Qwen-VL merges two frames in one patch."""
 _THOUGHTS = re.compile(r"<(\w*think\w*)>\s*$")
 """Thoughts that a template begins on the model's behalf; the last words before its turn."""
 
@@ -81,12 +81,15 @@ class VisionLanguageModel:
         video = self.processor.video_processor
         if getattr(video, "cap_pixels_per_frame", False) is None:
             video.cap_pixels_per_frame = True  # Qwen-VL: as its authors' own reader does
+        # From transformers 5.40 on, the older name would be ignored.
+        self._cache = "cache" if "cache" in _arguments(self.model.forward) else "past_key_values"
         self._turns: dict[tuple[Any, ...], dict[str, Tensor]] = {}
         family = self.model.config.model_type
-        self._takes = ENCODED_ONE_BY_ONE.get(family)
-        if dedup and self._takes is None:
+        seen_as = ENCODED_ONE_BY_ONE.get(family)
+        if dedup and seen_as is None:
             raise ValueError(f"dedup=True: {family} encodes no frame by itself; pass dedup=False.")
-        reused = self._takes is not None and dedup is not False
+        reused = seen_as is not None and dedup is not False
+        self._placeholder = getattr(self.model.config, f"{seen_as}_token_id", None)
         self.embeddings = FrameEmbeddings(self._encode, cache_megabytes) if reused else None
         if resolution is not None:
             self._try_resolution(family, resolution)
@@ -134,11 +137,11 @@ class VisionLanguageModel:
         whole = self._inputs(clips, prompts[0])
         length = len(turns[0])
         begun = {k: v[:, :common] if _along(v, length) else v for k, v in whole.items()}
-        past = self.model(**begun, use_cache=True, logits_to_keep=1).past_key_values
+        past = getattr(self._run(**begun, use_cache=True), self._cache)
         answers = []
         for turn in turns:
             words = turn[common:].expand(len(clips), -1)
-            rest = {"input_ids": words, "past_key_values": past, **self._places(begun, words)}
+            rest = {"input_ids": words, self._cache: past, **self._places(begun, words)}
             answers.append(self._answers(rest, use_cache=True))
             past.crop(common - len(turn))
         return torch.stack(answers, 1)
@@ -152,26 +155,34 @@ class VisionLanguageModel:
         rope = getattr(self.model.model, "get_rope_index", None)
         if rope is None:
             return {}
-        known = inspect.signature(rope).parameters
-        places, _ = rope(**{k: v for k, v in begun.items() if k in known})
+        places, _ = rope(**{k: v for k, v in begun.items() if k in _arguments(rope)})
         further = torch.arange(1, words.shape[1] + 1, device=self.device)
         return {"position_ids": places[..., -1:] + further}
 
     def _answers(self, inputs: dict[str, Any], use_cache: bool) -> Tensor:
-        # Without logits_to_keep, a row of 8,232 tokens over 128,256 words costs 4.2 GB.
-        logits = self.model(**inputs, use_cache=use_cache, logits_to_keep=1).logits[:, -1].float()
+        logits = self._run(**inputs, use_cache=use_cache).logits[:, -1].float()
         odds: Tensor = logits[:, self.yes].logsumexp(-1) - logits[:, self.no].logsumexp(-1)
         return odds
 
+    def _run(self, *, frames: Tensor | None = None, **inputs: Any) -> Any:
+        """One forward pass, embeddings ``frames`` ``[tokens, width]`` put in their places.
+
+        Before transformers 5.23 the models ignore such embeddings when they are handed over.
+        """
+        if frames is not None:
+            ids = inputs.pop("input_ids")
+            words = self.model.get_input_embeddings()(ids)
+            words[ids == self._placeholder] = frames.to(words.dtype)
+            inputs["inputs_embeds"] = words
+        # Without logits_to_keep, a row of 8,232 tokens over 128,256 words costs 4.2 GB.
+        return self.model(**inputs, logits_to_keep=1)
+
     def _inputs(self, clips: Tensor, prompt: str) -> dict[str, Any]:
-        """What the model reads for ``[B, F, 3, H, W]`` clips and one question."""
+        """What `_run` reads for ``[B, F, 3, H, W]`` clips and one question."""
         if self.embeddings is None:
             return self.processed(clips, [prompt] * len(clips))
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-        frames = BaseModelOutputWithPooling(pooler_output=self.embeddings(clips.flatten(0, 1)))
         words = {k: v.expand(len(clips), -1) for k, v in self._turn(clips, prompt).items()}
-        return {**words, "mm_encoder_outputs": {self._takes: frames}}
+        return {**words, "frames": self.embeddings(clips.flatten(0, 1)).flatten(0, 1)}
 
     def _turn(self, clips: Tensor, prompt: str) -> dict[str, Tensor]:
         """Token ids of one clip and a question, ``[1, S]``; they depend on its shape alone."""
@@ -281,6 +292,10 @@ def _fold_batch_norms(model: nn.Module) -> None:
             if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
                 chain[k] = nn.utils.fuse_conv_bn_eval(first, second)
                 chain[k + 1] = nn.Identity()
+
+
+def _arguments(function: Callable[..., Any]) -> Mapping[str, Any]:
+    return inspect.signature(function).parameters
 
 
 def _common_prefix(turns: Sequence[Tensor]) -> int:
