@@ -139,13 +139,12 @@ class Training:
             self.log("answers", step, steps, means)
 
     def _forward(self, ids: Tensor, mask: Tensor, rows: Tensor) -> Any:
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-        video = self.tokens[rows].flatten(0, 1)[:, None]
+        # Not handed over as mm_encoder_outputs, which transformers before 5.23 ignores.
+        words = self.model.get_input_embeddings()(ids)
+        seen = (ids == self.processor.video_token_id)[..., None]
         return self.model(
-            input_ids=ids,
+            inputs_embeds=words.masked_scatter(seen, self.tokens[rows]),
             attention_mask=mask,
-            mm_encoder_outputs={"video": BaseModelOutputWithPooling(pooler_output=video)},
             output_hidden_states=True,
             use_cache=False,
             logits_to_keep=1,
