@@ -19,6 +19,7 @@ from torchrl.objectives import DQNLoss, SoftUpdate, ValueEstimators
 
 from recipes.arguments import check_arguments
 from recipes.networks import GridQNetwork, grid_sizes
+from recipes.schedules import linear
 from recipes.transitions import Transitions
 from vlmrb_torchrl import keys
 
@@ -37,7 +38,7 @@ class DQN(L.LightningModule):
         target_update_rate: Polyak rate τ: target ← (1-τ) target + τ online, each update.
         gradient_clip_norm: Largest norm of the gradient.
         epsilon_final: Share of random actions after annealing from 1.
-        epsilon_env_steps: Environment steps after the warm-up over which ε falls linearly.
+        epsilon_share: Share of the steps after the warm-up over which ε falls linearly.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class DQN(L.LightningModule):
         target_update_rate: float = 0.01,
         gradient_clip_norm: float = 10.0,
         epsilon_final: float = 0.1,
-        epsilon_env_steps: int = 180_000,
+        epsilon_share: float = 0.75,
     ) -> None:
         super().__init__()
         check_arguments(
@@ -66,7 +67,7 @@ class DQN(L.LightningModule):
             target_update_rate=target_update_rate,
             gradient_clip_norm=gradient_clip_norm,
             epsilon_final=epsilon_final,
-            epsilon_env_steps=epsilon_env_steps,
+            epsilon_share=epsilon_share,
         )
         action_spec = env.action_spec_unbatched
         network = GridQNetwork(
@@ -74,9 +75,7 @@ class DQN(L.LightningModule):
             hidden_features=hidden_features,
         )
         self.actor = QValueActor(network, spec=action_spec)
-        self.greedy = EGreedyModule(
-            action_spec, eps_end=epsilon_final, annealing_num_steps=epsilon_env_steps
-        )
+        self.greedy = EGreedyModule(action_spec, eps_end=epsilon_final)
         self.loss = DQNLoss(
             self.actor,
             action_space=action_spec,
@@ -89,6 +88,7 @@ class DQN(L.LightningModule):
         self.target = SoftUpdate(self.loss, tau=target_update_rate)
         self.learning_rate, self.adam_eps = learning_rate, adam_eps
         self.gradient_clip_norm = gradient_clip_norm
+        self.epsilon_final, self.epsilon_share = epsilon_final, epsilon_share
 
     @property
     def policy(self) -> TensorDictModule:
@@ -121,10 +121,11 @@ class DQN(L.LightningModule):
         """Move the target network towards the online one."""
         self.target.step()
 
-    def after_collection(self, env_steps: int) -> dict[str, float]:
+    def after_collection(self, progress: float) -> dict[str, float]:
         """Anneal exploration; return what is worth logging."""
-        self.greedy.step(env_steps)
-        return {"epsilon": float(self.greedy.eps)}
+        epsilon = linear(1.0, self.epsilon_final, self.epsilon_share, progress)
+        self.greedy.eps.fill_(epsilon)
+        return {"epsilon": epsilon}
 
 
 if __name__ == "__main__":

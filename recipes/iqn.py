@@ -19,6 +19,7 @@ from torchrl.objectives import SoftUpdate, ValueEstimators
 
 from recipes.arguments import check_arguments
 from recipes.networks import GridQuantileNetwork, grid_sizes
+from recipes.schedules import linear
 from recipes.transitions import Transitions
 from vlmrb_torchrl.objectives import IQNLoss
 
@@ -43,7 +44,7 @@ class IQN(L.LightningModule):
         target_update_rate: Polyak rate τ: target ← (1-τ) target + τ online, each update.
         gradient_clip_norm: Largest norm of the gradient.
         epsilon_final: Share of random actions after annealing from 1.
-        epsilon_env_steps: Environment steps after the warm-up over which ε falls linearly.
+        epsilon_share: Share of the steps after the warm-up over which ε falls linearly.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class IQN(L.LightningModule):
         target_update_rate: float = 0.01,
         gradient_clip_norm: float = 10.0,
         epsilon_final: float = 0.1,
-        epsilon_env_steps: int = 180_000,
+        epsilon_share: float = 0.75,
     ) -> None:
         super().__init__()
         check_arguments(
@@ -76,7 +77,7 @@ class IQN(L.LightningModule):
             target_update_rate=target_update_rate,
             gradient_clip_norm=gradient_clip_norm,
             epsilon_final=epsilon_final,
-            epsilon_env_steps=epsilon_env_steps,
+            epsilon_share=epsilon_share,
         )
         action_spec = env.action_spec_unbatched
         network = GridQuantileNetwork(
@@ -85,9 +86,7 @@ class IQN(L.LightningModule):
             policy_quantiles=policy_quantiles,
         )
         self.actor = QValueActor(network, spec=action_spec)
-        self.greedy = EGreedyModule(
-            action_spec, eps_end=epsilon_final, annealing_num_steps=epsilon_env_steps
-        )
+        self.greedy = EGreedyModule(action_spec, eps_end=epsilon_final)
         self.loss = IQNLoss(
             self.actor,
             action_space=action_spec,
@@ -102,6 +101,7 @@ class IQN(L.LightningModule):
         self.target = SoftUpdate(self.loss, tau=target_update_rate)
         self.learning_rate, self.adam_eps = learning_rate, adam_eps
         self.gradient_clip_norm = gradient_clip_norm
+        self.epsilon_final, self.epsilon_share = epsilon_final, epsilon_share
 
     @property
     def policy(self) -> TensorDictModule:
@@ -132,10 +132,11 @@ class IQN(L.LightningModule):
         """Move the target network towards the online one."""
         self.target.step()
 
-    def after_collection(self, env_steps: int) -> dict[str, float]:
+    def after_collection(self, progress: float) -> dict[str, float]:
         """Anneal exploration; return what is worth logging."""
-        self.greedy.step(env_steps)
-        return {"epsilon": float(self.greedy.eps)}
+        epsilon = linear(1.0, self.epsilon_final, self.epsilon_share, progress)
+        self.greedy.eps.fill_(epsilon)
+        return {"epsilon": epsilon}
 
 
 if __name__ == "__main__":

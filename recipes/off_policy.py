@@ -33,7 +33,6 @@ from recipes.run_state import (
     Optimizers,
     ReplayState,
     RunState,
-    Schedules,
 )
 from recipes.settings import Scoring, Training
 from recipes.tasks import Task
@@ -67,8 +66,12 @@ class Algorithm(Protocol):
     def after_update(self) -> None:
         """Run after each update (target networks)."""
 
-    def after_collection(self, env_steps: int) -> dict[str, float]:
-        """Run after each round of updates (exploration); return what is worth logging."""
+    def after_collection(self, progress: float) -> dict[str, float]:
+        """Run after each round of updates (exploration); return what is worth logging.
+
+        Args:
+            progress: Share of the steps after the warm-up that is done, 0 to 1.
+        """
 
 
 def build_scoring(buffer: VLMReplayBuffer, task: Task, settings: Scoring, seed: int) -> AsyncScorer:
@@ -222,7 +225,6 @@ def train(
         auto_register_policy_transforms=False,
     )
     new_env_steps = training.env_steps_per_collection * fabric.world_size
-    schedulers = replay.schedulers(buffer, new_env_steps)
     count = Counters()
     with ExitStack() as cleanup:
         cleanup.callback(collector.shutdown)
@@ -242,7 +244,6 @@ def train(
                 "algorithm": Learner(module),
                 "optimizers": Optimizers(optimizers),
                 "replay": ReplayState(buffer, draws),
-                "schedules": Schedules(schedulers),
                 "demonstrations": batches,
                 "counters": count,
                 "telemetry": telemetry,
@@ -268,9 +269,11 @@ def train(
                 while count.updates_due >= 1:
                     count.updates_due -= 1
                     update(fabric, algorithm, optimizers, batches, replay, telemetry)
-                telemetry.note(module.after_collection(new_env_steps))
-                for scheduler in schedulers:
-                    scheduler.step()
+                learnt = count.env_steps - training.warmup_env_steps
+                whole = training.total_env_steps - training.warmup_env_steps
+                progress = min(1.0, learnt / whole)
+                telemetry.note(module.after_collection(progress))
+                replay.anneal(buffer.sampler, progress)
 
             telemetry.log(count.env_steps, buffer, scoring)
             evaluate_if_due(fabric, module, task, training, telemetry, count)

@@ -6,6 +6,7 @@ A method of one's own is a subclass in any importable module: ``--replay my_modu
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 from torchrl.data import (
     LazyTensorStorage,
@@ -14,8 +15,8 @@ from torchrl.data import (
     TensorDictReplayBuffer,
 )
 from torchrl.data.replay_buffers.samplers import Sampler
-from torchrl.data.replay_buffers.scheduler import LinearScheduler, ParameterScheduler
 
+from recipes.schedules import linear
 from vlmrb_torchrl import VLMPrioritizedSampler, VLMReplayBuffer
 from vlmrb_torchrl.checks import is_positive, is_real, is_whole, require
 
@@ -60,14 +61,13 @@ class Replay(ABC):
     def sampler(self) -> Sampler:
         """Build the sampler of the buffer."""
 
-    def schedulers(self, buffer: VLMReplayBuffer, env_steps: int) -> list[ParameterScheduler]:
-        """What changes while training; each is stepped once per collected batch after the warm-up.
+    def anneal(self, sampler: Any, progress: float) -> None:
+        """Set what changes while training, after each round of updates.
 
         Args:
-            buffer: The buffer whose sampler is driven.
-            env_steps: Environment steps of one collected batch.
+            sampler: The buffer's, built by ``sampler()``.
+            progress: Share of the steps after the warm-up that is done, 0 to 1.
         """
-        return []
 
     def buffer(self, other_rows: int = 0) -> VLMReplayBuffer:
         """Build the replay buffer: memory on the CPU, one row per transition.
@@ -100,8 +100,8 @@ class Prioritized(Replay):
         batch_size: Transitions per gradient step, on each rank.
         alpha: Exponent of the priority, 0 (uniform) to 1.
         beta_start: Exponent of the importance weight at the start, 0 to 1.
-        beta_end: The same after ``beta_env_steps``.
-        beta_env_steps: Environment steps after the warm-up over which β rises linearly.
+        beta_end: The same after ``beta_share``.
+        beta_share: Share of the steps after the warm-up over which β rises linearly.
         td_error_offset: ε, added to |δ|, in units of return, so that no transition is lost.
     """
 
@@ -114,15 +114,17 @@ class Prioritized(Replay):
         alpha: float = 0.6,
         beta_start: float = 0.4,
         beta_end: float = 1.0,
-        beta_env_steps: int = 240_000,
+        beta_share: float = 1.0,
         td_error_offset: float = 1e-3,
     ) -> None:
         super().__init__(capacity, batch_size)
-        for name, value in (("alpha", alpha), ("beta_start", beta_start), ("beta_end", beta_end)):
+        for name, value in (
+            ("alpha", alpha),
+            ("beta_start", beta_start),
+            ("beta_end", beta_end),
+            ("beta_share", beta_share),
+        ):
             require(is_real(value, 0, 1), f"replay.{name}", value, "use a number from 0 to 1")
-        require(
-            is_whole(beta_env_steps, 1), "replay.beta_env_steps", beta_env_steps, "use at least 1"
-        )
         require(
             is_positive(td_error_offset),
             "replay.td_error_offset",
@@ -131,7 +133,7 @@ class Prioritized(Replay):
         )
         self.alpha, self.td_error_offset = alpha, td_error_offset
         self.beta_start, self.beta_end = beta_start, beta_end
-        self.beta_env_steps = beta_env_steps
+        self.beta_share = beta_share
 
     def sampler(self) -> Sampler:
         """Build TorchRL's own prioritized sampler, the peer to be compared with."""
@@ -139,10 +141,9 @@ class Prioritized(Replay):
             self.capacity, alpha=self.alpha, beta=self.beta_start, eps=self.td_error_offset
         )
 
-    def schedulers(self, buffer: VLMReplayBuffer, env_steps: int) -> list[ParameterScheduler]:
+    def anneal(self, sampler: PrioritizedSampler, progress: float) -> None:
         """Raise β to ``beta_end``."""
-        steps = max(1, self.beta_env_steps // env_steps)
-        return [LinearScheduler(buffer, "beta", final_value=self.beta_end, num_steps=steps)]
+        sampler.beta = linear(self.beta_start, self.beta_end, self.beta_share, progress)
 
 
 class VLMGuided(Replay):
@@ -152,7 +153,7 @@ class VLMGuided(Replay):
         capacity: Slots of the buffer, in transitions, on each rank.
         batch_size: Transitions per gradient step, on each rank.
         lmbda: Final share λ of draws by score, 0 (uniform) to 1.
-        lmbda_env_steps: Environment steps after the warm-up over which λ rises linearly from 0.
+        lmbda_share: Share of the steps after the warm-up over which λ rises linearly from 0.
         alpha: Exponent of the priority.
         beta: Exponent of the importance weight (N q)^-β; 0 as in the paper, 1 is unbiased.
         eps: Added to each priority; large values leak draws to transitions without a score.
@@ -168,7 +169,7 @@ class VLMGuided(Replay):
         capacity: int = 200_000,
         batch_size: int = 64,
         lmbda: float = 0.5,
-        lmbda_env_steps: int = 20_000,
+        lmbda_share: float = 1 / 12,
         alpha: float = 0.6,
         beta: float = 0.0,
         eps: float = 1e-12,
@@ -178,10 +179,8 @@ class VLMGuided(Replay):
     ) -> None:
         super().__init__(capacity, batch_size)
         require(is_real(lmbda, 0, 1), "replay.lmbda", lmbda, "use a number from 0 (uniform) to 1")
-        require(
-            is_whole(lmbda_env_steps, 1), "replay.lmbda_env_steps", lmbda_env_steps, "use 1 or more"
-        )
-        require(is_real(beta, 0, 1), "replay.beta", beta, "use a number from 0 to 1")
+        for name, value in (("lmbda_share", lmbda_share), ("beta", beta)):
+            require(is_real(value, 0, 1), f"replay.{name}", value, "use a number from 0 to 1")
         require(is_real(alpha, 0), "replay.alpha", alpha, "use 0 or more")
         require(is_positive(eps), "replay.eps", eps, "use a small positive number such as 1e-12")
         require(isinstance(td_boost, bool), "replay.td_boost", td_boost, "use true or false")
@@ -197,7 +196,7 @@ class VLMGuided(Replay):
             unscored_priority,
             "use a number from 0 to 1",
         )
-        self.lmbda, self.lmbda_env_steps = lmbda, lmbda_env_steps
+        self.lmbda, self.lmbda_share = lmbda, lmbda_share
         self.alpha, self.beta, self.eps = alpha, beta, eps
         self.threshold, self.unscored_priority = threshold, unscored_priority
         self.td_boost = self.uses_td_error = td_boost
@@ -215,7 +214,6 @@ class VLMGuided(Replay):
             unscored_priority=self.unscored_priority,
         )
 
-    def schedulers(self, buffer: VLMReplayBuffer, env_steps: int) -> list[ParameterScheduler]:
+    def anneal(self, sampler: VLMPrioritizedSampler, progress: float) -> None:
         """Raise λ from 0 to ``lmbda``."""
-        steps = max(1, self.lmbda_env_steps // env_steps)
-        return [LinearScheduler(buffer, "lmbda", final_value=self.lmbda, num_steps=steps)]
+        sampler.lmbda = linear(0.0, self.lmbda, self.lmbda_share, progress)

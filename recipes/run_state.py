@@ -5,7 +5,7 @@
 | networks, target networks, ε and noise of the exploration | the algorithm's module |
 | Adam's moments and step counts | its optimizers |
 | transitions, priorities, scores, generations, the generator of the draws | the replay buffer |
-| λ, β | the sampler, and how far their schedulers are |
+| λ, β | the sampler |
 | draws of demonstrations | `Batches` |
 | games in the middle of their episodes, numbers of the next ones | the environment |
 | what was observed last, trajectory ids | the collector |
@@ -14,7 +14,7 @@
 | clips that wait, open clips, counts, the judge's own random numbers | `AsyncScorer` |
 | torch's, numpy's and Python's random numbers | the process |
 
-Demonstrations are played anew, schedules' ends and all else follow from the configuration.
+Demonstrations are played anew, and all else follows from the configuration.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ import torch
 from torchrl.checkpoint import GlobalRNGState
 from torchrl.collectors import Collector
 from torchrl.data import PrioritizedSampler
-from torchrl.data.replay_buffers.scheduler import ParameterScheduler
 from torchrl.envs import EnvBase, TransformedEnv
 from torchrl.envs.batched_envs import BatchedEnvBase
 
@@ -151,22 +150,6 @@ class Optimizers:
             optimizer.load_state_dict(state[name])
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
-
-
-class Schedules:
-    """How far the schedulers of a sampler are; where they lead follows from the configuration."""
-
-    def __init__(self, schedulers: list[ParameterScheduler]) -> None:
-        self._schedulers = schedulers
-
-    def state_dict(self) -> State:
-        """Steps of each; the values that they set are the sampler's."""
-        return {"steps": [scheduler.state_dict()["_step_cnt"] for scheduler in self._schedulers]}
-
-    def load_state_dict(self, state: State) -> None:
-        """Go on from there."""
-        for scheduler, steps in zip(self._schedulers, state["steps"], strict=True):
-            scheduler.load_state_dict({"_step_cnt": steps})
 
 
 class ReplayState:

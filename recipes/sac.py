@@ -83,7 +83,7 @@ class SAC(L.LightningModule):
             spec=action_spec,
             distribution_class=TanhNormal,
         )
-        self.warmup = EGreedyModule(action_spec, eps_end=0.0, annealing_num_steps=1)
+        self.warmup = EGreedyModule(action_spec)
         self.loss = SACLoss(
             self.actor,
             ActionValue(*sizes, hidden_features, critic_layer_norm),
@@ -151,9 +151,9 @@ class SAC(L.LightningModule):
         """Move the target critics towards the online ones."""
         self.target.step()
 
-    def after_collection(self, env_steps: int) -> dict[str, float]:
+    def after_collection(self, progress: float) -> dict[str, float]:
         """End the uniform actions of the warm-up; return what is worth logging."""
-        self.warmup.step()
+        self.warmup.eps.zero_()
         return {name: float(figure) for name, figure in self.figures.items()}
 
 

@@ -86,7 +86,7 @@ class TD3(L.LightningModule):
         self.noise = AdditiveGaussianModule(
             action_spec, sigma_init=exploration_noise, sigma_end=exploration_noise
         )
-        self.warmup = EGreedyModule(action_spec, eps_end=0.0, annealing_num_steps=1)
+        self.warmup = EGreedyModule(action_spec)
         self.loss = TD3Loss(
             self.actor,
             ActionValue(*sizes, hidden_features, critic_layer_norm),
@@ -157,9 +157,9 @@ class TD3(L.LightningModule):
             self.target.step()
         self.updates += 1
 
-    def after_collection(self, env_steps: int) -> dict[str, float]:
+    def after_collection(self, progress: float) -> dict[str, float]:
         """End the uniform actions of the warm-up; return what is worth logging."""
-        self.warmup.step()
+        self.warmup.eps.zero_()
         return {}
 
 

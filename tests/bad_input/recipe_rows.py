@@ -38,7 +38,7 @@ LEARNER = {
     "target_update_rate": values.real(0, 1, above=True),
     "gradient_clip_norm": POSITIVE.filter(lambda v: v != math.inf),
 }
-DISCRETE = {"adam_eps": POSITIVE, "epsilon_final": SHARE, "epsilon_env_steps": COUNT}
+DISCRETE = {"adam_eps": POSITIVE, "epsilon_final": SHARE, "epsilon_share": SHARE}
 CRITICS = {"num_critics": COUNT}
 SCENE = {
     "task": values.whole(1, 5),
@@ -99,8 +99,7 @@ ROWS: dict[str, Callable[[], Case]] = {
         Prioritized,
         {
             **RING,
-            **dict.fromkeys(("alpha", "beta_start", "beta_end"), SHARE),
-            "beta_env_steps": COUNT,
+            **dict.fromkeys(("alpha", "beta_start", "beta_end", "beta_share"), SHARE),
             "td_error_offset": POSITIVE,
         },
     ),
@@ -109,8 +108,7 @@ ROWS: dict[str, Callable[[], Case]] = {
         VLMGuided,
         {
             **RING,
-            **dict.fromkeys(("lmbda", "beta", "unscored_priority"), SHARE),
-            "lmbda_env_steps": COUNT,
+            **dict.fromkeys(("lmbda", "lmbda_share", "beta", "unscored_priority"), SHARE),
             "alpha": NOT_NEGATIVE,
             "eps": POSITIVE,
             "td_boost": values.flag(),

@@ -45,7 +45,7 @@ def test_plan_goes_seed_by_seed_and_a_finished_run_is_known_by_its_command(
 
 
 def test_overlays_are_named_by_their_files_and_no_two_alike(tmp_path):
-    task, overlay = compare.CONFIGS / "doorkey_6x6", compare.CONFIGS / "scene_task1" / "per.yaml"
+    task, overlay = compare.CONFIGS / "doorkey_6x6", compare.CONFIGS / "doorkey_8x8" / "per.yaml"
     (run,) = compare.plan(task, "dqn", [str(overlay)], [0], tmp_path, [])
     assert (run.method, run.name) == ("per", "per_s0")
     with pytest.raises(ConfigError, match="give each another file name"):

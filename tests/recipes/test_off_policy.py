@@ -109,6 +109,46 @@ def test_nothing_is_learnt_in_the_warm_up(tmp_path):
     assert learnt == list(range(224, 1025, 32))
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "method", "name", "value"),
+    [
+        (DQN, "per", "beta", lambda done: 0.4 + 0.6 * done),
+        (IQN, "privileged", "lmbda", lambda done: 0.5 * min(1, 12 * done)),
+    ],
+)
+@pytest.mark.parametrize("total", [500, 1000])
+def test_schedules_follow_the_run_s_progress_and_end_where_they_say(
+    algorithm, method, name, value, total, tmp_path, monkeypatch
+):
+    """Read in each update: ε where actions are chosen, β or λ where batches are drawn.
+
+    A round of 4 updates follows each collection of 32 steps that ends behind the 200 of the
+    warm-up. It sees what was set after the one before, whose share of the run is (s - 200) /
+    (total - 200). ε falls from 1 to 0.1 over three quarters of that, whatever the total.
+    """
+    seen, update = [], off_policy.update
+
+    def watched(fabric, module, optimizers, batches, *others):
+        seen.append((module.greedy.eps.item(), getattr(batches.buffer.sampler, name)))
+        update(fabric, module, optimizers, batches, *others)
+        watched.last = module.greedy, batches.buffer.sampler
+
+    monkeypatch.setattr(off_policy, "update", watched)
+    settings = [f"--config={CONFIGS / 'methods' / method}.yaml", "--scoring.mode=sync"]
+    cli.run(
+        algorithm,
+        [*SHORT, *settings, f"--training.total_env_steps={total}", f"--training.log_dir={tmp_path}"],
+    )
+    done = [max(0, (steps - 200) / (total - 200)) for steps in range(192, total, 32)]
+    expected = [(max(0.1, 1 - 0.9 * share / 0.75), value(share)) for share in done for _ in range(4)]
+    assert len(seen) == len(expected)
+    for pair, closed_form in zip(seen, expected, strict=True):
+        assert pair == pytest.approx(closed_form, abs=1e-7)
+    greedy, sampler = watched.last
+    assert greedy.eps.item() == pytest.approx(0.1)
+    assert getattr(sampler, name) == value(1)
+
+
 def test_iqn_s_settings_reach_its_loss_and_actions_are_chosen_online():
     loss = IQN(DoorKey(5).make(1, 0), online_quantiles=3, target_quantiles=5, kappa=2.0).loss
     assert (loss.online_quantiles, loss.target_quantiles, loss.kappa) == (3, 5, 2.0)

@@ -13,7 +13,9 @@ from tests.recipes.test_resume import DOORKEY, PRIVILEGED, SYNC
 
 @pytest.mark.slow
 def test_ranks_resume_bit_equal_and_another_number_of_them_is_refused(tmp_path):
-    arguments = [*SHORT, *DOORKEY, SYNC, PRIVILEGED, f"--training.log_dir={tmp_path}"]
+    # Schedules are shares of the run: at once, so that the half is half of the whole.
+    at_once = ["--replay.lmbda_share=0", "--algorithm.epsilon_share=0"]
+    arguments = [*SHORT, *DOORKEY, SYNC, PRIVILEGED, *at_once, f"--training.log_dir={tmp_path}"]
     half = "--training.total_env_steps=512"
     for name, *lengths in (("whole",), ("resumed", half)):
         fabric_run("dqn", tmp_path, *arguments, f"--training.name={name}", *lengths)

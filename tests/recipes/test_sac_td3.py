@@ -216,7 +216,7 @@ def test_actions_are_uniform_in_the_warm_up_and_the_policy_s_afterwards(algorith
     state = TensorDict({"observation": torch.zeros(4000, 2)}, [4000])
     with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
         uniform = trained.behaviour(state.clone())["action"]
-        trained.after_collection(8)
+        trained.after_collection(0.1)
         after = trained.behaviour(state.clone())["action"]
     # Uniform on [-1, 1]: variance 1/3, its estimate's standard deviation sqrt(4/45/4000) = 0.005.
     assert uniform.var().item() == pytest.approx(1 / 3, abs=0.025)
