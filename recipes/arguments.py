@@ -27,7 +27,7 @@ _RULES: dict[str, Rule] = {
     "adam_eps": _POSITIVE,
     "gradient_clip_norm": (lambda x: x == math.inf or is_positive(x), "use more than 0"),
     "epsilon_final": (lambda x: is_real(x, 0, 1), "use 0 to 1"),
-    "epsilon_env_steps": _COUNT,
+    "epsilon_share": (lambda x: is_real(x, 0, 1), "use 0 to 1"),
     "num_critics": _COUNT,
     "alpha_init": _POSITIVE,
     "target_entropy": (lambda x: x is None or is_real(x), "use a number, or null"),
