@@ -6,7 +6,7 @@ fabric run --devices=2 recipes/iqn.py --config recipes/configs/doorkey_6x6/iqn.y
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 from tensordict import TensorDictBase
@@ -36,6 +36,9 @@ class IQN(L.LightningModule):
         policy_quantiles: Fractions that an action is chosen by, the paper's K.
         kappa: Huber threshold κ, in units of the return that is learnt from, ``reward_scale`` times
             the environment's.
+        priority: What |δ| is, for replay: the difference of the target's ``mean`` and that of the
+            prediction, as in DQN, or the mean over ``pairwise`` differences of their quantiles,
+            which does not fall below the return's own spread.
         gamma: Discount factor.
         n_steps: Steps of reward that a transition carries before the value is bootstrapped.
         reward_scale: Factor of the rewards that are learnt from.
@@ -56,6 +59,7 @@ class IQN(L.LightningModule):
         target_quantiles: int = 8,
         policy_quantiles: int = 32,
         kappa: float = 1.0,
+        priority: Literal["mean", "pairwise"] = "mean",
         gamma: float = 0.95,
         n_steps: int = 1,
         reward_scale: float = 1.0,
@@ -93,6 +97,7 @@ class IQN(L.LightningModule):
             online_quantiles=online_quantiles,
             target_quantiles=target_quantiles,
             kappa=kappa,
+            priority=priority,
             double_dqn=True,
             delay_value=True,
         )

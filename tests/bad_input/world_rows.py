@@ -77,6 +77,7 @@ def iqn() -> Case:
             "online_quantiles": count,
             "target_quantiles": count,
             "kappa": values.real(0, above=True),
+            "priority": values.other_than("mean", "pairwise"),
             "delay_value": values.flag(),
             "double_dqn": values.flag(),
             "action_space": values.other_than("categorical", "one-hot", "one_hot", or_none=True),

@@ -59,9 +59,38 @@ def test_loss_and_priority_are_what_they_are_by_hand(double, end, delta):
     assert batch["td_error"].tolist() == [[delta]]
 
 
-def test_priority_is_the_mean_absolute_error_over_pairs():
+@pytest.mark.parametrize("quantiles", [2, 8])
+@pytest.mark.parametrize("gamma", [0.9, 1.0])
+def test_priority_is_the_distance_of_the_means_and_vanishes_once_the_return_is_learnt(
+    quantiles, gamma
+):
+    """The next state's return is U(0, 9), so the target is U(1, 1 + 9γ); predicted is U(1, 10).
+
+    With γ = 1 they are the same, and |δ| is 0; over pairs it is the mean distance of two draws,
+    9/3 = 3. With γ = 0.9 the means are 5.05 and 5.5.
+    """
+    errors = {}
+    for priority in ("mean", "pairwise"):
+        network = actor([[1.0], [0.0]], [[9.0], [9.0]])
+        loss = IQNLoss(
+            network, priority=priority, online_quantiles=quantiles, target_quantiles=quantiles
+        )
+        loss.make_value_estimator(gamma=gamma)
+        batch = from_zero_to_one().expand(4000).clone()
+        torch.manual_seed(0)
+        loss(batch)
+        errors[priority] = batch["td_error"]
+    assert errors["mean"].shape == (4000, 1)
+    assert errors["mean"].median().item() == pytest.approx(5.5 - 5.05 if gamma < 1 else 0, abs=1e-3)
+    if gamma == 1:
+        # A mean distance has a standard deviation of 9 sqrt(1/18) = 2.1 at most: ± 0.034.
+        assert errors["pairwise"].mean().item() == pytest.approx(3, abs=0.15)
+
+
+def test_pairwise_priority_is_the_mean_absolute_error_over_pairs():
     """Online quantiles are τ, the target's are 1 + γ τ′ = 1 + τ′/2: the mean of |1 + τ′/2 − τ|."""
-    loss = IQNLoss(actor([[0.0], [0.0]], [[1.0], [1.0]]), online_quantiles=3, target_quantiles=5)
+    network = actor([[0.0], [0.0]], [[1.0], [1.0]])
+    loss = IQNLoss(network, priority="pairwise", online_quantiles=3, target_quantiles=5)
     loss.make_value_estimator(gamma=0.5)
     batch = from_zero_to_one()
     loss(batch)
@@ -273,6 +302,7 @@ def test_state_of_the_loss_is_restored():
         ({"online_quantiles": 0}, "online_quantiles is 0"),
         ({"target_quantiles": 0}, "target_quantiles is 0"),
         ({"kappa": 0.0}, "kappa is 0.0"),
+        ({"priority": "median"}, "priority is median"),
         ({"double_dqn": True, "delay_value": False}, "double_dqn is True"),
         ({"action_space": "binary"}, "action_space is binary"),
     ],

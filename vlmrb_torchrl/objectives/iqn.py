@@ -25,6 +25,7 @@ from torchrl.objectives.value import ValueEstimatorBase
 from vlmrb_torchrl.checks import is_positive, is_whole, require, shown
 
 _AT_LEAST_1 = "use a whole number >= 1"
+_TINY = 1e-6  # of one fraction there is no slope
 
 
 def quantile_huber(prediction: Tensor, tau: Tensor, target: Tensor, kappa: float = 1.0) -> Tensor:
@@ -78,6 +79,18 @@ def _of_action(quantiles: Tensor, action: Tensor) -> Tensor:
     return quantiles.gather(-1, index).squeeze(-1)
 
 
+def _mean(quantiles: Tensor, tau: Tensor) -> Tensor:
+    """Estimate the mean ``[B]`` of a return from quantiles ``[B, N]``: their line's value at τ = ½.
+
+    The line is the least-squares one. Their plain mean moves with the fractions that were drawn, of
+    8 by a third of the return's spread, where the line of a straight quantile function is exact.
+    """
+    level, middle = quantiles.mean(-1, keepdim=True), tau.mean(-1, keepdim=True)
+    away = tau - middle
+    slope = ((quantiles - level) * away).sum(-1) / (away.square().sum(-1) + _TINY)
+    return level.squeeze(-1) + slope * (0.5 - middle.squeeze(-1))
+
+
 class IQNLoss(LossModule):
     """The loss of implicit quantile networks.
 
@@ -86,8 +99,7 @@ class IQNLoss(LossModule):
     δ_ij = r + γ Z_τ′j(x′, π_β(x′)) − Z_τi(x, a),  loss = Σ_i (1/M) Σ_j ρ_τi(δ_ij),
 
     with ρ the quantile Huber loss. An episode that was truncated bootstraps, one that terminated
-    does not. The mean of |δ_ij| over all pairs, ``[B, 1]`` in units of return, is written to
-    ``"td_error"`` for prioritized replay.
+    does not. |δ|, ``[B, 1]`` in units of return, is written to ``"td_error"``, for replay.
 
     Args:
         value_network: The greedy policy, such as a ``QValueActor`` around a ``QuantileNetwork``.
@@ -98,6 +110,9 @@ class IQNLoss(LossModule):
         online_quantiles: N, fractions drawn for the prediction.
         target_quantiles: M (the paper's N′), fractions drawn for the target.
         kappa: Huber threshold κ > 0, in units of return.
+        priority: What |δ| is. ``"mean"``: |mean of the target − mean of the prediction|, which is
+            DQN's |δ|, since actions are chosen by means, and falls to 0 once the return is learnt.
+            ``"pairwise"``: the mean of |δ_ij|, which never falls below the return's own spread.
         delay_value: Have a target network, which ``SoftUpdate`` or ``HardUpdate`` moves.
         double_dqn: Let the online network choose the next action.
         action_space: ``"categorical"``, ``"one-hot"`` or a spec; None: the network's own.
@@ -139,7 +154,7 @@ class IQNLoss(LossModule):
             action: Taken action, int64 ``[B]`` or ``[B, 1]``, or one-hot ``[B, A]``.
             tau: Fractions, handed to the network.
             quantiles: Quantiles at them, written by the network.
-            priority: Mean |δ|, written to the input.
+            priority: |δ|, written to the input.
             reward: Reward, below ``"next"``, ``[B, 1]``.
             done: End of the episode, below ``"next"``, bool ``[B, 1]``.
             terminated: End without a future, below ``"next"``, bool ``[B, 1]``.
@@ -171,6 +186,7 @@ class IQNLoss(LossModule):
         online_quantiles: int = 8,
         target_quantiles: int = 8,
         kappa: float = 1.0,
+        priority: Literal["mean", "pairwise"] = "mean",
         delay_value: bool = True,
         double_dqn: bool = False,
         action_space: str | TensorSpec | None = None,
@@ -189,6 +205,7 @@ class IQNLoss(LossModule):
         require(is_whole(target_quantiles, 1), "target_quantiles", target_quantiles, _AT_LEAST_1)
         require(is_positive(kappa), "kappa", kappa, "use more than 0")
         for name, value, choices in (
+            ("priority", priority, ("mean", "pairwise")),
             ("delay_value", delay_value, (True, False)),
             ("double_dqn", double_dqn, (True, False)),
             ("reduction", reduction, ("mean", "sum", "none")),
@@ -209,7 +226,8 @@ class IQNLoss(LossModule):
         self.action_space = space
         self.convert_to_functional(value_network, "value_network", create_target_params=delay_value)
         self.online_quantiles, self.target_quantiles = online_quantiles, target_quantiles
-        self.kappa, self.delay_value, self.double_dqn = kappa, delay_value, double_dqn
+        self.kappa, self.priority = kappa, priority
+        self.delay_value, self.double_dqn = delay_value, double_dqn
         self.reduction = reduction
         self.use_prioritized_weights = use_prioritized_weights
         self._set_in_keys()
@@ -239,7 +257,7 @@ class IQNLoss(LossModule):
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
-        """Compute the loss of a batch and write mean |δ| into it.
+        """Compute the loss of a batch and write |δ| into it.
 
         Args:
             tensordict: Transitions with ``in_keys``.
@@ -252,12 +270,15 @@ class IQNLoss(LossModule):
         )
         action = self._index(tensordict.get(self.tensor_keys.action), tensordict.shape)
         prediction = _of_action(online, action)
-        target = self._target(tensordict)
+        target, target_tau = self._target(tensordict)
         loss = quantile_huber(prediction, tau, target, self.kappa)
         with torch.no_grad():
-            delta = target.unsqueeze(-2) - prediction.unsqueeze(-1)
-            td_error = delta.abs().mean((-2, -1)).unsqueeze(-1)
-        tensordict.set(self.tensor_keys.priority, td_error, inplace=True)
+            if self.priority == "mean":
+                td_error = (_mean(target, target_tau) - _mean(prediction, tau)).abs()
+            else:
+                pairs = target.unsqueeze(-2) - prediction.unsqueeze(-1)
+                td_error = pairs.abs().mean((-2, -1))
+        tensordict.set(self.tensor_keys.priority, td_error.unsqueeze(-1), inplace=True)
         weights = self._maybe_get_priority_weight(tensordict)
         output = TensorDict(loss=self._reduce_loss(loss, tensordict=tensordict, weights=weights))
         self._clear_weakrefs(
@@ -291,14 +312,14 @@ class IQNLoss(LossModule):
         return quantiles, tau
 
     @torch.no_grad()
-    def _target(self, tensordict: TensorDictBase) -> Tensor:
-        """Bootstrap target quantiles ``[B, M]``."""
+    def _target(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
+        """Bootstrap target quantiles ``[B, M]``; return them and their fractions."""
         target_params = self.target_value_network_params
         state = self._state(tensordict, "next")
         chooser = self.value_network_params if self.double_dqn else target_params
         with chooser.to_module(self.value_network, preserve_module_state=False):
             choice = self.value_network(state.clone(False)).get(self.tensor_keys.action)
-        quantiles, _ = self._quantiles(state, target_params, self.target_quantiles)
+        quantiles, tau = self._quantiles(state, target_params, self.target_quantiles)
         value = _of_action(quantiles, self._index(choice, tensordict.shape))
         # TorchRL's estimators want rewards and ends in the shape of the values.
         transitions = tensordict.empty()
@@ -310,7 +331,7 @@ class IQNLoss(LossModule):
                 column = known.reshape(*tensordict.shape, 1)
                 transitions.set(key, column.expand_as(value))
         target: Tensor = self.value_estimator.value_estimate(transitions, next_value=value)
-        return target
+        return target, tau
 
     def _index(self, action: Tensor, batch: torch.Size) -> Tensor:
         """Number actions, int64 ``[B]``."""
