@@ -34,6 +34,7 @@ from recipes.run_state import (
     ReplayState,
     RunState,
 )
+from recipes.schedules import progress_of
 from recipes.settings import Scoring, Training
 from recipes.tasks import Task
 from recipes.telemetry import Telemetry
@@ -269,9 +270,7 @@ def train(
                 while count.updates_due >= 1:
                     count.updates_due -= 1
                     update(fabric, algorithm, optimizers, batches, replay, telemetry)
-                learnt = count.env_steps - training.warmup_env_steps
-                whole = training.total_env_steps - training.warmup_env_steps
-                progress = min(1.0, learnt / whole)
+                progress = progress_of(training, count.env_steps)
                 telemetry.note(module.after_collection(progress))
                 replay.anneal(buffer.sampler, progress)
 

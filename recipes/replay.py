@@ -61,7 +61,7 @@ class Replay(ABC):
     def sampler(self) -> Sampler:
         """Build the sampler of the buffer."""
 
-    def anneal(self, sampler: Any, progress: float) -> None:
+    def anneal(self, sampler: Any, progress: float) -> None:  # noqa: B027 - often nothing
         """Set what changes while training, after each round of updates.
 
         Args:

@@ -2,6 +2,19 @@
 
 from __future__ import annotations
 
+from recipes.settings import Training
+
+
+def progress_of(training: Training, env_steps: int) -> float:
+    """Share of the steps after the warm-up that is done after ``env_steps``, 0 to 1.
+
+    Example:
+        >>> progress_of(Training(total_env_steps=50_000, warmup_env_steps=2_000), 26_000)
+        0.5
+    """
+    learning = training.total_env_steps - training.warmup_env_steps
+    return min(1.0, (env_steps - training.warmup_env_steps) / learning)
+
 
 def linear(start: float, end: float, share: float, progress: float) -> float:
     """A line from ``start`` to ``end``, which is kept from then on.

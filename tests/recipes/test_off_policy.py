@@ -137,10 +137,17 @@ def test_schedules_follow_the_run_s_progress_and_end_where_they_say(
     settings = [f"--config={CONFIGS / 'methods' / method}.yaml", "--scoring.mode=sync"]
     cli.run(
         algorithm,
-        [*SHORT, *settings, f"--training.total_env_steps={total}", f"--training.log_dir={tmp_path}"],
+        [
+            *SHORT,
+            *settings,
+            f"--training.total_env_steps={total}",
+            f"--training.log_dir={tmp_path}",
+        ],
     )
     done = [max(0, (steps - 200) / (total - 200)) for steps in range(192, total, 32)]
-    expected = [(max(0.1, 1 - 0.9 * share / 0.75), value(share)) for share in done for _ in range(4)]
+    expected = [
+        (max(0.1, 1 - 0.9 * share / 0.75), value(share)) for share in done for _ in range(4)
+    ]
     assert len(seen) == len(expected)
     for pair, closed_form in zip(seen, expected, strict=True):
         assert pair == pytest.approx(closed_form, abs=1e-7)
