@@ -337,6 +337,31 @@ def test_a_transform_that_changes_the_batch_leaves_it_without_stamps() -> None:
     assert set(data.keys()) == {"id"}
 
 
+class Delayed(Transform):
+    """Stores each batch with the next one, as `MultiStepTransform` does with its last rows."""
+
+    held: TensorDict | None = None
+
+    def _inv_call(self, tensordict: TensorDict) -> TensorDict | None:
+        stored, self.held = self.held, tensordict
+        return stored
+
+
+def test_a_transform_that_stores_other_rows_of_the_same_number_leaves_no_stamps() -> None:
+    buffer = make(transform=Delayed())
+    first, second = transitions(0, 3), transitions(3, 3)
+    assert len(buffer.extend(first)) == 0
+    assert buffer.extend(second).tolist() == [0, 1, 2]
+    assert set(second.keys()) == {"id"}
+
+
+def test_a_transform_that_leaves_the_rows_alone_leaves_the_stamps() -> None:
+    buffer = make(transform=lambda batch: batch)
+    data = transitions(0, 3)
+    assert buffer.extend(data).tolist() == data["index"].tolist() == [0, 1, 2]
+    assert data["index_generation"].tolist() == [0, 0, 0]
+
+
 def test_a_writer_without_generations_cannot_take_late_writes() -> None:
     for writer in (TensorDictRoundRobinWriter(), TensorDictMaxValueWriter(rank_key="id")):
         buffer = make(writer=writer)

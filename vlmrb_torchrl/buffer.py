@@ -60,6 +60,8 @@ class VLMReplayBuffer(TensorDictReplayBuffer):
         tensor([False, False,  True])
     """
 
+    _stored: TensorDictBase | None = None  # by the insertion that is going on
+
     def __init__(self, *, priority_key: str = TD_ERROR, **kwargs: Any) -> None:
         require(
             is_key(priority_key),
@@ -106,9 +108,16 @@ class VLMReplayBuffer(TensorDictReplayBuffer):
                     _set_stamp(data, *(part.squeeze(0) for part in stamp))
         return index
 
+    def _set_index_in_td(self, tensordict: TensorDictBase, index: Any) -> None:
+        super()._set_index_in_td(tensordict, index)
+        self._stored = tensordict  # TorchRL says here alone what the transforms made of the data
+
     def _may_stamp(self, data: Any) -> bool:
-        stampable = isinstance(data, TensorDictBase) and not data.is_locked
-        return stampable and bool(self._writer.tracks_generations)
+        stored, self._stored = self._stored, None
+        if not isinstance(data, TensorDictBase) or data.is_locked:
+            return False
+        own = not len(self._transform) or _same_rows(data, stored)
+        return own and bool(self._writer.tracks_generations)
 
     def _stamp(self, index: Tensor, batch: list[int]) -> Sequence[Tensor] | None:
         """Slots and generations of a batch just written, laid out as ``batch``, its shape."""
@@ -287,6 +296,15 @@ def _unstamped(data: Any) -> Any:
     if isinstance(data, TensorDictBase) and GENERATION in data:
         return data.exclude(GENERATION)
     return data
+
+
+def _same_rows(data: TensorDictBase, stored: TensorDictBase | None) -> bool:
+    """Whether a transform made ``stored`` of ``data`` and left the rows, and so an entry, alone.
+
+    Their number does not tell: ``MultiStepTransform`` stores as many, but earlier ones.
+    """
+    entries = data.items(include_nested=True, leaves_only=True)
+    return stored is not None and any(stored.get(key, None) is each for key, each in entries)
 
 
 def _expand(values: Tensor, batch: list[int]) -> Tensor:
