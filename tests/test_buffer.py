@@ -362,6 +362,19 @@ def test_a_transform_that_leaves_the_rows_alone_leaves_the_stamps() -> None:
     assert data["index_generation"].tolist() == [0, 0, 0]
 
 
+def test_inserting_rows_of_any_shape_fills_a_slot_each_and_says_which() -> None:
+    """Ring of 8: rows [2, 3] after 5 fill slots 5, 6, 7 and, for the second time, 0, 1, 2."""
+    buffer = make()
+    assert buffer.insert(transitions(0, 5))["index"].tolist() == [0, 1, 2, 3, 4]
+    data = transitions(5, 6).reshape(2, 3)
+    stored = buffer.insert(data)
+    assert stored["index"].tolist() == [[5, 6, 7], [0, 1, 2]]
+    assert stored["index_generation"].tolist() == [[0, 0, 0], [1, 1, 1]]
+    assert buffer[:]["id"].tolist() == [8, 9, 10, 3, 4, 5, 6, 7]
+    assert set(data.keys()) == {"id"}
+    assert make(transform=Delayed()).insert(data) is None
+
+
 def test_a_writer_without_generations_cannot_take_late_writes() -> None:
     for writer in (TensorDictRoundRobinWriter(), TensorDictMaxValueWriter(rank_key="id")):
         buffer = make(writer=writer)

@@ -108,6 +108,32 @@ class VLMReplayBuffer(TensorDictReplayBuffer):
                     _set_stamp(data, *(part.squeeze(0) for part in stamp))
         return index
 
+    def insert(self, data: TensorDictBase) -> TensorDictBase | None:
+        """Writes a batch of any shape, a transition a slot, and says what was written.
+
+        The transforms see the shape that ``data`` has, so that ``MultiStepTransform`` looks along
+        each row. For a storage of one dimension.
+
+        Args:
+            data: Transitions, ``[..., T]``; left as they are.
+
+        Returns:
+            What the transforms made of them, ``[..., T]``, with ``"index"`` and
+            ``"index_generation"``, int64 ``[..., T]``; None if they hold everything back.
+        """
+        with self._replay_lock:
+            data = _unstamped(data)
+            stored = self._transform.inv(data) if len(self._transform) else data.copy()
+            if stored is None or not stored.numel():
+                return None
+            rows = stored.reshape(-1)
+            index = self._extend(rows)
+            if (priority := rows.get(self.priority_key, None)) is not None:
+                self.update_priority(index, priority)
+            if stamp := self._stamp(index, [len(index)]):
+                _set_stamp(stored, *(part.reshape(stored.shape) for part in stamp))
+        return stored
+
     def _set_index_in_td(self, tensordict: TensorDictBase, index: Any) -> None:
         super()._set_index_in_td(tensordict, index)
         self._stored = tensordict  # TorchRL says here alone what the transforms made of the data
