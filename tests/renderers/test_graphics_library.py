@@ -53,11 +53,42 @@ def test_library_that_fails_is_passed_over(tmp_path: Path) -> None:
 def test_no_library_at_all_is_one_line_that_names_the_package(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    remedy = "unset MUJOCO_GL=egl" if find_library("OSMesa") else "apt-get install libegl1"
     monkeypatch.setenv("MUJOCO_GL", "egl")
     monkeypatch.setenv("__EGL_VENDOR_LIBRARY_DIRS", "/nonexistent")
-    with pytest.raises(RuntimeError, match=r"egl: .*apt-get install libegl1") as refusal:
+    with pytest.raises(RuntimeError, match=remedy) as refusal:
         drawing._graphics()
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.usefixtures("_tried_anew")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"MUJOCO_EGL_DEVICE_ID": "99", "PYOPENGL_PLATFORM": "egl"},
+        {"MUJOCO_EGL_DEVICE_ID": "99", "PYOPENGL_PLATFORM": "glx"},
+    ],
+    ids=["device", "both"],
+)
+def test_variable_that_keeps_a_library_from_working_is_named(
+    settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What there is need not be installed; once it is unset, the same process draws."""
+    for name in drawing._VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    if drawing._problem("egl", ()) is not None or find_library("OSMesa") is not None:
+        pytest.skip("needs EGL, and nothing else")
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    wrong = " and ".join(f"{n}={settings[n]}" for n in drawing._VARIABLES if n in settings)
+    wrong = wrong.removeprefix("PYOPENGL_PLATFORM=egl and ")
+    with pytest.raises(RuntimeError, match=f"unset {wrong}, without which egl works") as refusal:
+        drawing._graphics()
+    assert "\n" not in str(refusal.value)
+    assert "install" not in str(refusal.value)
+    for name in settings:
+        monkeypatch.delenv(name)
+    assert drawing._graphics() == "egl"
 
 
 @pytest.mark.usefixtures("_tried_anew")
@@ -73,7 +104,7 @@ def test_library_that_hangs_or_fails_is_tried_once(monkeypatch: pytest.MonkeyPat
     for _ in range(3):
         with pytest.raises(RuntimeError, match=r"egl: nothing drawn in 0\.2 s"):
             drawing._graphics()
-    assert len(tried) == 1
+    assert len(tried) == 2  # and OSMesa: it might work without MUJOCO_GL
 
 
 @pytest.mark.parametrize("arguments", [{"width": 0}, {"height": -1}, {"samples": -1}])

@@ -32,6 +32,8 @@ context.make_current()
 mujoco.MjrContext(mujoco.MjModel.from_xml_string("<mujoco/>"), 100)
 """
 _TRIAL_SECONDS = 60.0
+_VARIABLES = ("PYOPENGL_PLATFORM", "MUJOCO_EGL_DEVICE_ID", "MUJOCO_GL")
+"""What may be set so that a library that is here does not work."""
 _REMEDY = "apt-get install libegl1 libgl1 libgl1-mesa-dri (or libosmesa6)"
 
 
@@ -122,7 +124,8 @@ class MuJoCoRenderer:
 
         Raises:
             ValueError: It is no tensor of states.
-            RuntimeError: No graphics library works here; the text names what to install.
+            RuntimeError: No graphics library works here; the text names what to install, or which
+            variable to unset.
         """
         if not isinstance(render_state, Tensor) or not render_state.ndim:
             raise ValueError(f"render_state is {shown(render_state)}: pass a tensor [*B, S].")
@@ -163,6 +166,7 @@ class _Canvas:
     """A posed world and a graphics context, which is current only while it draws."""
 
     def __init__(self, options: MuJoCoRenderer) -> None:
+        graphics = import_module(f"mujoco.{_graphics()}")
         import mujoco
 
         self._stage = options.stage()
@@ -178,7 +182,7 @@ class _Canvas:
         self._scene = mujoco.MjvScene(model, _MAX_GEOMS)
         self._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = options.shadows
         self._option, self._size = mujoco.MjvOption(), mujoco.MjrRect(0, 0, width, height)
-        self._gl = import_module(f"mujoco.{_graphics()}").GLContext(width, height)
+        self._gl = graphics.GLContext(width, height)
         with self._gl.as_current():
             self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150.value)
             mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._context)
@@ -216,30 +220,49 @@ def _graphics() -> str:
     """The first graphics library that works: ``MUJOCO_GL``'s, else EGL, else OSMesa.
 
     Raises:
-        RuntimeError: None does.
+        RuntimeError: None does; the text says what to unset or to install.
     """
-    asked = os.environ.get("MUJOCO_GL", "").lower()
+    settings = {name: value for name in _VARIABLES if (value := os.environ.get(name))}
+    works, problems = _tried(settings)
+    if works is not None:
+        return works
+    remedy = _REMEDY
+    for unset in (*((name,) for name in settings), tuple(settings)):
+        without = {name: value for name, value in settings.items() if name not in unset}
+        works, _ = _tried(without)
+        if works is not None:
+            names = " and ".join(f"{name}={settings[name]}" for name in unset)
+            remedy = f"unset {names}, without which {works} works"
+            break
+    raise RuntimeError(f"MuJoCo cannot draw here ({problems}): {remedy}.")
+
+
+def _tried(settings: dict[str, str]) -> tuple[str | None, str]:
+    """The first library that works under ``settings``, or what is wrong with each."""
+    asked = settings.get("MUJOCO_GL", "").lower()
     problems = []
     for backend in (asked,) if asked in ("egl", "osmesa", "glfw") else ("egl", "osmesa"):
-        problem = _problem(backend)
+        # A variable that names the library itself, as its import leaves one, changes nothing.
+        problem = _problem(backend, tuple(s for s in settings.items() if s[1].lower() != backend))
         if problem is None:
-            return backend
+            return backend, ""
         problems.append(f"{backend}: {problem}")
-    raise RuntimeError(f"MuJoCo cannot draw here ({'; '.join(problems)}): {_REMEDY}.")
+    return None, "; ".join(problems)
 
 
 @lru_cache
-def _problem(backend: str) -> str | None:
+def _problem(backend: str, settings: tuple[tuple[str, str], ...]) -> str | None:
     """Why a graphics library does not work here, in one line; None if it does.
 
     It is tried once, in a process of its own: what fails leaves behind what no other works with.
     """
     command = [sys.executable, "-c", _TRIAL.format(backend)]
-    limit = _TRIAL_SECONDS
+    others = {name: value for name, value in os.environ.items() if name not in _VARIABLES}
+    how: dict[str, Any] = {"capture_output": True, "text": True, "timeout": _TRIAL_SECONDS}
     try:
-        trial = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit)
+        trial = subprocess.run(command, check=False, env={**others, **dict(settings)}, **how)
     except subprocess.TimeoutExpired:
-        return f"nothing drawn in {limit} s"
+        return f"nothing drawn in {_TRIAL_SECONDS} s"
     if trial.returncode == 0:
         return None
     return (trial.stderr.strip().splitlines() or ["it crashes"])[-1]
