@@ -75,6 +75,14 @@ class Heard(PromptedScorer):
         return torch.tensor([says] * len(tensordict))
 
 
+class Forgetful(Heard):
+    """Leaves its prompts out of its ``config``."""
+
+    @property
+    def config(self) -> tuple[tuple[str, object], ...]:
+        return ()
+
+
 class Both(ClipScorer):
     """The product of two judges' scores."""
 

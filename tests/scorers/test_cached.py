@@ -21,6 +21,7 @@ from recipes.dqn import DQN
 from tests.scorers.cached_doubles import (
     Both,
     Brightness,
+    Forgetful,
     Heard,
     Opaque,
     OutOfRange,
@@ -33,7 +34,14 @@ from tests.scorers.cached_doubles import (
     scores,
     some_clips,
 )
-from vlmrb_torchrl.scorers import CachedScorer, ClipScorer, EmbeddedJudge, NoisyScorer
+from vlmrb_torchrl.scorers import (
+    CachedScorer,
+    ClipScorer,
+    EmbeddedJudge,
+    NoisyScorer,
+    PromptedScorer,
+    base,
+)
 from vlmrb_torchrl.scorers.base import InvalidScoreError
 from vlmrb_torchrl.scorers.embedded import FOLDER
 
@@ -129,12 +137,15 @@ def test_a_clip_that_got_no_score_is_asked_about_again(tmp_path: Path) -> None:
 # Whose scores they are
 
 
-def test_two_prompts_of_a_judge_without_a_config_are_two_judges(tmp_path: Path) -> None:
+@pytest.mark.parametrize("heard", [Heard, Forgetful])
+def test_two_prompts_of_a_judge_whose_config_names_none_are_two_judges(
+    heard: type[PromptedScorer], tmp_path: Path
+) -> None:
     """Each prompt has its own answer, whichever way it was given and whoever asked before."""
-    clips, judge = some_clips(1), Heard("Is the door open?")
+    clips, judge = some_clips(1), heard("Is the door open?")
     for _ in range(2):
         for prompt, said in (("Is the door open?", 0.9), ("Is it night?", 0.1)):
-            for asked in (Heard(prompt), judge.asking(prompt)):
+            for asked in (heard(prompt), judge.asking(prompt)):
                 assert scores(CachedScorer(asked, tmp_path), clips).item() == pytest.approx(said)
 
 
@@ -177,13 +188,26 @@ def test_a_judge_whose_code_is_another_is_another_judge(
             assert got.item() == pytest.approx(said)
 
 
+def test_another_state_of_this_package_makes_other_judges(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "__file__", str(tmp_path / "scorers" / "base.py"))
+    known = set()
+    for code in ("", "# thins clips otherwise"):
+        (tmp_path / "frames.py").write_text(code)
+        base._code.cache_clear()
+        known.add(Brightness().fingerprint)
+    base._code.cache_clear()
+    assert len(known - {None}) == 2
+
+
 def test_the_same_code_under_another_name_is_another_judge(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     whole = _SAID.format(place="vlmrb_torchrl.scorers", base="ClipScorer", helper=0, own=0.5)
     for name in ("one_judge", "same_judge"):
-        (tmp_path / f"{name}.py").write_text(whole + "\nclass Other(Judge): pass\n")
+        (tmp_path / f"{name}.py").write_text(whole + "\nclass Other(ClipScorer): score = Judge.score\n")
     one, same = (importlib.import_module(name) for name in ("one_judge", "same_judge"))
     judges = [one.Judge(), one.Other(), same.Judge()]
     assert len({judge.fingerprint for judge in judges}) == 3
