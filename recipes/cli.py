@@ -41,8 +41,8 @@ from vlmrb_torchrl.checks import ConfigError, one_line, require
 DEFAULT_SCORER = "vlmrb_torchrl.scorers.EmbeddedJudge"
 GUIDE = (
     "A run is set up by YAML files, laid over each other in order, and by arguments, which come "
-    "last: 'python -m {module} --config recipes/configs/TASK/{recipe}.yaml "
-    "--config recipes/configs/methods/per.yaml --training.seed 1'; TASK may be {tasks}. "
+    "last: 'python -m {module} --config {configs}/TASK/{recipe}.yaml "
+    "--config {configs}/methods/per.yaml --training.seed 1'; TASK may be {tasks}. "
     "Environment, replay method and judge are chosen by class: '--replay Uniform', "
     "'--env my_module.MyTask', '--scoring.scorer my_module.MyScorer'; '--replay.help VLMGuided' "
     "shows the settings of one. A run that was stopped goes on where it was: 'python -m "
@@ -59,7 +59,10 @@ def build_parser(algorithm: type[L.LightningModule]) -> ArgumentParser:
     recipe = algorithm.__name__.lower()
     tasks = " or ".join(path.parent.name for path in tuned(recipe))
     guide = GUIDE.format(
-        recipe=recipe, module=module_of(algorithm), tasks=tasks or "a folder of your own"
+        recipe=recipe,
+        module=module_of(algorithm),
+        configs=shown_path(CONFIGS),
+        tasks=tasks or "a folder of your own",
     )
     parser = ArgumentParser(description=f"{summary} {guide}", exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file; may be given repeatedly.")
@@ -70,7 +73,9 @@ def build_parser(algorithm: type[L.LightningModule]) -> ArgumentParser:
         help="Folder of a run that was stopped, to go on with, under its settings.",
     )
     # The default settings are those of DoorKey-6x6: whoever has others says which task is meant.
-    default = {"default": lazy_instance(DoorKey)} if "doorkey_6x6" in tasks else {}
+    default: dict[str, Any] = {}
+    if "doorkey_6x6" in tasks:
+        default["default"] = lazy_instance(DoorKey)
     parser.add_subclass_arguments(Task, "env", required=False, **default)
     parser.add_subclass_arguments(
         Replay, "replay", default=lazy_instance(VLMGuided), required=False
