@@ -52,5 +52,7 @@ def frame_digests(frames: Tensor) -> list[bytes]:
     XXH3: a cryptographic digest of each frame is felt in the embedded judge's time, and frames come
     from a renderer, not from an adversary.
     """
-    arrays = frames.cpu().contiguous().numpy()
-    return [xxh3_128_digest(frame) for frame in arrays]
+    here = frames.to("cpu", non_blocking=True)  # from CUDA into pinned memory, several times faster
+    if frames.is_cuda:
+        torch.cuda.current_stream(frames.device).synchronize()
+    return [xxh3_128_digest(frame) for frame in here.contiguous().numpy()]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tensordict import TensorDict
+from torchvision.transforms.v2 import functional
 
 from tests.scorers.distributions import DISTRIBUTIONS
 from tests.scorers.families import FAMILIES, save, says
-from vlmrb_torchrl.scorers import HuggingFaceScorer
+from vlmrb_torchrl.scorers import HuggingFaceScorer, embeddings
 from vlmrb_torchrl.scorers.vision_language import ENCODED_ONE_BY_ONE, VisionLanguageModel
 
 PROMPTS = (
@@ -185,6 +187,35 @@ def test_reused_frame_embeddings_change_no_score(folders: dict[str, Path], name:
     assert embeddings.encoded == len(clips["clip"].flatten(0, 1).flatten(1).unique(dim=0))
 
 
+@pytest.mark.parametrize(("name", "edge"), [("perception_lm_pe", 112), ("smolvlm", 32)])
+def test_frames_are_compared_as_drawn_and_each_different_one_is_resized_once(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str, edge: int
+) -> None:
+    events = []
+    digest, resize = embeddings.frame_digests, functional.resize
+
+    def noted_digest(frames: torch.Tensor) -> list[bytes]:
+        events.append(("digest", len(frames), frames.shape[-1]))
+        return digest(frames)
+
+    def noted_resize(frames: torch.Tensor, size: list[int], **options: Any) -> torch.Tensor:
+        events.append(("resize", len(frames), frames.shape[-1]))
+        return resize(frames, size, **options)
+
+    scorer = HuggingFaceScorer(folders[name], PROMPTS, resolution=edge)
+    clips = some_clips()
+    reference = scores(
+        HuggingFaceScorer(folders[name], PROMPTS, resolution=edge, dedup=False), clips
+    )
+    for prompt in PROMPTS:  # resizes a black clip, to count its tokens
+        loaded(scorer)._turn(clips["clip"], prompt)
+    monkeypatch.setattr(embeddings, "frame_digests", noted_digest)
+    monkeypatch.setattr(functional, "resize", noted_resize)
+    torch.testing.assert_close(scores(scorer, clips), reference, atol=1e-6, rtol=0)
+    different = len(clips["clip"].flatten(0, 1).flatten(1).unique(dim=0))
+    assert events == [("digest", 24, 64), ("resize", different, 64)]
+
+
 @pytest.mark.parametrize("name", ["perception_lm", "smolvlm"])
 def test_frames_are_seen_by_a_model_that_takes_no_embeddings_of_them(
     folders: dict[str, Path], name: str
@@ -332,6 +363,39 @@ def test_out_of_memory_with_a_single_clip_is_an_error(
 
 def test_no_clips_have_no_scores(folders: dict[str, Path], family: str) -> None:
     assert scores(HuggingFaceScorer(folders[family]), some_clips()[:0]).shape == (0,)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["perception_lm_pe", "smolvlm"])
+def test_compiled_with_frames_encoded_once_it_is_translated_for_four_numbers_of_them(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """8, 16, 32 or 64 of a batch's different frames at once, whose last is repeated."""
+    graphs = []
+
+    def noted(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=noted))
+    compiled = HuggingFaceScorer(folders[name], PROMPTS[0], compile=True)
+    plain = HuggingFaceScorer(folders[name], PROMPTS[0], dedup=False)
+
+    def check(different: int, clips: int) -> None:
+        frames = torch.arange(different, dtype=torch.uint8)[torch.arange(clips * 24) % different]
+        frames = frames.view(clips, 24, 1, 1, 1).expand(-1, -1, 3, 64, 64)
+        batch = TensorDict({"clip": frames}, [clips])
+        loaded(compiled).embeddings.clear()
+        torch.testing.assert_close(scores(compiled, batch), scores(plain, batch), atol=1e-6, rtol=0)
+
+    torch.compiler.reset()
+    for different in (8, 16, 32, 64):
+        check(different, 3)
+    assert len(graphs) > 4
+    before = len(graphs)
+    for different, clips in ((1, 3), (7, 2), (9, 3), (20, 2), (33, 3), (65, 3), (72, 3)):
+        check(different, clips)
+    assert len(graphs) == before
 
 
 @pytest.mark.slow

@@ -59,7 +59,8 @@ class HuggingFaceScorer(LocalScorer):
         dedup: Encode equal frames once and keep their embeddings. None: where the model allows
             it (PerceptionLM, SmolVLM). False: the plain path.
         cache_megabytes: Memory for the embeddings kept, least recently used dropped first.
-        compile: Whether ``torch.compile`` translates the model, which takes a minute or more.
+        compile: Whether ``torch.compile`` translates the model, which takes a minute or more; the
+            vision tower again for each of four numbers of frames, where they are encoded once.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Whether Python code that comes with the model may run, with your
             rights. Off, such a model is refused.

@@ -71,6 +71,7 @@ class VisionLanguageModel:
         )
         self.model = self.model.to(device).eval().requires_grad_(False)
         _fold_batch_norms(self.model)
+        self._compiled = compiled
         self.device, self.dtype, self.fps, self.resolution = device, dtype, fps, resolution
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = "left"  # the answer is read off the last position
@@ -95,6 +96,9 @@ class VisionLanguageModel:
             self._try_resolution(family, resolution)
         if compiled:
             self.model.forward = torch.compile(self.model.forward, dynamic=True)
+        if compiled and reused:  # then frames are encoded outside of it
+            inner = self.model.model
+            inner.get_image_features = torch.compile(inner.get_image_features, dynamic=False)
 
     def _try_resolution(self, family: str, edge: int) -> None:
         """Look at two black frames: whether a tower takes a size, only the tower knows."""
@@ -127,7 +131,8 @@ class VisionLanguageModel:
         Returns:
             float32 ``[B, P]`` on the device.
         """
-        clips = self._resized(clips.to(self.device, non_blocking=True))
+        if self.embeddings is None:  # else the frames that are to be encoded go there alone
+            clips = self._resized(clips.to(self.device, non_blocking=True))
         if len(prompts) == 1:
             return self._answers(self._inputs(clips, prompts[0]), use_cache=False)[:, None]
         turns = [self._turn(clips, prompt)["input_ids"][0] for prompt in prompts]
@@ -188,7 +193,7 @@ class VisionLanguageModel:
         """Token ids of one clip and a question, ``[1, S]``; they depend on its shape alone."""
         key = (prompt, *clips.shape[1:])
         if key not in self._turns:
-            turn = self.processed(torch.zeros_like(clips[:1]), [prompt])
+            turn = self.processed(self._resized(torch.zeros_like(clips[:1])), [prompt])
             self._turns[key] = {k: turn[k] for k in ("input_ids", "attention_mask")}
         return self._turns[key]
 
@@ -256,24 +261,30 @@ class VisionLanguageModel:
             return value
         return value.to(self.device, self.dtype if value.is_floating_point() else value.dtype)
 
-    def _resized(self, clips: Tensor) -> Tensor:
+    def _resized(self, frames: Tensor) -> Tensor:
+        """``[..., 3, H, W]`` to the resolution that is looked at."""
         edge = self.resolution
-        if edge is None or clips.shape[-2:] == (edge, edge):
-            return clips
+        if edge is None or frames.shape[-2:] == (edge, edge):
+            return frames
         from torchvision.transforms.v2 import functional
 
-        resized: Tensor = functional.resize(clips, [edge, edge], antialias=True)
+        resized: Tensor = functional.resize(frames, [edge, edge], antialias=True)
         return resized
 
     def _encode(self, frames: Tensor) -> Tensor:
         """Embed frames ``[U, 3, H, W]`` as the model itself would, ``[U, tokens, width]``."""
+        count = len(frames)
+        frames = self._resized(frames.to(self.device, non_blocking=True))
+        if self._compiled:  # for few sizes, since each is translated anew: 8, 16, 32, 64
+            more = max(8, 1 << (count - 1).bit_length()) - count
+            frames = torch.cat([frames, frames[-1:].expand(more, -1, -1, -1)])
         pixels = self.processor.video_processor(
             videos=[frames], return_tensors="pt", **self._video_options()
         )
         placed = [self._placed(v) for k, v in pixels.items() if "pixel" in k]
         encoded = self.model.model.get_image_features(*placed).pooler_output
         whole: Tensor = encoded if isinstance(encoded, Tensor) else torch.cat(encoded)
-        embeddings: Tensor = whole.reshape(len(frames), -1, whole.shape[-1])
+        embeddings: Tensor = whole.reshape(len(frames), -1, whole.shape[-1])[:count]
         return embeddings
 
     def _sees(self, tokens: Tensor) -> bool:
