@@ -8,13 +8,13 @@ simulator can report.
 | ``render_state`` | set by the environment; MiniGrid: uint8 ``[B, W, H, 4]``, OGBench: uint8 ``[B, 298]`` | cell codes; bytes of the physics | environment (root and next) | renderer |
 | ``("next", "events")`` | bool ``[B, E]`` | happened in this transition | environment | privileged scorer, logging |
 | ``index`` | int64 ``[B]`` | slot | buffer | clip cutter, priority updates |
-| ``index_generation`` | int64 ``[B]`` | times the slot was rewritten | buffer | late writes |
+| ``index_generation`` | int64 ``[B]`` | how often what the slot held was replaced | buffer | late writes |
 | ``clip`` | uint8 ``[B, F, 3, H, W]`` | RGB, 0 to 255 | ``ClipRenderTransform`` | scorers |
 | ``events`` | bool ``[B, E]`` | happened anywhere in the clip | clip cutter | privileged scorer |
 | ``score`` | float32 ``[B]`` | probability of Yes, 0 to 1; NaN: no score | scorers | ``write_scores`` |
 | ``td_error`` | float32 ``[B]`` or ``[B, 1]`` | absolute, in units of return | recipe | ``update_priority`` |
 | ``priority_weight`` | float32 ``[B]`` | (N q)^-β | sampler | loss |
-| ``q`` | float64 ``[B]`` | probability of the draw | sampler | whoever looks into a batch |
+| ``sampling_probability`` | float64 ``[B]`` | q, probability of the draw | sampler | whoever looks into a batch |
 """  # noqa: E501
 
 from __future__ import annotations
@@ -27,4 +27,4 @@ CLIP = "clip"
 SCORE = "score"
 TD_ERROR = "td_error"
 WEIGHT = "priority_weight"
-Q = "q"
+PROBABILITY = "sampling_probability"

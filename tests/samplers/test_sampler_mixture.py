@@ -64,7 +64,7 @@ def test_draws_follow_the_mixture(
     assert p_value > 1e-3
     exact = 1e-12 if dtype == torch.float64 else 1e-5
     for index, info in batches:
-        np.testing.assert_allclose(info["q"], q[index], rtol=exact)
+        np.testing.assert_allclose(info["sampling_probability"], q[index], rtol=exact)
     np.testing.assert_allclose(sampler.probabilities(SLOTS), q, rtol=exact)
     sampler.check_valid()
 
@@ -87,9 +87,12 @@ def test_weight_is_the_power_of_n_times_q(beta: float, lmbda: float) -> None:
     sampler = told(VLMPrioritizedSampler(SLOTS, lmbda=lmbda, beta=beta, eps=1e-3), score, td_error)
     _, info = sampler.sample(Slots(SLOTS), 256)
     assert info["priority_weight"].dtype == torch.float32
-    assert info["q"].dtype == torch.float64
+    assert info["sampling_probability"].dtype == torch.float64
     torch.testing.assert_close(
-        info["priority_weight"].double(), (SLOTS * info["q"]) ** -beta, rtol=1e-6, atol=0.0
+        info["priority_weight"].double(),
+        (SLOTS * info["sampling_probability"]) ** -beta,
+        rtol=1e-6,
+        atol=0.0,
     )
     if lmbda < 1.0:
         assert info["priority_weight"].max() <= (1.0 - lmbda) ** -beta * (1.0 + 1e-6)
@@ -111,7 +114,7 @@ def test_without_a_positive_draws_are_exactly_uniform(
     if some_scored:
         sampler.update_score(EVERY[::2], 0.0)
     index, info = sampler.sample(Slots(SLOTS), 20_000)
-    assert (info["q"] == 1.0 / SLOTS).all()
+    assert (info["sampling_probability"] == 1.0 / SLOTS).all()
     assert (info["priority_weight"] == 1.0).all()
     assert chi_square(index, np.full(SLOTS, 1.0 / SLOTS)) > 1e-3
 
@@ -141,7 +144,7 @@ def test_under_tiny_eps_a_slot_without_mass_is_never_drawn(eps: float) -> None:
     sampler.update_score(torch.arange(9_000), (torch.arange(9_000) == 4321).float())
     index, info = sampler.sample(Slots(9_000), 5_000)
     assert (index == 4321).all()
-    assert info["q"].isfinite().all()
+    assert info["sampling_probability"].isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -213,6 +216,48 @@ def test_a_new_alpha_holds_for_every_slot_at_once() -> None:
     sampler.alpha = 0.6
     fresh = told(VLMPrioritizedSampler(SLOTS + 8, td_boost=True, alpha=0.6), score, td_error)
     torch.testing.assert_close(sampler._sum_tree.leaves(), fresh._sum_tree.leaves())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("td_boost", False),
+        ("td_boost", True),
+        ("threshold", 0.9),
+        ("threshold", None),
+        ("unscored_priority", 0.3),
+        ("unscored_priority", 0.0),
+        ("alpha", 0.9),
+    ],
+)
+def test_a_setting_changed_later_is_as_one_from_the_start(
+    name: str, value: Any, dtype: torch.dtype
+) -> None:
+    arguments: dict[str, Any] = {"lmbda": 0.3, "threshold": 0.5, "eps": 1e-3, "dtype": dtype}
+    for start in ({}, {"td_boost": True, "unscored_priority": 0.2}):
+        before = {"td_boost": False, "unscored_priority": 0.0, "alpha": 0.6, **start}
+        sampler = told(VLMPrioritizedSampler(SLOTS + 8, **arguments, **before), *facts(SEED))
+        setattr(sampler, name, value)
+        assert getattr(sampler, name) == value
+        sampler.check_valid()
+        after = {**arguments, **before, name: value}
+        q = mixture(*facts(SEED), **{k: v for k, v in after.items() if k != "dtype"})
+        exact = 1e-12 if dtype == torch.float64 else 1e-5
+        np.testing.assert_allclose(sampler.probabilities(SLOTS), q, rtol=exact)
+        fresh = told(VLMPrioritizedSampler(SLOTS + 8, **after), *facts(SEED))
+        assert sampler.statistics(SLOTS) == pytest.approx(fresh.statistics(SLOTS))
+        sampler.load_state_dict(fresh.state_dict())  # of the same make now
+
+
+def test_half_the_draws_follow_the_judge_unless_told_otherwise() -> None:
+    """One positive of four, ε → 0: q is 1/2 + 1/8 there."""
+    sampler = VLMPrioritizedSampler(4)
+    sampler.extend(torch.arange(4))
+    sampler.update_score(torch.tensor([2]), 1.0)
+    assert sampler.probabilities(4).tolist() == pytest.approx(
+        [0.125, 0.125, 0.625, 0.125], abs=1e-6
+    )
 
 
 def test_draws_come_from_the_buffers_generator_and_from_no_other() -> None:

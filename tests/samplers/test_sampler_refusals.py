@@ -40,7 +40,17 @@ def test_impossible_arguments_are_refused_in_one_line(
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize(("name", "value"), [("lmbda", 1.5), ("alpha", -1), ("beta", math.nan)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lmbda", 1.5),
+        ("alpha", -1),
+        ("beta", math.nan),
+        ("td_boost", 1),
+        ("threshold", 1.5),
+        ("unscored_priority", None),
+    ],
+)
 def test_an_impossible_value_set_later_is_refused_and_not_kept(name: str, value: float) -> None:
     sampler = VLMPrioritizedSampler(8, lmbda=0.25, alpha=0.5, beta=0.75)
     before = getattr(sampler, name)

@@ -8,7 +8,7 @@ import torch
 from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage, ReplayBuffer, TensorDictMaxValueWriter
 
-from tests.samplers.sampler_facts import EVERY, SEED, SLOTS, facts, told
+from tests.samplers.sampler_facts import EVERY, SEED, SLOTS, Slots, facts, told
 from vlmrb_torchrl.samplers import VLMPrioritizedSampler
 
 
@@ -114,6 +114,23 @@ def test_a_storage_that_came_filled_is_unscored() -> None:
         sampler.check_valid()
 
 
+@pytest.mark.parametrize("within", [False, True])
+def test_rows_that_are_gone_from_the_storage_are_forgotten(within: bool) -> None:
+    sampler = VLMPrioritizedSampler(
+        6, td_boost=True, alpha=1.0, eps=0.0, max_priority_within_buffer=within
+    )
+    sampler.extend(torch.arange(6))
+    sampler.update_score(torch.arange(6), 1.0)
+    sampler.update_priority(torch.arange(6), torch.arange(1.0, 7.0))
+    index, info = sampler.sample(Slots(2), 200)  # another buffer has emptied it and begun anew
+    assert set(index.tolist()) == {0, 1}
+    q = torch.tensor([1 / 4 + 1 / 6, 1 / 4 + 1 / 3], dtype=torch.float64)  # |δ| is 1 and 2
+    torch.testing.assert_close(info["sampling_probability"], q[index])
+    assert sampler.default_priority == (2.0 if within else 6.0)
+    assert sampler.statistics(2)["share_positive"] == 1.0
+    sampler.check_valid()
+
+
 @pytest.mark.parametrize("tell", ["update_score", "update_priority"])
 def test_a_slot_that_nobody_announced_counts_as_written_once_it_is_told_of(tell: str) -> None:
     sampler = VLMPrioritizedSampler(6, lmbda=1.0, td_boost=True, unscored_priority=0.5)
@@ -177,7 +194,9 @@ def test_slots_of_a_storage_of_two_dimensions_are_drawn_scored_and_visited() -> 
     data, info = buffer.sample(return_info=True)
     rows, columns = info["index"]
     assert torch.equal(data, buffer.storage.get((rows, columns)))
-    np.testing.assert_allclose(info["q"], leaves[rows, columns] / leaves.sum(), rtol=1e-9)
+    np.testing.assert_allclose(
+        info["sampling_probability"], leaves[rows, columns] / leaves.sum(), rtol=1e-9
+    )
     sampler.update_score((rows, columns), 0.0, storage=buffer.storage)
     assert sampler.scored.reshape(leaves.shape)[rows, columns].all()
     sampler.check_valid()

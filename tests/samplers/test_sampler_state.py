@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from collections.abc import Callable
 from itertools import product
@@ -57,7 +58,12 @@ def test_a_restored_sampler_is_bit_equal_and_draws_the_same(
             sampler._rng = torch.Generator().manual_seed(SEED)
             draws.append(sampler.sample(Slots(SLOTS), 256))
         assert torch.equal(draws[0][0], draws[1][0])
-        torch.testing.assert_close(draws[0][1]["q"], draws[1][1]["q"], rtol=1e-6, atol=0.0)
+        torch.testing.assert_close(
+            draws[0][1]["sampling_probability"],
+            draws[1][1]["sampling_probability"],
+            rtol=1e-6,
+            atol=0.0,
+        )
     source.extend(torch.arange(SLOTS))  # the copy has a life of its own
     assert target._written == (SLOTS if make is used else 0)
 
@@ -84,6 +90,52 @@ def test_a_state_of_another_version_or_make_is_refused_in_one_line(
         target.load_state_dict({**unused().state_dict(), **change})
     assert "\n" not in str(refusal.value)
     assert snapshot(target) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"_max_priority": ("x", math.nan)}, "_max_priority"),
+        ({"_max_priority": (-1.0, 0)}, "_max_priority"),
+        ({"_max_priority": (1e9, SLOTS + 5)}, "_max_priority"),
+        ({"_max_priority": (None, None)}, "running maximum"),
+        ({"_max_priority": (0.5, 0)}, "running maximum"),
+        ({"_lmbda": 1.5}, "_lmbda=1.5"),
+        ({"_score": {0: 1.5}}, "a score is neither"),
+        ({"_score": {0: math.nan}}, "a score is neither"),
+        ({"_score": {SLOTS: 0.5}}, "never written has a score"),
+        ({"_td_error": {0: math.nan}}, "not finite"),
+        ({"_td_error": {0: math.inf}}, "not finite"),
+        ({"_sum_tree": {0: 9.0}}, "a leaf is off"),
+        ({"_sum_tree": {SLOTS: 0.1}}, "a leaf is off"),
+        ({"_sum_tree": {0: math.nan}}, "a leaf is off"),
+    ],
+)
+def test_a_state_that_cannot_be_is_refused_in_one_line_and_changes_nothing(
+    change: dict[str, Any], message: str
+) -> None:
+    target, state = used(td_boost=True), used(td_boost=True).state_dict()
+    before = snapshot(target)
+    for name, value in change.items():
+        if isinstance(value, dict):
+            for slot, number in value.items():
+                state[name][slot] = number
+        else:
+            state[name] = value
+    with pytest.raises(ValueError, match=message) as refusal:
+        target.load_state_dict(state)
+    assert "\n" not in str(refusal.value)
+    assert snapshot(target) == before
+    target.check_valid()
+
+
+def test_what_follows_from_scores_and_settings_is_not_saved() -> None:
+    assert not {"_p", "_written", "_scored", "_positive"} & set(used().state_dict())
+    target = VLMPrioritizedSampler(SLOTS + 5)
+    target.load_state_dict(used().state_dict())
+    for name in ("_written", "_scored", "_positive"):
+        assert getattr(target, name) == getattr(used(), name) > 0
+    assert torch.equal(target._p, used()._p)
 
 
 def test_a_sampler_can_be_copied_and_pickled_and_the_copy_is_its_own() -> None:
@@ -116,6 +168,9 @@ def test_check_valid_names_what_is_off() -> None:
     breaks: dict[str, Callable[[VLMPrioritizedSampler], Any]] = {
         "a score is neither": lambda s: s._score.__setitem__(0, 1.5),
         "not finite": lambda s: s._td_error.__setitem__(0, torch.nan),
+        "of no slot that holds it": lambda s: s.__dict__.update(
+            _max_priority=(9.0, 0), _max_priority_within_buffer=True
+        ),
         "a p is off": lambda s: s._p.__setitem__(1, 0.3),
         "written slots is off": lambda s: setattr(s, "_written", 3),
         "scored slots is off": lambda s: setattr(s, "_scored", 3),
@@ -134,7 +189,7 @@ def test_check_valid_names_what_is_off() -> None:
 
 
 def test_repr_names_the_method_and_its_tree() -> None:
-    assert repr(VLMPrioritizedSampler(8, lmbda=0.5)) == (
+    assert repr(VLMPrioritizedSampler(8)) == (
         "VLMPrioritizedSampler(8, lmbda=0.5, alpha=0.6, beta=0.0, td_boost=False, threshold=0.5, "
         "unscored_priority=0.0, tree=CompiledSumTree)"
     )

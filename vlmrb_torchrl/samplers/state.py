@@ -5,6 +5,7 @@ N: slots of the sampler.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,28 +18,30 @@ from torchrl.data.replay_buffers.samplers import PrioritizedSampler
 from vlmrb_torchrl.checks import is_real, is_whole, shown
 from vlmrb_torchrl.samplers.trees import DTYPES, SumTree, make_sum_tree
 
-# A slot without a score, in the score array; a slot never written, in the array of p.
+# A slot without a score, in the score array; a slot that holds no row, in those of p and of |δ|.
 UNSCORED = -1.0
 EMPTY = -1.0
+NO_ROW = -math.inf
 
 _FILE = "sampler.pt"
-_VERSION = 1
+_VERSION = 2
 # Fixed at construction: a state of another value describes another distribution.
 _FIXED = ("_max_capacity", "dtype", "_eps", "td_boost", "threshold", "unscored_priority")
-# Restored: a scheduler may have moved them, writes have.
-_RESTORED = ("_lmbda", "_alpha", "_beta", "_written", "_scored", "_positive", "_max_priority")
+# Restored: a scheduler may have moved them, or a TD error.
 _FITS: dict[str, Callable[[Any, int], bool]] = {
     "_lmbda": lambda value, slots: is_real(value, 0, 1),
     "_alpha": lambda value, slots: is_real(value, 0),
     "_beta": lambda value, slots: is_real(value, 0),
-    "_written": lambda value, slots: is_whole(value, 0, slots),
-    "_scored": lambda value, slots: is_whole(value, 0, slots),
-    "_positive": lambda value, slots: is_whole(value, 0, slots),
     "_max_priority": lambda value, slots: (
-        value is None or (isinstance(value, (tuple, list)) and len(value) == 2)
+        isinstance(value, (tuple, list))
+        and len(value) == 2
+        and (
+            (value[0] is None and value[1] is None)
+            or (is_real(value[0], 0) and is_whole(value[1], 0, slots - 1))
+        )
     ),
 }
-_ARRAYS = ("_score", "_p", "_td_error", "_sum_tree")
+_ARRAYS = ("_score", "_td_error", "_sum_tree")
 
 
 class SlotState(PrioritizedSampler):
@@ -57,6 +60,7 @@ class SlotState(PrioritizedSampler):
     td_boost: bool
     threshold: float | None
     unscored_priority: float
+    _max_priority_within_buffer: bool
 
     def _init(self) -> None:
         device = self._device or torch.device("cpu")
@@ -67,16 +71,16 @@ class SlotState(PrioritizedSampler):
             self._score = torch.full(slots, UNSCORED, dtype=self.dtype, device=device)
             self._p = torch.full(slots, EMPTY, dtype=self.dtype, device=device)
             # |δ| of a visited slot; of another one minus what stands in for it.
-            self._td_error = torch.full(slots, -1.0, dtype=self.dtype, device=device)
+            self._td_error = torch.full(slots, NO_ROW, dtype=self.dtype, device=device)
             self._sum_tree: SumTree = make_sum_tree(self._max_capacity, self.dtype, device)
         except (RuntimeError, MemoryError, TypeError):
             raise ValueError(
                 f"max_capacity must fit the memory, some 50 bytes a slot, got max_capacity="
                 f"{self._max_capacity}"
             ) from None
-        self._written = 0  # slots that were ever written
+        self._written = 0  # slots that hold a row
         self._scored = 0  # of them: slots with a score
-        self._positive = 0  # of them: slots with p > 0
+        self._positive = 0  # of those: slots with p > 0
         self._max_priority = None
         self._just_marked: Any = None
 
@@ -101,6 +105,19 @@ class SlotState(PrioritizedSampler):
             return score
         return (score >= self.threshold).to(self.dtype)
 
+    def _rejudge(self) -> None:
+        """Derives anew what follows from scores and settings: every p, the counts, every leaf."""
+        self._derive()
+        self._refresh((self._p != EMPTY).nonzero().squeeze(-1))
+
+    def _derive(self) -> None:
+        """Every p and the counts, from the scores and from which slots hold a row."""
+        written, scored = self._td_error > NO_ROW, self.scored
+        p = torch.where(scored, self._judge(self._score), self.unscored_priority)
+        self._p = p.masked_fill(~written, EMPTY)
+        self._written, self._scored = int(written.sum()), int(scored.sum())
+        self._positive = int(self.positive.sum())
+
     def _refresh(self, index: Tensor) -> None:
         """Brings the leaves of the slots ``index`` ``[B]`` up to date with the arrays."""
         leaf = self._leaf(self._p[index], self._td_error[index].abs_())
@@ -115,12 +132,11 @@ class SlotState(PrioritizedSampler):
     # ---------------------------------------------------------------- saving and moving
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy of everything that decides the next draw, but for the buffer's generator."""
+        """A copy of what the next draw follows from, but for the buffer's generator."""
         return {
             "_version": _VERSION,
-            **{name: getattr(self, name) for name in (*_FIXED, *_RESTORED)},
+            **{name: getattr(self, name) for name in (*_FIXED, *_FITS)},
             "_score": self._score.clone(),
-            "_p": self._p.clone(),
             "_td_error": self._td_error.clone(),
             # Leaves as they are: recomputed ones can differ in the last bit, since a vectorised
             # power rounds otherwise than the scalar one at a batch's end.
@@ -131,8 +147,16 @@ class SlotState(PrioritizedSampler):
         """Restores what :meth:`state_dict` returned, on this sampler's device and kind of tree.
 
         Raises:
-            ValueError: The state is of another version, capacity or configuration, or is damaged;
-                nothing changed.
+            ValueError: See :meth:`restored`; nothing changed.
+        """
+        self.__dict__.update(self.restored(state_dict).__dict__)
+        self._just_marked = None
+
+    def restored(self, state_dict: dict[str, Any]) -> SlotState:
+        """This sampler as :meth:`load_state_dict` would leave it, beside this one.
+
+        Raises:
+            ValueError: The state is of another version, capacity or configuration, or is damaged.
         """
         if not isinstance(state_dict, Mapping):
             raise ValueError(
@@ -144,7 +168,7 @@ class SlotState(PrioritizedSampler):
                 f"sampler state has version {shown(version)}, this code reads {_VERSION}: "
                 "load it with the code that saved it."
             )
-        if lacks := [name for name in (*_FIXED, *_RESTORED, *_ARRAYS) if name not in state_dict]:
+        if lacks := [name for name in (*_FIXED, *_FITS, *_ARRAYS) if name not in state_dict]:
             raise ValueError(f"sampler state has no {', '.join(lacks)}: it is damaged.")
         for name in _FIXED:
             if state_dict[name] != getattr(self, name):
@@ -160,24 +184,28 @@ class SlotState(PrioritizedSampler):
                 raise ValueError(
                     f"sampler state has {name}={shown(state_dict[name])}: the state is damaged."
                 )
-        for name in _RESTORED:
-            setattr(self, name, state_dict[name])
-        self._just_marked = None
-        self._place(state_dict, self._score.device)
+        loaded = object.__new__(type(self))
+        loaded.__dict__.update(self.__dict__)
+        for name in _FITS:
+            setattr(loaded, name, state_dict[name])
+        loaded._place(state_dict, self._score.device)
+        if broken := loaded._broken():
+            raise ValueError(f"sampler state is damaged: {broken}.")
+        return loaded
 
     def _check_array(self, name: str, array: Any) -> None:
-        """Refuses what `state_dict` cannot have put there; -1 stands for what is missing."""
+        """Refuses what is no array of numbers for these slots."""
         fits = isinstance(array, Tensor) and array.shape == (self._max_capacity,)
-        if not fits or array.dtype != self.dtype or not bool(array.isfinite().all()):
+        if not fits or array.dtype != self.dtype:
             raise ValueError(
-                f"sampler state has {name}={shown(array)} or values that are not finite, this "
-                f"sampler has {self._max_capacity} slots of {self.dtype}: the state is damaged."
+                f"sampler state has {name}={shown(array)}, this sampler has {self._max_capacity} "
+                f"slots of {self.dtype}: the state is damaged."
             )
 
     def _place(self, state: dict[str, Any], device: torch.device) -> None:
         self._score = state["_score"].to(device, copy=True)
-        self._p = state["_p"].to(device, copy=True)
         self._td_error = state["_td_error"].to(device, copy=True)
+        self._derive()
         self._sum_tree = make_sum_tree(self._max_capacity, self.dtype, device)
         every = torch.arange(self._max_capacity, device=device)
         self._sum_tree.update(every, state["_sum_tree"].to(device))
@@ -201,38 +229,60 @@ class SlotState(PrioritizedSampler):
 
         Raises:
             FileNotFoundError: The folder holds no sampler.
-            ValueError: See :meth:`load_state_dict`.
+            ValueError: See :meth:`restored`.
         """
-        self.load_state_dict(torch.load(Path(path) / _FILE, map_location="cpu", weights_only=True))
+        self.load_state_dict(self.read(path))
+
+    @staticmethod
+    def read(path: str | Path) -> dict[str, Any]:
+        """The state that :meth:`dumps` wrote into the folder ``path``."""
+        state: dict[str, Any] = torch.load(
+            Path(path) / _FILE, map_location="cpu", weights_only=True
+        )
+        return state
 
     # ---------------------------------------------------------------- checking
 
     def check_valid(self) -> None:
-        """Asserts the invariants between arrays, counts and tree, in one O(N) pass.
+        """Looks at the invariants between arrays, counts and tree, in one O(N) pass.
 
         Raises:
             AssertionError: One does not hold; the message names it.
         """
-        written, scored, visited = self._p != EMPTY, self.scored, self.visited
-        in_range = scored & (self._score <= 1.0) | (self._score == UNSCORED)
-        assert bool(in_range.all()), "a score is neither in [0, 1] nor missing"
-        assert bool(self._td_error.isfinite().all()), "a TD error is not finite"
-        assert not bool((scored | visited)[~written].any()), "a slot never written has a score"
-        p = torch.where(scored, self._judge(self._score), self.unscored_priority)
-        assert torch.equal(self._p[written], p[written]), "a p is off its score"
-        assert self._written == int(written.sum()), "the count of written slots is off"
-        assert self._scored == int(scored.sum()), "the count of scored slots is off"
-        positive = scored & (self._p > 0.0)
-        assert self._positive == int(positive.sum()), "the count of positive slots is off"
-        self._check_tree(written)
-        if visited.any():
-            greatest = float(self._td_error[visited].max())
-            assert self._max_priority[0] >= greatest, "the running maximum is below a TD error"
+        if broken := self._broken():
+            raise AssertionError(broken)
 
-    def _check_tree(self, written: Tensor) -> None:
-        leaves = self._sum_tree.leaves()
-        formula = self._leaf(self._p.clone(), self._td_error.abs()).masked_fill_(~written, 0.0)
-        ulps = 64.0 * torch.finfo(self.dtype).eps
-        assert torch.allclose(leaves, formula, rtol=ulps, atol=0.0), "a leaf is off its formula"
-        total, summed = self._sum_tree.total(), float(leaves.double().sum())
-        assert abs(total - summed) <= ulps * summed, "the tree's total is off its leaves"
+    def _broken(self) -> str | None:
+        """The first invariant that does not hold."""
+        score, td_error, p = self._score, self._td_error, self._p
+        written, scored, visited = td_error != NO_ROW, self.scored, self.visited
+        greatest = float(td_error[visited].max()) if visited.any() else -1.0
+        maximum, holder = self._max_priority
+        leaves, ulps = self._sum_tree.leaves(), 64.0 * torch.finfo(self.dtype).eps
+        leaf = self._leaf(p.clone(), td_error.abs()).masked_fill_(~written, 0.0)
+        summed = float(leaves.double().sum())
+        judged = torch.where(scored, self._judge(score), self.unscored_priority)
+        invariants = {
+            "a score is neither in [0, 1] nor missing": (
+                scored & (score <= 1.0) | (score == UNSCORED)
+            ).all(),
+            "a TD error is not finite": (td_error.isfinite() | ~written).all(),
+            "a slot never written has a score": not (scored & ~written).any(),
+            "a p is off its score": torch.equal(p, judged.masked_fill(~written, EMPTY)),
+            "the count of written slots is off": self._written == int(written.sum()),
+            "the count of scored slots is off": self._scored == int(scored.sum()),
+            "the count of positive slots is off": self._positive == int(self.positive.sum()),
+            "a leaf is off its formula": torch.allclose(leaves, leaf, rtol=ulps, atol=0.0),
+            "the tree's total is off its leaves": (
+                abs(self._sum_tree.total() - summed) <= ulps * summed
+            ),
+            "the running maximum is below a TD error": (
+                greatest <= (-1.0 if maximum is None else maximum)
+            ),
+            "the running maximum is of no slot that holds it": (
+                not self._max_priority_within_buffer
+                or maximum is None
+                or float(td_error[holder]) == maximum
+            ),
+        }
+        return next((text for text, holds in invariants.items() if not holds), None)

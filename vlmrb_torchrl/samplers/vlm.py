@@ -16,7 +16,7 @@ from torch import Tensor
 from torchrl.data.replay_buffers.utils import unravel_index
 
 from vlmrb_torchrl.checks import checked_device, is_real, is_whole, shown
-from vlmrb_torchrl.samplers.state import EMPTY
+from vlmrb_torchrl.keys import PROBABILITY, WEIGHT
 from vlmrb_torchrl.samplers.writes import SlotWrites
 
 
@@ -28,9 +28,9 @@ class VLMPrioritizedSampler(SlotWrites):
     no slot has p > 0 there is nothing to prefer, and q is exactly uniform.
 
     Every batch comes with ``priority_weight`` = (N q)^−β, float32, the weight of the mixture that
-    was drawn from (at most (1 − λ)^−β, so no minimum over the buffer is tracked), and with ``q``,
-    float64. With ``lmbda=1, td_boost=True, unscored_priority=1`` it is prioritized experience
-    replay, with weights before TorchRL's division by the greatest one.
+    was drawn from (at most (1 − λ)^−β, so no minimum over the buffer is tracked), and with
+    ``sampling_probability`` = q, float64. With ``lmbda=1, td_boost=True, unscored_priority=1`` it
+    is prioritized experience replay, with weights before TorchRL's division by the greatest one.
 
     A slot that is (over)written is unscored and unvisited. Unscored, its p is
     ``unscored_priority``; unvisited, its |δ| is the greatest |δ| seen before it was written, 1
@@ -39,7 +39,7 @@ class VLMPrioritizedSampler(SlotWrites):
     Args:
         max_capacity: Slots of the storage.
         lmbda: λ in [0, 1], the share of draws that follow the judge; torchrl's ``LinearScheduler``
-            can drive it. 0 is uniform replay.
+            can drive it. The paper's is at most 0.5; 0 is uniform replay.
         alpha: α >= 0, exponent of the priority.
         beta: β >= 0, exponent of the weight; 0 (as in the paper) switches it off.
         eps: ε >= 0, keeps every slot drawable under λ = 1. With a million slots scored 0 and one
@@ -59,12 +59,13 @@ class VLMPrioritizedSampler(SlotWrites):
 
     Example:
         >>> from torchrl.data import LazyTensorStorage, ReplayBuffer
-        >>> sampler = VLMPrioritizedSampler(4, lmbda=0.5)
+        >>> sampler = VLMPrioritizedSampler(4)
         >>> buffer = ReplayBuffer(storage=LazyTensorStorage(4), sampler=sampler, batch_size=2)
         >>> index = buffer.extend(torch.arange(4))
         >>> sampler.update_score(index, torch.tensor([0.9, 0.1, 0.2, 0.3]))
         >>> slots, info = buffer.sample(return_info=True)
-        >>> bool(torch.where(slots == 0, 0.625, 0.125).sub(info["q"]).abs().max() < 1e-6)
+        >>> q = info["sampling_probability"]
+        >>> bool(torch.where(slots == 0, 0.625, 0.125).sub(q).abs().max() < 1e-6)
         True
     """
 
@@ -72,7 +73,7 @@ class VLMPrioritizedSampler(SlotWrites):
         self,
         max_capacity: int,
         *,
-        lmbda: float = 0.0,
+        lmbda: float = 0.5,
         alpha: float = 0.6,
         beta: float = 0.0,
         eps: float = 1e-12,
@@ -87,33 +88,25 @@ class VLMPrioritizedSampler(SlotWrites):
         # Not super().__init__: it requires the compiled extension, and builds a min tree that
         # nothing here reads. These are all the attributes that it sets.
         _require(is_whole(max_capacity, 1), "max_capacity", max_capacity, "a whole number >= 1")
-        passes = threshold is None or is_real(threshold, 0, 1)
-        _require(passes, "threshold", threshold, "in [0, 1], or None")
-        p_bar = unscored_priority
-        _require(is_real(p_bar, 0, 1), "unscored_priority", p_bar, "in [0, 1]")
         _require(is_real(eps, 0), "eps", eps, "finite and >= 0")
         choices = ("max", "min", "median", "mean")
         known = isinstance(reduction, str) and reduction in choices
         _require(known, "reduction", reduction, f"one of {', '.join(choices)}")
-        for name, flag in (
-            ("td_boost", td_boost),
-            ("max_priority_within_buffer", max_priority_within_buffer),
-        ):
-            _require(isinstance(flag, bool), name, flag, "True or False")
+        within = max_priority_within_buffer
+        _require(isinstance(within, bool), "max_priority_within_buffer", within, "True or False")
         self._max_capacity = max_capacity
         self._eps = eps
-        self.td_boost = td_boost
-        self.threshold = threshold
-        self.unscored_priority = unscored_priority
         self.reduction = reduction
         self.dtype = dtype
         self._max_priority_within_buffer = max_priority_within_buffer
         self._device = None if device is None else _present(device)
-        self._alpha = 1.0  # the properties below check what is passed
         self._init()
         self.lmbda = lmbda
         self.alpha = alpha
         self.beta = beta
+        self.td_boost = td_boost
+        self.threshold = threshold
+        self.unscored_priority = unscored_priority
 
     # ---------------------------------------------------------------- parameters
 
@@ -138,10 +131,7 @@ class VLMPrioritizedSampler(SlotWrites):
         value = _number("alpha", value)
         # TorchRL's words, for those who match them.
         _require(0.0 <= value < math.inf, "alpha", value, "greater or equal than 0 and finite")
-        if value != self._alpha:
-            self._alpha = value
-            if self._written:
-                self._refresh((self._p != EMPTY).nonzero().squeeze(-1))
+        self._set("_alpha", value)
 
     @property
     def beta(self) -> float:
@@ -153,6 +143,43 @@ class VLMPrioritizedSampler(SlotWrites):
         value = _number("beta", value)
         _require(0.0 <= value < math.inf, "beta", value, "greater or equal to 0 and finite")
         self._beta = value
+
+    @property
+    def td_boost(self) -> bool:
+        """Whether p is multiplied by |δ|. Setting it recomputes every leaf, O(capacity)."""
+        return self._td_boost
+
+    @td_boost.setter
+    def td_boost(self, value: bool) -> None:
+        _require(isinstance(value, bool), "td_boost", value, "True or False")
+        self._set("_td_boost", value)
+
+    @property
+    def threshold(self) -> float | None:
+        """Score from which p = 1, or None. Setting it judges every score anew, O(capacity)."""
+        return self._threshold
+
+    @threshold.setter
+    def threshold(self, value: float | None) -> None:
+        _require(value is None or is_real(value, 0, 1), "threshold", value, "in [0, 1], or None")
+        self._set("_threshold", value)
+
+    @property
+    def unscored_priority(self) -> float:
+        """p̄ in [0, 1]: p of a slot without a score. Setting it changes them all, O(capacity)."""
+        return self._unscored_priority
+
+    @unscored_priority.setter
+    def unscored_priority(self, value: float) -> None:
+        _require(is_real(value, 0, 1), "unscored_priority", value, "in [0, 1]")
+        self._set("_unscored_priority", value)
+
+    def _set(self, name: str, value: Any) -> None:
+        """Sets what every leaf follows from, and lets them follow."""
+        changed = getattr(self, name, None) != value
+        setattr(self, name, value)
+        if changed and self._written:
+            self._rejudge()
 
     @property
     def uses_td_error(self) -> bool:
@@ -170,7 +197,8 @@ class VLMPrioritizedSampler(SlotWrites):
 
         Returns:
             Slots, int64 ``[B]`` (a tuple of coordinates for a storage of several dimensions), and
-            ``{"priority_weight": (N q)^-β float32 [B], "q": float64 [B]}``.
+            ``{"priority_weight": (N q)^-β float32 [B], "sampling_probability": q float64 [B]}``,
+            all where the storage is.
 
         Raises:
             RuntimeError: The storage is empty.
@@ -182,12 +210,15 @@ class VLMPrioritizedSampler(SlotWrites):
         slots = len(storage)
         if slots == 0:
             raise RuntimeError("Cannot sample from an empty storage.")
-        if self._written < slots:
-            every = torch.arange(slots, device=self._p.device)
-            self._claim(every, self._p[:slots])
+        if self._written != slots:
+            self.match_storage(storage)
         index, density = self._draw(slots, batch_size)
+        home = getattr(storage, "device", None)
+        if home != index.device:
+            home = "cpu" if home in (None, "auto") else home
+            index, density = index.to(home), density.to(home)
         weight = density.pow(-self._beta) if self._beta else torch.ones_like(density)
-        info = {"priority_weight": weight.float(), "q": density.div_(slots)}
+        info = {WEIGHT: weight.float(), PROBABILITY: density.div_(slots)}
         if storage.ndim > 1:
             return unravel_index(index, storage.shape), info
         return index, info

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlmrb_torchrl.samplers.indices import checked_values, flat_index
-from vlmrb_torchrl.samplers.state import EMPTY, UNSCORED, SlotState
+from vlmrb_torchrl.samplers.state import EMPTY, NO_ROW, UNSCORED, SlotState
 from vlmrb_torchrl.samplers.trees import last_of_duplicates
 
 
@@ -19,7 +19,6 @@ class SlotWrites(SlotState):
     """The part of ``VLMPrioritizedSampler`` that writes. Refuses a bad call before any write."""
 
     reduction: str
-    _max_priority_within_buffer: bool
 
     def update_priority(self, index: Any, priority: Any, *, storage: Any = None) -> None:
         """Stores |δ| of slots that a learner visited.
@@ -147,6 +146,23 @@ class SlotWrites(SlotState):
                 pass
         slot, stored = flat_index(index, storage, self._max_capacity, p.device)
         return slot, p.index_select(0, slot), stored
+
+    def match_storage(self, storage: Any) -> None:
+        """Takes over which slots hold a row, N = ``len(storage)``: the first N, and no others.
+
+        Rows that were never announced came with the storage, and are unscored and unvisited. Slots
+        behind the rows were emptied by another buffer of the storage.
+        """
+        slots = len(storage)
+        if self._written < slots:
+            self._claim(torch.arange(slots, device=self._p.device), self._p[:slots])
+        if self._written > slots:
+            self._score[slots:], self._td_error[slots:] = UNSCORED, NO_ROW
+            gone = torch.arange(slots, self._max_capacity, device=self._p.device)
+            self._sum_tree.update(gone, torch.zeros_like(gone, dtype=self.dtype))
+            self._derive()
+            if self._max_priority_within_buffer:
+                self._restore_maximum(gone)
 
     def _claim(self, index: Tensor, p: Tensor) -> Tensor:
         """Resets slots that were never announced as written: the storage came with data."""
