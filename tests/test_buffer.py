@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import multiprocessing
+import pickle
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from tempfile import TemporaryDirectory
 from threading import Barrier
 from typing import Any
 
@@ -10,7 +15,13 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torch import Tensor
-from torchrl.data import LazyTensorStorage, ListStorage, TensorDictMaxValueWriter
+from torchrl.data import (
+    LazyTensorStorage,
+    ListStorage,
+    TensorDictMaxValueWriter,
+    TensorDictReplayBuffer,
+    TensorStorage,
+)
 from torchrl.data.replay_buffers.samplers import PrioritizedSampler, RandomSampler
 from torchrl.data.replay_buffers.writers import TensorDictRoundRobinWriter
 from torchrl.envs.transforms import Transform
@@ -169,6 +180,303 @@ def test_trajectories_in_slots_are_stamped_at_each_step() -> None:
     buffer.sampler.check_valid()
 
 
+# ---------------------------------------------------------------- rows of before
+
+
+def came_with_the_storage(sampler: Any) -> VLMReplayBuffer:
+    return VLMReplayBuffer(storage=TensorStorage(transitions(0, 8)), sampler=sampler)
+
+
+def came_from_another_buffer(sampler: Any) -> VLMReplayBuffer:
+    storage = LazyTensorStorage(8)
+    TensorDictReplayBuffer(storage=storage).extend(transitions(0, 8))
+    return VLMReplayBuffer(storage=storage, sampler=sampler)
+
+
+def came_in_behind_its_back(sampler: Any) -> VLMReplayBuffer:
+    buffer = make(sampler=sampler)
+    TensorDictReplayBuffer(storage=buffer.storage).extend(transitions(0, 8))
+    return buffer
+
+
+def plain(sampler: Any) -> TensorDictReplayBuffer:
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(8), sampler=sampler)
+    buffer.extend(transitions(0, 8))
+    return buffer
+
+
+def came_with_a_plain_state(sampler: Any) -> VLMReplayBuffer:
+    buffer = make(sampler=sampler)
+    buffer.load_state_dict(plain(copy.deepcopy(sampler)).state_dict())
+    return buffer
+
+
+def came_with_plain_files(sampler: Any) -> VLMReplayBuffer:
+    buffer = make(sampler=sampler)
+    buffer.extend(transitions(0, 1))  # LazyTensorStorage learns its fields
+    with TemporaryDirectory() as folder:
+        plain(copy.deepcopy(sampler)).dumps(folder)
+        buffer.loads(folder)
+    return buffer
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        came_with_the_storage,
+        came_from_another_buffer,
+        came_in_behind_its_back,
+        came_with_a_plain_state,
+        came_with_plain_files,
+    ],
+)
+@pytest.mark.parametrize("ours", [True, False])
+def test_rows_of_before_take_td_errors_as_those_of_a_plain_buffer_do(
+    made: Callable[[Any], VLMReplayBuffer], ours: bool
+) -> None:
+    """α = 1, ε = 0: a leaf is |δ|. 640 draws of 8 slots leave none out (1 in 10³⁶ times)."""
+    exact: dict[str, Any] = {"alpha": 1.0, "eps": 0.0, "beta": 0.0}
+    boosted: dict[str, Any] = {"lmbda": 1.0, "td_boost": True, "unscored_priority": 1.0}
+    buffer = made(
+        VLMPrioritizedSampler(8, **exact, **boosted) if ours else PrioritizedSampler(8, **exact)
+    )
+    if ours:
+        assert not buffer.sampler.visited.any()
+        assert buffer.sampler.statistics(8)["effective_sample_size"] == 1.0
+    for _ in range(10):
+        batch = buffer.sample(64)
+        buffer.update_tensordict_priority(batch.set("td_error", torch.full((64,), 7.0)))
+    assert buffer.sampler._sum_tree[torch.arange(8)].tolist() == [7.0] * 8
+    assert batch["index_generation"].min() >= 0
+    late = batch[:1].clone()
+    buffer.extend(transitions(8, 8))
+    buffer.update_tensordict_priority(late.set("td_error", torch.full((1,), 99.0)))
+    assert buffer.sampler.default_priority == 7.0  # void, though never stamped by an insertion
+
+
+def test_buffers_of_one_storage_insert_behind_each_other_and_draw_what_is_there() -> None:
+    storage = LazyTensorStorage(8)
+    first, second = (
+        VLMReplayBuffer(storage=storage, sampler=VLMPrioritizedSampler(8), batch_size=64)
+        for _ in range(2)
+    )
+    assert first.extend(transitions(0, 5)).tolist() == [0, 1, 2, 3, 4]
+    assert second.extend(transitions(5, 1)).tolist() == [5]
+    assert first.add(transitions(6, 1)[0]) == 6
+    for buffer in (first, second):
+        batch = buffer.sample()
+        assert torch.equal(batch["id"], batch["index"])
+        assert (batch["sampling_probability"] == 1 / 7).all()
+    stamps = second.generations_of(torch.arange(7))
+    second.write_scores(torch.arange(7), stamps, torch.ones(7))
+    first.empty()  # its rows are the second one's too
+    first.extend(transitions(10, 2))
+    assert not second.write_scores(torch.arange(7), stamps, torch.ones(7)).any()
+    assert (second.sample()["sampling_probability"] == 0.5).all()
+    second.sampler.check_valid()
+
+
+# ---------------------------------------------------------------- rows replaced, emptied, restored
+
+
+def test_emptying_voids_stamps_and_leaves_q_exact() -> None:
+    """α = 1, λ = 0.5: of two slots, scored 0 and 1, the draws are 1/4 and 3/4."""
+    buffer = make(sampler=VLMPrioritizedSampler(4, alpha=1.0, eps=0.0), capacity=4)
+    old = transitions(0, 4)
+    buffer.extend(old)
+    buffer.write_scores(old["index"], old["index_generation"], torch.ones(4))
+    buffer.empty()
+    every = torch.arange(4)
+    assert buffer.generations_of(every).tolist() == [-1] * 4
+    for stamps in (old["index_generation"], buffer.generations_of(every), torch.ones(4).long()):
+        assert not buffer.write_scores(every, stamps, torch.ones(4)).any()
+    new = transitions(4, 2)
+    assert buffer.extend(new).tolist() == [0, 1]
+    assert not buffer.write_scores(old["index"], old["index_generation"], torch.ones(4)).any()
+    assert (buffer.sample(64)["sampling_probability"] == 0.5).all()
+    buffer.write_scores(new["index"], new["index_generation"], torch.tensor([0.0, 1.0]))
+    batch = buffer.sample(64)
+    q = torch.tensor([0.25, 0.75], dtype=torch.float64)
+    assert torch.equal(batch["sampling_probability"], q[batch["index"]])
+    assert buffer.sampler.statistics(2)["share_positive"] == 0.5
+    buffer.sampler.check_valid()
+
+
+def test_emptying_holds_both_locks() -> None:
+    buffer, seen = make(shared=True), []
+    buffer.extend(transitions(0, 4))
+
+    class Watching(VLMPrioritizedSampler):
+        def _empty(self) -> None:
+            with ThreadPoolExecutor(1) as other:
+                lock = buffer._replay_lock._lock
+                seen.append(other.submit(lock.acquire, blocking=False).result())
+            seen.append(buffer._write_lock.acquire(block=False))
+            super()._empty()
+
+    buffer.set_sampler(Watching(8))
+    buffer.empty()
+    assert seen == [False, False]
+    buffer.extend(transitions(0, 4))
+
+
+@both_shared
+@pytest.mark.parametrize(
+    ("index", "slots"),
+    [
+        (2, [2]),
+        (slice(1, 3), [1, 2]),
+        (torch.tensor([4, 0]), [0, 4]),
+        ([4, -8], [0, 4]),
+        (range(2), [0, 1]),
+        (torch.arange(8) == 3, [3]),
+        ((torch.tensor([1]),), [1]),
+    ],
+)
+def test_a_replaced_row_loses_score_td_error_and_stamp(
+    index: Any, slots: list[int], shared: bool
+) -> None:
+    buffer = make(shared=shared)
+    old = transitions(0, 5)
+    buffer.extend(old)
+    pair = old["index"], old["index_generation"]
+    buffer.write_scores(*pair, torch.ones(5))
+    buffer.write_td_errors(*pair, torch.ones(5))
+    new = transitions(100, len(slots))
+    buffer[index] = new[0] if isinstance(index, int) else new
+    kept = [slot not in slots for slot in range(5)]
+    assert (
+        buffer.sampler.scored.tolist() == buffer.sampler.visited.tolist() == [*kept, *[False] * 3]
+    )
+    assert buffer.write_scores(*pair, torch.ones(5)).tolist() == kept
+    buffer["id"] = torch.arange(5)  # an entry of the same transitions
+    assert buffer.write_td_errors(*pair, torch.ones(5)).tolist() == kept
+    assert buffer.extend(transitions(5, 1)).tolist() == [5]
+    buffer.sampler.check_valid()
+
+
+def test_a_replaced_column_of_two_dimensions_loses_its_scores_and_the_stamps_of_its_rows() -> None:
+    """Three environments, four steps: the storage is [4, 3], and a stamp is of a whole row."""
+    sampler = VLMPrioritizedSampler(12, threshold=None)
+    buffer = VLMReplayBuffer(storage=LazyTensorStorage(12, ndim=2), sampler=sampler, dim_extend=1)
+    data = TensorDict({"id": torch.arange(12).reshape(3, 4)}, [3, 4])
+    buffer.extend(data)
+    pair = data["index"].reshape(-1, 2), data["index_generation"].flatten()
+    assert buffer.write_scores(*pair, torch.ones(12)).all()
+    buffer[1:2] = TensorDict({"id": torch.full((1, 4), 99)}, [1, 4])
+    assert sampler.scored.reshape(4, 3).tolist() == [[True, False, True]] * 4
+    assert not buffer.write_scores(*pair, torch.ones(12)).any()
+    sampler.check_valid()
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_loading_a_state_voids_every_stamp_given_before(own: bool) -> None:
+    """Also of slots that the state has not: the next row there has another stamp."""
+    buffer = make()
+    first, second, third = transitions(0, 5), transitions(5, 6), transitions(20, 8)
+    buffer.extend(first)
+    state = copy.deepcopy(buffer.state_dict())
+    if not own:  # a plain buffer with as many rows
+        del state["_writer"]["_generation"]
+    buffer.extend(second)
+    buffer.load_state_dict(state)
+    assert len(buffer) == 5
+    for data in (first, second):
+        pair = data["index"], data["index_generation"]
+        assert not buffer.write_scores(*pair, torch.ones(len(data))).any()
+    batch = buffer.sample()
+    buffer.update_tensordict_priority(batch.set("td_error", torch.ones(4)))
+    assert buffer.sampler.visited[batch["index"]].all()
+    assert buffer.extend(third)[0] == 5
+    for data in (first, second):
+        pair = data["index"], data["index_generation"]
+        assert not buffer.write_scores(*pair, torch.ones(len(data))).any()
+    assert buffer.write_scores(third["index"], third["index_generation"], torch.ones(8)).all()
+
+
+def test_a_state_whose_sampler_is_refused_leaves_the_buffer_as_it_was(tmp_path: Any) -> None:
+    buffer, other = make(), make(sampler=VLMPrioritizedSampler(8))  # without a TD boost
+    data = transitions(0, 8)
+    buffer.extend(data)
+    other.extend(transitions(8, 8))
+    other.dumps(tmp_path)
+    for load in (
+        lambda: buffer.load_state_dict(other.state_dict()),
+        lambda: buffer.loads(tmp_path),
+    ):
+        with pytest.raises(ValueError, match="td_boost"):
+            load()
+        assert torch.equal(buffer.storage[:]["id"], data["id"])
+        assert buffer.write_scores(data["index"], data["index_generation"], torch.ones(8)).all()
+
+
+# ---------------------------------------------------------------- processes and streams
+
+
+def test_a_fork_of_the_process_inserts_and_writes_nothing() -> None:
+    """Its writes would bump its own generations and reset its own scores, not those here."""
+    buffer, uniform = make(shared=True), make(sampler=RandomSampler(), shared=True)
+    data, moved = transitions(0, 4), pickle.dumps(make())
+    buffer.extend(data)
+    fork = multiprocessing.get_context("fork")
+    here, there = fork.Pipe()
+
+    def attempt() -> None:
+        for write in (
+            lambda: buffer.extend(transitions(4, 4)),
+            lambda: buffer.add(transitions(4, 1)[0]),
+            lambda: buffer.__setitem__(0, data[0]),
+            lambda: buffer.write_scores(data["index"], data["index_generation"], torch.ones(4)),
+            lambda: uniform.extend(transitions(0, 4)),  # has nothing that could go wrong
+            lambda: pickle.loads(moved).extend(transitions(0, 4)),  # is of that process now
+        ):
+            try:
+                write()
+                there.send("written")
+            except RuntimeError as error:
+                there.send(str(error))
+
+    child = fork.Process(target=attempt)
+    child.start()
+    answers = [here.recv() for _ in range(6)]
+    child.join()
+    assert [answer.rsplit(": ")[-1] for answer in answers[:4]] == [
+        "insert and write where it was built."
+    ] * 4
+    assert answers[4:] == ["written"] * 2
+
+
+def test_work_on_a_gpu_follows_the_work_queued_under_the_lock_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two streams that stand for a learner's and a judge's, and what they are told."""
+    told: list[tuple[str, Any]] = []
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def record_event(self) -> str:
+            told.append((self.name, "records"))
+            return f"{self.name}'s event"
+
+        def wait_event(self, event: str) -> None:
+            told.append((self.name, f"waits for {event}"))
+
+    buffer = make()
+    buffer.extend(transitions(0, 4))
+    monkeypatch.setattr(buffer._replay_lock, "_device", lambda: torch.device("cuda:0"))
+    for name in ("learner", "judge"):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, of=name: Stream(of))
+        data = transitions(4, 2)
+        buffer.extend(data)  # takes the lock many times over, once from without
+    assert told == [
+        ("learner", "records"),
+        ("judge", "waits for learner's event"),
+        ("judge", "records"),
+    ]
+
+
 # ---------------------------------------------------------------- late writes
 
 
@@ -276,7 +584,7 @@ def test_a_sampler_without_priorities_hears_nothing() -> None:
     data = transitions(0, 8)
     buffer.extend(data)
     batch = buffer.sample()
-    assert "q" not in batch
+    assert "sampling_probability" not in batch
     buffer.update_tensordict_priority(batch.set("td_error", torch.ones(4)))
     pair = data["index"], data["index_generation"]
     with pytest.raises(TypeError, match="RandomSampler keeps no scores"):
@@ -382,8 +690,20 @@ def test_a_writer_without_generations_cannot_take_late_writes() -> None:
         index = buffer.extend(data)
         assert "index_generation" not in data
         assert "index_generation" not in buffer.sample()
-        with pytest.raises(TypeError, match="track_generations=True"):
+        with pytest.raises(TypeError, match="keeps no generations"):
             buffer.write_scores(index, torch.zeros(3, dtype=torch.long), torch.ones(3))
+
+
+def test_a_writer_whose_generations_miss_rows_is_refused() -> None:
+    with pytest.raises(ValueError, match="writer is TensorDictRoundRobinWriter: leave it out"):
+        make(writer=TensorDictRoundRobinWriter(track_generations=True))
+
+
+def test_entries_named_q_stay_the_rows_own() -> None:
+    buffer = make()
+    buffer.extend(transitions(0, 8).set("q", torch.arange(8)))
+    batch = buffer.sample()
+    assert torch.equal(batch["q"], batch["id"])
 
 
 @pytest.mark.parametrize("arguments", [{"prefetch": 2}, {"storage": ListStorage(8)}])

@@ -2,7 +2,7 @@
 
 A score or a TD error is computed for a transition and arrives later; by then the ring may have
 written another transition into its slot. Each slot therefore carries a generation, which counts
-its writes, and a late write names the generation that it was computed for.
+how often what it held was replaced, and a late write names the generation that it was computed for.
 
 B: items of one call, N: slots of the storage.
 """
@@ -10,16 +10,20 @@ B: items of one call, N: slots of the storage.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
+from torch.nn.functional import pad
 from torchrl.data import TensorDictReplayBuffer
 from torchrl.data.replay_buffers.samplers import PrioritizedSampler
-from torchrl.data.replay_buffers.writers import TensorDictRoundRobinWriter
+from torchrl.data.replay_buffers.writers import RoundRobinWriter, TensorDictRoundRobinWriter
 
 from vlmrb_torchrl.checks import is_key, require
 from vlmrb_torchrl.keys import GENERATION, INDEX, TD_ERROR
@@ -38,14 +42,22 @@ class VLMReplayBuffer(TensorDictReplayBuffer):
         live = buffer.write_scores(data["index"], data["index_generation"], score)
 
     A locked tensordict is left as it is; pass a shallow ``copy()`` to get the pair. Samples carry
-    both keys too. All methods may be called from several threads, also with ``shared=True``;
-    generations are per process. Loading an earlier state voids the stamps taken since: close what
-    may still write with them first.
+    both keys too.
+
+    A row that came with the storage, or was added to it past this buffer, counts as written once.
+    Overwriting a row, replacing it by ``buffer[i] = row``, :meth:`empty` and loading a state void
+    its stamp; setting an entry of the rows (``buffer["reward"] = …``) does not, and what is
+    replaced in ``buffer.storage`` itself goes unseen. A stamp of a loaded state holds unless this
+    buffer gave one that looks like it: load into a new buffer to keep them all.
+
+    All methods may be called from several threads, also with ``shared=True``, and from several CUDA
+    streams. Generations and priorities are of one process: with a prioritized sampler a fork of it
+    may draw, but inserts and writes nothing.
 
     Args:
         priority_key: Where |δ| lies in a batch passed to :meth:`update_tensordict_priority`.
-        **kwargs: As of ``TensorDictReplayBuffer``. The default writer is a
-            ``TensorDictRoundRobinWriter`` that tracks generations. Any sampler goes.
+        **kwargs: As of ``TensorDictReplayBuffer``. Any sampler goes; late writes need the default
+            writer.
 
     Example:
         >>> from tensordict import TensorDict
@@ -74,6 +86,41 @@ class VLMReplayBuffer(TensorDictReplayBuffer):
                 _StampingWriter, compilable=kwargs.get("compilable"), track_generations=True
             )
         super().__init__(priority_key=priority_key, **kwargs)
+        self._settle()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Makes this process the one that inserts and writes."""
+        self._process = os.getpid()
+        self._replay_lock = _StreamLock(self._cuda)
+
+    def _cuda(self) -> torch.device | None:
+        """The GPU that rows or priorities lie on."""
+        for part in (self._storage, self._sampler) if self.initialized else ():
+            device = getattr(part, "device", None)
+            if isinstance(device, torch.device) and device.type == "cuda":
+                return device
+        return None
+
+    def _maybe_make_writer(self, writer: Any) -> Any:
+        made = super()._maybe_make_writer(writer)
+        require(
+            isinstance(made, _StampingWriter) or not made.tracks_generations,
+            "writer",
+            type(made).__name__,
+            "leave it out, since its generations miss rows that it did not write",
+        )
+        return made
+
+    def _initialize_prioritized_sampler(self) -> None:
+        # TorchRL would call rows that came with the storage visited, with a |δ| of 1.
+        if hasattr(self._sampler, "match_storage"):
+            self._sampler.match_storage(self._storage)
+        else:
+            super()._initialize_prioritized_sampler()
 
     # ---------------------------------------------------------------- inserting
 
@@ -87,6 +134,7 @@ class VLMReplayBuffer(TensorDictReplayBuffer):
         Returns:
             Slots, int64 ``[B]``, or ``[B, storage.ndim]``.
         """
+        self._check_process()
         with self._replay_lock:
             index: Tensor = super().extend(_unstamped(tensordicts), **kwargs)
             # Under the lock that the write was made under: no other thread has written since.
@@ -100,6 +148,7 @@ class VLMReplayBuffer(TensorDictReplayBuffer):
 
     def add(self, data: TensorDictBase) -> Any:
         """Writes one transition, and its slot and stamp into ``data``; see :meth:`extend`."""
+        self._check_process()
         with self._replay_lock:
             index = super().add(_unstamped(data))
             if self._may_stamp(data) and index is not None:
@@ -162,10 +211,79 @@ class VLMReplayBuffer(TensorDictReplayBuffer):
         # A storage of one dimension keeps a whole trajectory in a slot: each step names the slot.
         return _expand(index, batch), _expand(generation, batch)
 
+    def _check_process(self) -> None:
+        if os.getpid() != self._process and isinstance(self.sampler, PrioritizedSampler):
+            raise RuntimeError(
+                f"process {os.getpid()} writes to a buffer of process {self._process}, whose "
+                "generations and priorities it cannot change: insert and write where it was built."
+            )
+
+    # ---------------------------------------------------------------- replacing
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        """Replaces rows, which are unscored and unvisited then, or sets an entry of all rows."""
+        if isinstance(index, tuple) and len(index) == 1:
+            index = index[0]  # here: TorchRL would come back for it, and the lock is taken by then
+        with self._replay_lock, self._write_lock:
+            self._check_process()
+            super().__setitem__(index, value)
+            if not isinstance(index, str) and not (
+                isinstance(index, tuple) and all(isinstance(part, str) for part in index)
+            ):
+                self._replaced(index, value)
+
+    def _replaced(self, index: Any, value: Any) -> None:
+        """Voids what is known of the slots that ``self[index]`` names."""
+        storage = self._storage
+        shape = getattr(storage, "_total_shape", None) or [len(storage)]
+        slots = torch.arange(math.prod(shape)).reshape(shape)
+        if self.dim_extend < slots.ndim:  # else each row is a part of every slot
+            index = index if isinstance(index, tuple) else (index,)
+            slots = slots.transpose(0, self.dim_extend)[
+                tuple(
+                    part
+                    if isinstance(part, (int, slice)) or part is ...
+                    else torch.as_tensor(part).cpu()
+                    for part in index[: slots.ndim]
+                )
+            ]
+        slots = slots[slots < len(storage)].unique()
+        if slots.numel():
+            if isinstance(self._writer, RoundRobinWriter):
+                self._writer._bump_generation((slots // math.prod(shape[1:])).unique(), value)
+            for buffer in storage._attached_entities:
+                buffer.mark_update(slots)
+
+    def empty(self, empty_write_count: bool = True) -> None:
+        """Empties the buffer; stamps taken before are void.
+
+        Args:
+            empty_write_count: Whether :attr:`write_count` starts from 0 again.
+        """
+        with self._replay_lock, self._write_lock:
+            super().empty(empty_write_count=empty_write_count)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores a state of this class or of a ``TensorDictReplayBuffer`` with such a sampler.
+
+        Raises:
+            ValueError: The sampler is a ``VLMPrioritizedSampler`` and refuses its part; nothing
+                changed.
+        """
+        if hasattr(self.sampler, "restored"):
+            self.sampler.restored(state_dict["_sampler"])  # before any row is replaced
+        super().load_state_dict(state_dict)
+
+    def loads(self, path: str | Path) -> None:
+        """See :meth:`load_state_dict`; of what ``dumps`` wrote."""
+        if hasattr(self.sampler, "restored"):
+            self.sampler.restored(self.sampler.read(Path(path) / "sampler"))
+        super().loads(path)
+
     # ---------------------------------------------------------------- late writes
 
     def generations_of(self, index: Any) -> Tensor:
-        """How often each slot was rewritten by now, int64 ``[B]``; -1 where it never was written.
+        """How often what each slot held was replaced, int64 ``[B]``; -1 where no row lies.
 
         The stamp of one's own insertion is in the tensordict passed to :meth:`extend`: another
         thread may have written between that call and this one.
@@ -260,9 +378,10 @@ class VLMReplayBuffer(TensorDictReplayBuffer):
     def _write_live(self, write: Any, index: Any, generation: Any, value: Any) -> Tensor:
         if not self.writer.tracks_generations:
             raise TypeError(
-                f"{type(self.writer).__name__} keeps no generations: build the buffer with "
-                "writer=TensorDictRoundRobinWriter(track_generations=True), or with none."
+                f"{type(self.writer).__name__} keeps no generations: build the buffer without a "
+                "writer, since the default one does."
             )
+        self._check_process()
         index, generation = as_index(index, "index"), as_index(generation, "generation")
         value = as_tensor(value, "the values").detach()
         items = index.shape[0] if index.ndim else -1
@@ -302,19 +421,107 @@ class VLMReplayBuffer(TensorDictReplayBuffer):
 
 
 class _StampingWriter(TensorDictRoundRobinWriter):
-    """TorchRL's writer, which looks stamps of 64 slots up in 1 μs instead of 11."""
+    """TorchRL's ring, which also minds the rows that it did not write itself.
+
+    They are counted when they are first seen: on each look at a stamp, and before each write.
+    """
+
+    _seen = 0  # rows that have a stamp
+
+    def _see_rows(self) -> int:
+        """Rows that lie in the storage; those without a stamp count as written once."""
+        storage = self._storage
+        rows = len(storage) if storage.ndim == 1 else storage._len_along_dim0 or 0
+        if rows != self._seen:
+            if rows:
+                capacity, device = storage._max_size_along_dim0(), self._generation_device(0)
+                self._ensure_generation(capacity, rows, device)
+                self._generation[self._seen : rows].clamp_(min=0)
+            self._seen = rows
+        return rows
+
+    def _go_behind_rows(self) -> None:
+        rows = self._see_rows()
+        if not self._storage._is_full:
+            self._cursor = rows
+
+    def add(self, data: Any) -> Any:
+        """Writes one row behind those that there are, or over the oldest."""
+        self._go_behind_rows()
+        return super().add(data)
+
+    def extend(self, data: Any) -> Tensor:
+        """Writes rows behind those that there are, or over the oldest."""
+        self._go_behind_rows()
+        index: Tensor = super().extend(data)
+        return index
 
     def generations_of(self, index: Any) -> Tensor:
-        """See ``RoundRobinWriter.generations_of``."""
-        stamps: Tensor | None = self._generation
-        flat = isinstance(index, Tensor) and index.ndim == 1 and index.dtype == torch.long
-        if flat and stamps is not None and index.device.type == "cpu" == stamps.device.type:
-            try:
-                return stamps.index_select(0, index)
-            except IndexError:  # a slot out of range: TorchRL's answer to it is -1
+        """See ``RoundRobinWriter.generations_of``; -1 where no row lies now."""
+        rows, stamps = self._see_rows(), self._generation
+        row = torch.as_tensor(index[0] if isinstance(index, tuple) else index, dtype=torch.long)
+        dims = self._storage.ndim
+        if row.ndim > 1 and row.shape[-1] == dims > 1:
+            row = row[..., 0]  # of coordinates: a stamp is of a whole row
+        if stamps is None or not rows:
+            return torch.full_like(row, -1)
+        if row.ndim == 1 and row.device.type == "cpu" == stamps.device.type:
+            try:  # 1 μs for 64 slots, against 11 below
+                found: Tensor = stamps.index_select(0, row)
+                return found if rows == len(stamps) else found.masked_fill_(row >= rows, -1)
+            except IndexError:  # -1, or what is no slot
                 pass
-        generations: Tensor = super().generations_of(index)
-        return generations
+        at = row.to(stamps.device)
+        found = stamps[at.clamp(0, len(stamps) - 1)].masked_fill_((at < 0) | (at >= rows), -1)
+        return found.to(row.device)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores a state, also one without generations, and voids the stamps given before."""
+        given = self._generation
+        super().load_state_dict(state_dict)
+        self._void(given)
+
+    def loads(self, path: Any) -> None:
+        """See :meth:`load_state_dict`."""
+        given = self._generation
+        super().loads(path)
+        self._void(given)
+
+    def _void(self, given: Tensor | None) -> None:
+        self._seen = 0
+        if given is None:
+            return
+        loaded, most = self._generation, max(len(self._generation), len(given))
+        loaded, given = (pad(of, (0, most - len(of)), value=-1) for of in (loaded, given))
+        # A stamp of the state that was never given here can only mean the state's row.
+        self._generation = torch.maximum(loaded, given.to(loaded.device) + 1)
+
+
+class _StreamLock:
+    """A re-entrant lock whose holders' CUDA streams follow each other too.
+
+    A lock orders threads; what one of them queued on its stream may run after what the next one
+    queues on another. So each holder's stream waits for what was queued by the holder before.
+
+    Args:
+        device: Returns the GPU in question, or None while there is none.
+    """
+
+    def __init__(self, device: Callable[[], torch.device | None]) -> None:
+        self._lock, self._depth = RLock(), 0
+        self._device, self._queued = device, None
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._depth += 1
+        if self._depth == 1 and self._queued is not None:
+            torch.cuda.current_stream(self._device()).wait_event(self._queued)
+
+    def __exit__(self, *_: object) -> None:
+        if self._depth == 1 and (device := self._device()) is not None:
+            self._queued = torch.cuda.current_stream(device).record_event()
+        self._depth -= 1
+        self._lock.release()
 
 
 def _unstamped(data: Any) -> Any:

@@ -73,7 +73,14 @@ def sampler_properties() -> Case:
         for name, each in value.items():
             setattr(made, name, each)
 
-    bad = {"lmbda": values.real(0, 1), "alpha": values.real(0), "beta": values.real(0)}
+    bad = {
+        "lmbda": values.real(0, 1),
+        "alpha": values.real(0),
+        "beta": values.real(0),
+        "td_boost": values.flag(),
+        "threshold": values.real(0, 1, or_none=True),
+        "unscored_priority": values.real(0, 1),
+    }
     return Case("setting a property", put, dict, bad, made.state_dict)
 
 
@@ -102,13 +109,26 @@ STATE = sampler(td_boost=True).state_dict()
 
 @st.composite
 def damaged_states(draw: Any) -> Any:
-    """A sampler's state of which one entry is missing or another."""
+    """A sampler's state of which one entry is missing or another, or one slot impossible."""
     state = copy.deepcopy(STATE)
     name = draw(st.sampled_from(sorted(state)))
     if draw(st.booleans()):
         del state[name]
     elif isinstance(state[name], torch.Tensor):
-        state[name] = draw(values.tensors_but(torch.float64, SLOTS))
+        if draw(st.booleans()):
+            state[name] = draw(values.tensors_but(torch.float64, SLOTS))
+        else:  # all slots are written, and |δ| is at most 0.75
+            state[name][draw(st.integers(0, SLOTS - 1))] = draw(
+                st.sampled_from([torch.nan, torch.inf, -torch.inf, 1.5])
+            )
+    elif name == "_max_priority":
+        state[name] = draw(
+            st.one_of(
+                st.tuples(values.real(0.75), st.just(0)),
+                st.tuples(st.just(1.0), values.whole(0, SLOTS - 1)),
+                st.sampled_from([None, (), (1.0,), (None, None), (None, 0)]),
+            )
+        )
     else:
         state[name] = draw(st.one_of(st.text(max_size=5), st.floats(max_value=-1e-9), st.just(-3)))
     return state
@@ -119,6 +139,22 @@ def new_buffer() -> Case:
         return VLMReplayBuffer(storage=LazyTensorStorage(8), batch_size=2, **arguments)
 
     return Case("VLMReplayBuffer", build, dict, {"priority_key": values.NO_NAME})
+
+
+def loaded_buffer() -> Case:
+    made = buffer()
+    return Case(
+        "load_state_dict",
+        made.load_state_dict,
+        lambda: {"state_dict": buffer().state_dict()},
+        {
+            "state_dict": st.one_of(values.NO_OBJECT, damaged_states()).map(
+                lambda sampler: {**buffer().state_dict(), "_sampler": sampler}
+            )
+        },
+        made.state_dict,
+        called={"state_dict": "sampler state"},
+    )
 
 
 def late_writes(method: str, bad_values: Any) -> Callable[[], Case]:
@@ -248,7 +284,7 @@ SUBMITTED = {
 
 ROWS: dict[str, Callable[[], Case]] = {
     "VLMPrioritizedSampler": new_sampler,
-    "VLMPrioritizedSampler.lmbda, alpha, beta": sampler_properties,
+    "VLMPrioritizedSampler's properties": sampler_properties,
     "VLMPrioritizedSampler.sample": of_sampler(
         "sample", {"storage": Stored(), "batch_size": 4}, {"batch_size": values.whole(0)}
     ),
@@ -280,6 +316,7 @@ ROWS: dict[str, Callable[[], Case]] = {
         called={"state_dict": "sampler state"},
     ),
     "VLMReplayBuffer": new_buffer,
+    "VLMReplayBuffer.load_state_dict": loaded_buffer,
     "VLMReplayBuffer.write_scores": late_writes("write_scores", values.unit_values(3)),
     "VLMReplayBuffer.write_td_errors": late_writes("write_td_errors", values.sizes(3)),
     "ClipRenderTransform": transform,
