@@ -1,13 +1,16 @@
 """Random operations from three threads: no score and no TD error ever sits on a wrong transition.
 
 Each transition carries an id, and its score and |δ| are functions of the id. One thread inserts
-over the end of a small ring, one scores insertions in random order, one samples and writes TD
-errors back in random order. Between rounds all three stand still and every slot is compared with
-the id that lies in it. Nothing sleeps: threads only ever wait for the buffer's locks.
+over the end of a small ring that came with rows, and now and then replaces rows, empties the buffer
+or goes back to a state of before; one scores insertions in random order, on a CUDA stream of its
+own where the rows are on a GPU; one samples and writes TD errors back in random order. Between
+rounds all three stand still and every slot is compared with the id that lies in it. Nothing sleeps:
+threads only ever wait for the buffer's locks.
 """
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +20,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torch import Tensor
-from torchrl.data import LazyTensorStorage
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 from vlmrb_torchrl.buffer import VLMReplayBuffer
 from vlmrb_torchrl.samplers import VLMPrioritizedSampler
@@ -38,50 +41,86 @@ def td_error_of(ids: Tensor) -> Tensor:
 class World:
     """A buffer under random operations."""
 
-    def __init__(self, seed: int, shared: bool) -> None:
-        self.sampler = VLMPrioritizedSampler(CAPACITY, lmbda=0.5, td_boost=True, threshold=None)
+    def __init__(self, seed: int, shared: bool, device: str = "cpu") -> None:
+        self.sampler = VLMPrioritizedSampler(CAPACITY, td_boost=True, threshold=None)
+        storage = LazyTensorStorage(CAPACITY, device=device)
+        self.ids = 0
+        TensorDictReplayBuffer(storage=storage).extend(self.new(40))
         self.buffer = VLMReplayBuffer(
-            storage=LazyTensorStorage(CAPACITY),
+            storage=storage,
             sampler=self.sampler,
             batch_size=16,
             shared=shared,
             generator=torch.Generator().manual_seed(seed),
         )
+        self.stream = torch.cuda.Stream() if device == "cuda" else None
         self.chance = [random.Random(seed + thread) for thread in range(3)]
-        self.ids = 0
         self.unscored: list[TensorDict] = []
         self.unvisited: list[TensorDict] = []
         self.live = self.late = self.wraps = 0
+        self.operations = dict.fromkeys(("replace", "empty", "save", "load"), 0)
         self.insert()
+        self.save()
+
+    def new(self, length: int) -> TensorDict:
+        ids = torch.arange(self.ids, self.ids + length)
+        self.ids += length
+        return TensorDict({"id": ids}, [length])
+
+    def change(self) -> None:
+        """Inserts mostly."""
+        chance = self.chance[0]
+        odds = {"insert": 40, "replace": 6, "empty": 1, "save": 1, "load": 2}
+        (operation,) = chance.choices([*odds], [*odds.values()])
+        getattr(self, operation)()
+        if operation != "insert":
+            self.operations[operation] += 1
 
     def insert(self) -> None:
         """Extends, now and then by more than the whole ring."""
-        chance = self.chance[0]
-        length = chance.choice([1, 7, 16, 16, 16, 40, CAPACITY + 20])
-        ids = torch.arange(self.ids, self.ids + length)
-        self.ids += length
-        data = TensorDict({"id": ids}, [length])
+        data = self.new(self.chance[0].choice([1, 7, 16, 16, 16, 40, CAPACITY + 20]))
         index = self.buffer.extend(data)
         self.wraps += int(index[0] > index[-1])
         self.unscored.append(data)
         if len(self.unscored) > KEPT:
             self.unscored.pop(0)
 
+    def replace(self) -> None:
+        rows = self.chance[0].sample(range(len(self.buffer)), min(5, len(self.buffer)))
+        self.buffer[torch.tensor(rows)] = self.new(len(rows))
+
+    def empty(self) -> None:
+        self.buffer.empty()
+        self.insert()
+
+    def save(self) -> None:
+        # Only this thread changes rows, which a state refers to; of the rest it is a copy.
+        self.state = copy.deepcopy(self.buffer.state_dict())
+
+    def load(self) -> None:
+        self.buffer.load_state_dict(self.state)
+
     def score(self) -> None:
         """Scores some rows of some insertion, old or new, for the first time or again."""
         chance = self.chance[1]
         data = chance.choice(tuple(self.unscored))
         rows = data[torch.tensor([chance.random() < 0.7 for _ in range(len(data))])]
-        live = self.buffer.write_scores(
-            rows["index"], rows["index_generation"], score_of(rows["id"])
-        )
+        with torch.cuda.stream(self.stream):
+            live = self.buffer.write_scores(
+                rows["index"], rows["index_generation"], score_of(rows["id"])
+            )
         self.live += int(live.sum())
         self.late += int((~live).sum())
 
     def learn(self) -> None:
         """Samples, and writes back the TD errors of some earlier sample."""
         chance = self.chance[2]
-        batch = self.buffer.sample()
+        try:
+            batch = self.buffer.sample()
+        except RuntimeError as error:
+            if "empty storage" in str(error):
+                return
+            raise
         self.unvisited.append(batch.set("td_error", td_error_of(batch["id"]).unsqueeze(-1)))
         if len(self.unvisited) >= KEPT:
             self.buffer.update_tensordict_priority(self.unvisited.pop(chance.randrange(KEPT)))
@@ -95,39 +134,48 @@ class World:
 
         with ThreadPoolExecutor(3) as threads:
             for _ in range(rounds):
-                running = [threads.submit(repeat, o) for o in (self.insert, self.score, self.learn)]
+                running = [threads.submit(repeat, o) for o in (self.change, self.score, self.learn)]
                 for thread in running:
                     thread.result()
                 self.check()
 
     def check(self) -> None:
         """Compares every slot with the transition in it."""
-        ids = self.buffer.storage.get(torch.arange(len(self.buffer)))["id"]
-        scored = self.sampler.scored[: len(ids)]
-        visited = self.sampler.visited[: len(ids)]
-        assert torch.equal(self.sampler._score[: len(ids)][scored], score_of(ids[scored]))
-        assert torch.equal(self.sampler._td_error[: len(ids)][visited], td_error_of(ids[visited]))
+        ids = self.buffer.storage.get(torch.arange(len(self.buffer)))["id"].cpu()
+        score, td_error = self.sampler._score.cpu(), self.sampler._td_error.cpu()
+        scored, visited = (score >= 0)[: len(ids)], (td_error >= 0)[: len(ids)]
+        assert torch.equal(score[: len(ids)][scored], score_of(ids[scored]))
+        assert torch.equal(td_error[: len(ids)][visited], td_error_of(ids[visited]))
+        assert self.sampler._written == len(ids)
+        assert float(self.sampler.probabilities(len(ids)).sum()) == pytest.approx(1.0)
         self.sampler.check_valid()
 
 
-@pytest.mark.parametrize("shared", [False, True])
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@pytest.mark.parametrize(
+    ("device", "shared"),
+    [("cpu", False), ("cpu", True), pytest.param("cuda", False, marks=needs_gpu)],
+)
 @pytest.mark.parametrize(
     ("rounds", "operations_each"),
     [(20, 50), pytest.param(500, 667, marks=pytest.mark.slow)],
     ids=["thousands", "million"],
 )
 def test_no_write_lands_on_a_wrong_transition(
-    rounds: int, operations_each: int, shared: bool
+    rounds: int, operations_each: int, device: str, shared: bool
 ) -> None:
     torch.set_num_threads(1)
-    world = World(SEED, shared)
+    world = World(SEED, shared, device)
     print("seed", SEED)
     world.run(rounds, operations_each)
     print(
         f"{3 * rounds * operations_each} operations, {world.ids} transitions, {world.wraps} wraps"
     )
-    print(f"scores: {world.live} live, {world.late} late")
+    print(f"{world.operations}; scores: {world.live} live, {world.late} late")
     assert world.wraps > rounds
+    assert min(world.operations.values()) >= 10
     assert min(world.live, world.late) > 100  # else the run would prove nothing
 
 
