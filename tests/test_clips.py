@@ -1,6 +1,7 @@
 """Clips: every transition covered, the last outcome shown, whatever the batches."""
 
 import pickle
+import threading
 from itertools import pairwise
 
 import numpy as np
@@ -11,15 +12,24 @@ from hypothesis import strategies as st
 from tensordict import TensorDict
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
-from torchrl.envs import TransformedEnv
+from torchrl.envs import (
+    MultiStepTransform,
+    Transform,
+    TransformedEnv,
+)
 from torchrl.envs.utils import check_env_specs
 
+from tests.scoring_doubles import Brightness, NumberRenderer
 from tests.streams import stream
+from vlmrb_torchrl.buffer import VLMReplayBuffer
 from vlmrb_torchrl.clips import ClipRenderTransform, stack_clips
 from vlmrb_torchrl.cutting import ClipCutter
 from vlmrb_torchrl.envs import DoorKeyEnv
 from vlmrb_torchrl.frames import shown_outcomes
 from vlmrb_torchrl.renderers import MiniGridRenderer
+from vlmrb_torchrl.samplers import VLMPrioritizedSampler
+from vlmrb_torchrl.scorers import PrivilegedScorer
+from vlmrb_torchrl.scoring import AsyncScorer
 
 
 def expected_clips(first, length, clip, frames, stride):
@@ -249,7 +259,248 @@ def test_a_restored_cutter_goes_on_as_the_old_one(at, clip, frames, stride):
     assert restored.transitions == 31
 
 
+# ---------------------------------------------------------------- whose transitions are whose
+
+
+def test_flattened_environments_without_ids_are_told_apart_by_their_states():
+    """Rows 0 to 3 and 50 to 53, twice: no clip holds transitions of both environments."""
+    cutter, clips = ClipCutter(10, 4), []
+    envs = [stream([8], open_end=True), stream([8], start=50, open_end=True)]
+    for part in (slice(0, 4), slice(4, 8)):
+        clips += cut(cutter, torch.cat([env[part] for env in envs]).exclude("collector"))
+    clips += cutter.flush()
+    assert sorted(c.index.tolist() for c in clips) == [
+        list(range(first, first + 4)) for first in (0, 4, 50, 54)
+    ]
+
+
+def test_one_environment_without_ids_is_followed_by_its_states():
+    transitions = stream([9, 3]).exclude("collector")
+    cutter = ClipCutter(6, 6)
+    clips = [c for part in transitions.split([4, 4, 4]) for c in cut(cutter, part)]
+    assert [c.index.tolist() for c in clips] == [[*range(6)], [6, 7, 8], [9, 10, 11]]
+
+
+@pytest.mark.parametrize("lost", ["render_state", ("next", "render_state")])
+def test_where_nothing_tells_environments_apart_data_is_refused(lost):
+    """Two environments; as rows, or with trajectory ids, the same transitions are cut."""
+    rows = torch.stack([stream([4], open_end=True), stream([4], start=50)]).exclude(lost)
+    zeros = torch.zeros(8, dtype=torch.int64)
+    cutter = ClipCutter(10, 4, needs=())
+    with pytest.raises(KeyError, match=r"pass it as \[N, T\], one environment a row"):
+        cutter.cut(rows.reshape(-1).exclude("collector"), torch.arange(8), zeros)
+    assert cutter.transitions == 0
+    (clip,) = cutter.cut(rows.exclude("collector"), torch.arange(8), zeros)
+    assert clip.index.tolist() == [4, 5, 6, 7]
+    rows["collector", "traj_ids"][1] = 1
+    (clip,) = ClipCutter(10, 4, needs=()).cut(rows.reshape(-1), torch.arange(8), zeros)
+    assert clip.index.tolist() == [4, 5, 6, 7]
+
+
+def test_two_collectors_that_count_from_0_share_no_clip():
+    """In one batch the states tell; by ``source`` even where there are none, over batches."""
+    both = [stream([6], open_end=True), stream([6], start=50, open_end=True)]
+    cutter = ClipCutter(10, 4)
+    clips = cut(cutter, torch.cat(both)) + cutter.flush()
+    assert [c.index.tolist() for c in clips] == [[*range(6)], [*range(50, 56)]]
+    blind, clips = ClipCutter(6, 4, needs=()), []
+    for part in (slice(0, 3), slice(3, 6)):
+        for source, data in enumerate(both):
+            slots = data["next", "render_state"][part, 0] - 1
+            bare = data[part].select(("next", "done"), "collector")
+            clips += blind.cut(bare, slots, torch.zeros_like(slots), source)
+    assert [c.index.tolist() for c in clips] == [[*range(6)], [*range(50, 56)]]
+
+
+def test_a_state_that_holds_nan_goes_on_where_it_is_the_same():
+    transitions = stream([6])
+    for state in (transitions, transitions["next"]):
+        number = state["render_state"].double()
+        state["render_state"] = torch.cat([number, number.new_full((6, 1), torch.nan)], -1)
+    cutter = ClipCutter(6, 1)
+    zeros = torch.zeros(3)
+    assert cutter.cut(transitions[:3], torch.arange(3), zeros) == []
+    (clip,) = cutter.cut(transitions[3:], torch.arange(3, 6), zeros)
+    assert clip.index.tolist() == [*range(6)]
+
+
+# ---------------------------------------------------------------- AsyncScorer.extend
+
+
+def judged(transform=None, capacity=64, **settings):
+    """A buffer and a judge that says, of 255, the number of the last state it is shown."""
+    buffer = VLMReplayBuffer(
+        storage=LazyTensorStorage(capacity),
+        sampler=VLMPrioritizedSampler(capacity, threshold=None),
+        transform=transform,
+        batch_size=4,
+    )
+    settings = {"clip_transitions": 1, "frames_per_clip": 1, "mode": "sync", **settings}
+    draw = ClipRenderTransform(NumberRenderer())
+    return buffer, AsyncScorer(buffer, draw, Brightness(), **settings)
+
+
+def scores(buffer):
+    """Score of each slot in use, in 1/255; -1 where there is none."""
+    score = buffer.sampler.state_dict()["_score"][: len(buffer)]
+    return torch.where(score < 0, -1, (score * 255).round()).int().tolist()
+
+
+@pytest.mark.parametrize("clip", [1, 4])
+@pytest.mark.parametrize("rows", [0, 2])
+@settings(deadline=None, max_examples=8)
+@given(data=st.data())
+def test_n_step_transitions_get_the_score_of_where_they_lead(clip, rows, data):
+    """Transition k of a trajectory that ends in state e leads to state min(k + 3, e).
+
+    The last 3 of each row are held back by the transform, which is TorchRL's; what a slot holds is
+    told by its root state. Clips of 4 have the score of their last transition. Row 1 is row 0,
+    100 later.
+    """
+    T, trajectories = 20, [(0, 7), (7, 8), (8, 20)]
+    env = stream([7, 1, 12], open_end=True)
+    other = stream([7, 1, 12], open_end=True, start=100, ids=[3, 4, 5])
+    batch = torch.stack([env, other]) if rows else env
+    batch["next", "reward"] = torch.zeros(*batch.shape, 1)
+    buffer, scoring = judged(MultiStepTransform(3, 0.9), clip_transitions=clip)
+    bounds = sorted(data.draw(st.sets(st.integers(1, T))) | {0, T})
+    stored = 0
+    for start, stop in pairwise(bounds):
+        stored += scoring.extend(batch[..., start:stop].clone()).numel()
+    scoring.flush()
+    numbers = buffer[:]["render_state"][:, 0]
+    numbers = torch.where(numbers < 0, -numbers - 1, numbers).tolist()
+    assert stored == len(buffer)
+    assert sorted(numbers) == [*range(17), *(range(100, 117) if rows else ())]
+    expected = []
+    for number in numbers:
+        row, k = divmod(number, 100)
+        first, end = next(span for span in trajectories if k < span[1])
+        last = first + (k - first) // clip * clip + clip - 1  # of its clip, if that is whole
+        expected.append(100 * row + min(min(last, 16) + 3, end))
+    assert scores(buffer) == expected
+
+
+class Filter(Transform):
+    """Stores every transition but each fifth."""
+
+    def _inv_call(self, tensordict):
+        return tensordict[tensordict["next", "render_state"][:, 0] % 5 != 0]
+
+
+def test_a_transform_that_drops_rows_leaves_each_its_own_score():
+    """Outcomes 5, 10 and 15 are not stored: clips end before them and at state 8."""
+    buffer, scoring = judged(Filter(), clip_transitions=8)
+    for part in stream([8, 8]).split([2, 2, 1, 11]):
+        scoring.extend(part)
+    assert buffer[:]["next", "render_state"][:, 0].tolist() == [
+        1, 2, 3, 4, 6, 7, 8, 9, 11, 12, 13, 14, 16
+    ]  # fmt: skip
+    assert scores(buffer) == [4] * 4 + [8] * 3 + [9] + [14] * 4 + [16]
+
+
+def test_submit_refuses_what_a_transform_may_have_moved():
+    """From the second batch on as many rows are stored as are given: the number tells nothing."""
+    buffer, scoring = judged(MultiStepTransform(3, 0.9))
+    transitions = stream([16])
+    transitions["next", "reward"] = torch.zeros(16, 1)
+    for part in transitions.split(8):
+        index = buffer.extend(part)
+        with pytest.raises(ValueError, match=r"let AsyncScorer\.extend insert"):
+            scoring.submit(part, index)
+    assert scores(buffer) == [-1] * 13
+    buffer, scoring = judged(lambda batch: batch)  # leaves the rows alone, so they are stamped
+    transitions = stream([4])
+    scoring.submit(transitions, buffer.extend(transitions))
+    assert scores(buffer) == [1, 2, 3, 4]
+
+
+def test_what_the_judge_sees_need_not_lie_in_the_buffer():
+    rows = torch.stack([stream([4]), stream([4], start=50)])
+    buffer, scoring = judged()
+    kept = rows.select(("next", "done"))
+    assert scoring.extend(rows, kept).tolist() == [*range(8)]
+    assert scores(buffer) == [1, 2, 3, 4, 51, 52, 53, 54]
+    assert "render_state" not in buffer[:]
+    with pytest.raises(ValueError, match=r"stored is .*; pass a TensorDict \[2, 4\]"):
+        scoring.extend(rows, kept.reshape(-1))
+    with pytest.raises(KeyError, match="let the environment write"):
+        scoring.extend(kept)
+    scoring.close()
+    with pytest.raises(RuntimeError, match="is closed"):
+        scoring.extend(rows, kept)
+    assert len(buffer) == 8
+
+
+def test_threads_that_extend_leave_each_slot_the_score_of_its_transition():
+    """Ring of 64, written 15 times over by 3 threads: outcome k has score k mod 256."""
+    buffer, scoring = judged(clip_transitions=1)
+
+    def insert(source):
+        for batch in range(10):
+            scoring.extend(stream([32], start=1000 * source + 32 * batch), source=source)
+
+    threads = [threading.Thread(target=insert, args=(source,)) for source in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert scores(buffer) == (buffer[:]["next", "render_state"][:, 0] % 256).tolist()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("storage", ["cpu", "cuda"])
+def test_transitions_on_a_gpu_get_their_scores(storage):
+    """Batches with and without a device of their own, inserted both ways."""
+    buffer = VLMReplayBuffer(
+        storage=LazyTensorStorage(64, device=storage),
+        sampler=VLMPrioritizedSampler(64, threshold=None),
+        batch_size=4,
+    )
+    draw = ClipRenderTransform(NumberRenderer())
+    scoring = AsyncScorer(
+        buffer, draw, Brightness(), clip_transitions=4, frames_per_clip=1, mode="sync"
+    )
+    first, second = stream([8]).to("cuda"), stream([8], start=8).to("cuda").clear_device_()
+    scoring.extend(first)
+    buffer.sample()
+    scoring.submit(second, buffer.extend(second))
+    assert scores(buffer) == [4] * 4 + [8] * 4 + [12] * 4 + [16] * 4
+
+
 # ---------------------------------------------------------------- TorchRL's collector
+
+
+@pytest.mark.parametrize("n_steps", [1, 3])
+def test_a_collector_that_has_the_scorer_for_its_buffer_has_its_steps_judged(n_steps):
+    """Each transition is a clip; the judge says whether its outcome is a success.
+
+    Truth is what the buffer holds: of an n-step transition, the event of its last step.
+    """
+    env = DoorKeyEnv(5, 3, max_steps=11, seed=3)
+    transform = MultiStepTransform(n_steps, 0.9) if n_steps > 1 else None
+    buffer = VLMReplayBuffer(
+        storage=LazyTensorStorage(1000),
+        sampler=VLMPrioritizedSampler(1000, threshold=None),
+        transform=transform,
+        batch_size=4,
+    )
+    judge = PrivilegedScorer(env.event_names, events=("key",))
+    scoring = AsyncScorer(buffer, None, judge, clip_transitions=1, mode="sync")
+    collector = Collector(
+        env,
+        frames_per_batch=21,
+        total_frames=21 * 12,
+        replay_buffer=scoring,
+        init_random_frames=42,
+    )
+    assert list(collector) == [None] * 12
+    collector.shutdown()
+    held = 3 * n_steps if n_steps > 1 else 0
+    assert len(buffer) == scoring.write_count == 21 * 12 - held
+    event = buffer[:]["next", "events"][:, env.event_names.index("key")]
+    assert buffer.sampler.state_dict()["_score"][: len(buffer)].tolist() == event.float().tolist()
+    assert 0 < event.sum() < len(event)
 
 
 @pytest.mark.parametrize("flat", [True, False])
@@ -300,11 +551,15 @@ def test_wrong_data_is_refused_in_one_line():
         cutter.cut(good.exclude(("next", "done")), torch.arange(4), zeros)
     with pytest.raises(KeyError, match="let the environment write"):
         cutter.cut(good.exclude(("next", "render_state")), torch.arange(4), zeros)
+    with pytest.raises(KeyError, match=r"events.*which the scorer wants"):
+        ClipCutter(3, 3, needs=["events"]).cut(
+            good.exclude(("next", "events")), torch.arange(4), zeros
+        )
 
 
 def test_without_frames_neither_states_nor_events_are_needed():
-    bare = stream([4]).select(("next", "done"))
-    (clip,) = ClipCutter(4, 4, needs_frames=False).cut(bare, torch.arange(4), torch.zeros(4))
+    bare = stream([4]).select(("next", "done")).unsqueeze(0)
+    (clip,) = ClipCutter(4, 4, needs=()).cut(bare, torch.arange(4), torch.zeros(4))
     assert clip.render_state is None
     assert clip.events is None
     assert stack_clips([clip]).batch_size == torch.Size([1])

@@ -173,7 +173,7 @@ class VLMReplayBuffer(TensorDictReplayBuffer):
         with self._replay_lock:
             data = _unstamped(data)
             stored = self._transform.inv(data) if len(self._transform) else data.copy()
-            if stored is None or not stored.numel():
+            if stored is None or 0 in stored.shape:
                 return None
             rows = stored.reshape(-1)
             index = self._extend(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import Tensor
 from vlmrb_torchrl.checks import is_whole, shown
 from vlmrb_torchrl.clips import Clip
 from vlmrb_torchrl.frames import shown_outcomes
-from vlmrb_torchrl.insertions import Span, join, read_insertion
+from vlmrb_torchrl.insertions import Kind, Span, check_transitions, join, read_insertion
+from vlmrb_torchrl.keys import RENDER_STATE
 
 _PATIENCE_TRANSITIONS = 1024
 """A trajectory is given up only after this many transitions of others, so that inserting one
@@ -66,7 +68,7 @@ class ClipCutter:
         clip_transitions: Transitions that a clip covers.
         frames_per_clip: Outcome states of them that are shown.
         stride: Transitions from one clip's start to the next; None: ``clip_transitions``.
-        needs_frames: Whether ``("next", "render_state")`` must be there.
+        needs: Which of ``"render_state"`` and ``"events"`` must be there, under ``"next"``.
         patience: Insertion batches after which an unseen trajectory is given up. Collectors with
             many asynchronous workers want more than they have workers.
 
@@ -85,7 +87,7 @@ class ClipCutter:
         frames_per_clip: int = 32,
         stride: int | None = None,
         *,
-        needs_frames: bool = True,
+        needs: Collection[str] = (RENDER_STATE,),
         patience: int = 8,
     ) -> None:
         stride = clip_transitions if stride is None else stride
@@ -100,49 +102,52 @@ class ClipCutter:
         self.clip_transitions = clip_transitions
         self.frames_per_clip = frames_per_clip
         self.stride = stride
-        self.needs_frames = needs_frames
+        self.needs = needs
         self.patience = patience
         self.transitions = 0  # seen so far
         self._batches = 0
-        self._kind: tuple[object, ...] = ()  # of what is held open
-        self._tracks: dict[int, _Track] = {}  # by trajectory, the longest unseen first
+        self._kind: Kind = ()  # of what is held open
+        self._tracks: dict[tuple[int, int], _Track] = {}  # by source and id, longest unseen first
 
     def __len__(self) -> int:
         """Transitions in open clips, those already in an earlier clip included."""
         return sum(track.length for track in self._tracks.values())
 
-    def cut(self, data: TensorDictBase, index: Tensor, generation: Tensor) -> list[Clip]:
+    def cut(
+        self, data: TensorDictBase, index: Tensor, generation: Tensor, source: int = 0
+    ) -> list[Clip]:
         """Take in one insertion batch; return the clips that it completes.
+
+        A clip ends where the next action was not taken in the state that the last one led to, as
+        far as ``"render_state"`` and ``("next", "render_state")`` tell.
 
         Args:
             data: Transitions, ``[T]`` (trajectories one after the other) or ``[..., T]`` (one
                 environment a row), with ``("next", "done")``, ``("next", "render_state")``,
-                optionally ``("next", "events")`` and ``("collector", "traj_ids")``. Without
-                trajectory ids each row, or the whole of ``[T]``, is one stream split by ``done``.
+                optionally ``"render_state"``, ``("next", "events")`` and ``("collector",
+                "traj_ids")``. Without trajectory ids each row is one environment, and ``[T]`` is
+                split by ``done`` and by the render states alone.
             index: Their slots, as many as there are transitions, in the order of
                 ``data.reshape(-1)``.
             generation: The slots' stamps, of the same shape.
+            source: Which collector wrote them: each counts its trajectories from 0.
 
         Raises:
-            KeyError: If a key is missing.
+            KeyError: If a key is missing, or ``[T]`` has neither ids nor render states.
             ValueError: If the numbers of transitions differ, or the transitions are of another
                 kind than those of the open clips. Nothing was taken in.
         """
-        insertion = read_insertion(data, index, generation, self.needs_frames)
-        kind = insertion.span.kind
-        if self._tracks and self._kind and kind != self._kind:
-            raise ValueError(
-                f"data now holds {kind} a transition, earlier {self._kind} (shape of the events; "
-                "key, dtype, shape of what is rendered): insert what one environment writes."
-            )
+        kind = self.check(data)
+        insertion = read_insertion(data, index, generation)
         self._kind = kind
         self._batches += 1
         clips: list[Clip] = []
         for segment in insertion.segments:
-            track = self._tracks.pop(segment.trajectory, None)
+            key = source, segment.trajectory
+            track = self._tracks.pop(key, None)
             if track is None:
                 track = _Track([])
-            elif track.pieces and not insertion.continues(track.pieces[-1], segment.start):
+            elif track.pieces and not segment.follows(track.pieces[-1]):
                 # Trajectory ids start at 0 again with every new collector: the states tell.
                 self._close(track, clips)
                 track = _Track([])
@@ -151,9 +156,19 @@ class ClipCutter:
                 self._close(track, clips)
             else:
                 track.seen_batch, track.seen_transition = self._batches, self.transitions
-                self._tracks[segment.trajectory] = track
+                self._tracks[key] = track
         self._give_up(clips)
         return clips
+
+    def check(self, data: TensorDictBase) -> Kind:
+        """Refuse transitions that `cut` would, see there; return what kind they are."""
+        kind = check_transitions(data, self.needs)
+        if self._tracks and self._kind and kind != self._kind:
+            raise ValueError(
+                f"data now holds {kind} a transition, earlier {self._kind} (shape of the events; "
+                "key, dtype, shape of what is rendered): insert what one environment writes."
+            )
+        return kind
 
     def flush(self) -> list[Clip]:
         """Close every open clip and return them: the trajectories go on in new ones."""
@@ -206,13 +221,13 @@ class ClipCutter:
             "transitions": self.transitions,
             "batches": self._batches,
             "tracks": {
-                trajectory: {
+                key: {
                     "held": track.head(track.length).state_dict() if track.length else None,
                     "covered": track.covered,
                     "skip": track.skip,
                     "seen": (track.seen_batch, track.seen_transition),
                 }
-                for trajectory, track in self._tracks.items()
+                for key, track in self._tracks.items()
             },
         }
 
@@ -223,12 +238,10 @@ class ClipCutter:
         clips. Where they start afresh, call `flush` next.
         """
         tracks, kind = {}, self._kind
-        for trajectory, saved in state["tracks"].items():
+        for key, saved in state["tracks"].items():
             held = [] if saved["held"] is None else [Span.from_state_dict(saved["held"])]
             length, seen = sum(len(span.slot) for span in held), saved["seen"]
-            tracks[trajectory] = _Track(
-                held, length, saved["covered"], saved["skip"], seen[0], seen[1]
-            )
+            tracks[key] = _Track(held, length, saved["covered"], saved["skip"], seen[0], seen[1])
             kind = held[0].kind if held else kind
         self.transitions, self._batches = state["transitions"], state["batches"]
         self._tracks, self._kind = tracks, kind

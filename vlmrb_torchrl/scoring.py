@@ -15,11 +15,11 @@ from torch import Tensor
 from torchrl.envs import Transform
 
 from vlmrb_torchrl.buffer import VLMReplayBuffer
-from vlmrb_torchrl.checks import checked_seconds, shown
+from vlmrb_torchrl.checks import checked_seconds, is_whole, shown
 from vlmrb_torchrl.clips import Clip, check_slots, stack_clips
 from vlmrb_torchrl.cutting import ClipCutter
-from vlmrb_torchrl.insertions import check_inserted
-from vlmrb_torchrl.keys import CLIP, GENERATION, INDEX
+from vlmrb_torchrl.insertions import check_index
+from vlmrb_torchrl.keys import CLIP, EVENTS, GENERATION, INDEX, RENDER_STATE
 from vlmrb_torchrl.scorers.base import SeededScorer
 from vlmrb_torchrl.scorers.local import LocalScorer
 from vlmrb_torchrl.scoring_backends import Mode, check_scorer, choose_mode
@@ -35,7 +35,7 @@ _END_SECONDS = 5.0
 class AsyncScorer:
     """Cuts insertions into clips, has them judged beside the learner, writes the scores back.
 
-    `submit` copies what it needs and returns; it waits for nothing and no fault of the scorer
+    `extend` inserts, copies what it needs and returns; it waits for no judge and no fault of one
     reaches it. A clip of which every slot was overwritten meanwhile is dropped by the buffer's
     generations: no score lands on another transition.
 
@@ -43,7 +43,7 @@ class AsyncScorer:
     |---|---|---|
     | ``"process"`` | in a process of its own, at low priority | scorers that compute on the CPU |
     | ``"thread"`` | in a thread, on CUDA in its own stream | scorers on a GPU |
-    | ``"sync"`` | inside `submit`, before it returns | tests and bit-exact reruns |
+    | ``"sync"`` | inside `extend`, before it returns | tests and bit-exact reruns |
     | ``"auto"`` | thread if it is on CUDA or ``scorer.cheap``, else process | |
 
     A scorer that raises, answers nonsense, hangs or dies is counted, logged once per kind, and
@@ -83,15 +83,20 @@ class AsyncScorer:
 
     Raises:
         TypeError: If the buffer or its sampler cannot take scores, or the scorer is none.
-        ValueError: If the numbers are impossible or the scorer cannot be sent to a process.
+        ValueError: If the numbers are impossible, or the scorer cannot be sent to a process.
 
     Example:
         >>> scoring = AsyncScorer(buffer, ClipRenderTransform(renderer), scorer)
         >>> with scoring:
         ...     for data in collector:
-        ...         data = data.reshape(-1)
-        ...         index = buffer.extend(data)
-        ...         scoring.submit(data, index)
+        ...         scoring.extend(data)
+
+        A collector of this process inserts by itself, also in its background thread, if it is
+        given the scorer for its buffer (a multi-process collector cannot: let it yield data):
+
+        >>> collector = Collector(env, policy, frames_per_batch=256, replay_buffer=scoring)
+        >>> for _ in collector:  # None
+        ...     batch = buffer.sample()
     """
 
     def __init__(
@@ -119,9 +124,10 @@ class AsyncScorer:
         check_scorer(scorer, transform)
         check_buffer(buffer, clip_transitions)
         needs_frames = CLIP in scorer.in_keys
+        needs = {EVENTS if key == EVENTS else RENDER_STATE for key in scorer.in_keys}
         self._buffer, self._transform, self._scorer = buffer, transform, scorer
         self._cutter = ClipCutter(
-            clip_transitions, frames_per_clip, stride, needs_frames=needs_frames, patience=patience
+            clip_transitions, frames_per_clip, stride, needs=needs, patience=patience
         )
         self._cutting = threading.Lock()
         self._start_timeout_s = start_timeout_s
@@ -151,38 +157,104 @@ class AsyncScorer:
         # Runs when this object is collected and when the interpreter ends, Ctrl-C included.
         self._finalizer = weakref.finalize(self, self._dispatcher.close)
 
-    def submit(self, data: TensorDictBase, index: Tensor) -> None:
-        """Take in what was just inserted: ``index = buffer.extend(data)``.
+    def extend(
+        self, data: TensorDictBase, stored: TensorDictBase | None = None, *, source: int = 0
+    ) -> Tensor:
+        """Insert transitions into the buffer and take them in, under one lock.
+
+        What the buffer's transforms leave of them is what is stored, cut and judged: after
+        `MultiStepTransform` a clip shows where its n-step transitions lead, and the last n wait
+        for the next call.
 
         Args:
-            data: The transitions, ``[T]``, or ``[N, T]`` if ``data.reshape(-1)`` was inserted;
-                with ``("next", "done")``, ``("next", "render_state")`` where frames are wanted,
-                ``("next", "events")`` if there are any, and the collector's trajectory ids.
-                It is copied. What lies on a GPU is waited for: collect to the CPU.
-            index: The slots that ``extend`` returned.
+            data: The transitions, ``[T]``, or ``[..., T]``, one environment a row, with
+                ``("next", "done")``, ``("next", "render_state")`` where frames are wanted,
+                ``("next", "events")`` where the scorer reads them, and, if they are known,
+                ``"render_state"`` and the collector's trajectory ids, which tell what follows on
+                what. It is copied. What lies on a GPU is waited for: collect to the CPU.
+            stored: What the buffer keeps of them, of the same shape, where that is not all of
+                ``data``: render states need not lie in the buffer. For a buffer without transforms
+                that change the rows.
+            source: Which of several collectors wrote ``data``; each counts trajectories from 0.
+
+        Returns:
+            Their slots, int64, as many as there were transitions to store.
+
+        Raises:
+            KeyError: If a key is missing.
+            TypeError: If data is no TensorDict.
+            ValueError: If data is empty, ``stored`` is of another shape, or source no whole number.
+            RuntimeError: If this scorer is closed.
+        """
+        self._check(data, source)
+        fits = isinstance(stored, TensorDictBase) and stored.shape == data.shape
+        if stored is not None and not fits:
+            raise ValueError(f"stored is {shown(stored)}; pass a TensorDict {list(data.shape)}.")
+        with self._cutting:
+            written = self._buffer.insert(data if stored is None else stored)
+            if written is None:
+                return torch.zeros(0, dtype=torch.int64)
+            index: Tensor = written[INDEX].reshape(-1)
+            read = written if stored is None else data
+            self._take(read, index, written[GENERATION].reshape(-1), source)
+        return index
+
+    @property
+    def write_count(self) -> int:
+        """Transitions inserted so far. A collector that has this object for its buffer asks."""
+        count: int = self._buffer.write_count
+        return count
+
+    def submit(self, data: TensorDictBase, index: Tensor, *, source: int = 0) -> None:
+        """Take in what was just inserted, ``index = buffer.extend(data)``, by oneself.
+
+        Args:
+            data: The transitions, as of `extend`; ``[..., T]`` if ``data.reshape(-1)`` was
+                inserted.
+            index: The slots that ``buffer.extend`` returned.
+            source: As of `extend`.
 
         Raises:
             KeyError: If a key is missing.
             TypeError: If data is no TensorDict or index no tensor.
-            ValueError: If index and data differ in length, or index names what is no slot.
+            ValueError: If index and data differ in length, index names what is no slot, source is
+                no whole number, or the buffer's transforms may have stored other rows than
+                ``data`` has.
             RuntimeError: If this scorer is closed.
         """
-        check_inserted(data, index, self._buffer.storage.max_size)
-        if self._dispatcher.closed:
-            raise RuntimeError("This AsyncScorer is closed; make a new one.")
+        self._check(data, source)
+        check_index(index, self._buffer.storage.max_size)
+        index = index.detach().reshape(-1).to("cpu", torch.int64)
         generation = self._stamps(data, index)
         with self._cutting:
-            clips = self._cutter.cut(data, index, generation)
-            self._dispatcher.put(clips, self._cutter.transitions)
+            self._take(data, index, generation, source)
+
+    def _check(self, data: TensorDictBase, source: int) -> None:
+        self._cutter.check(data)
+        if not is_whole(source, 0):
+            raise ValueError(f"source is {shown(source)}; number the collectors 0, 1, …")
+        if self._dispatcher.closed:
+            raise RuntimeError("This AsyncScorer is closed; make a new one.")
+
+    def _take(self, data: TensorDictBase, index: Tensor, generation: Tensor, source: int) -> None:
+        clips = self._cutter.cut(data, index, generation, source)
+        self._dispatcher.put(clips, self._cutter.transitions)
 
     def _stamps(self, data: TensorDictBase, index: Tensor) -> Tensor:
         """The slots' generations at this insertion, of the shape of ``index``."""
         written: Tensor | None = data.get(INDEX, None)
         stamps: Tensor | None = data.get(GENERATION, None)
-        if stamps is not None and written is not None and torch.equal(written, index):
-            return stamps  # taken under the lock of the very write
+        if stamps is not None and written is not None:
+            written = written.reshape(-1).to("cpu", torch.int64)  # a GPU's data, the CPU's slots
+            if torch.equal(written, index):
+                return stamps  # taken under the lock of the very write
+        if len(self._buffer.transform):
+            raise ValueError(
+                f"index holds {len(index)} slots, but the buffer's transforms may have stored "
+                "other rows than data has: let AsyncScorer.extend insert data."
+            )
         stamps = self._buffer.generations_of(index)
-        overwritten = index.numel() - self._buffer.storage.max_size
+        overwritten = len(index) - self._buffer.storage.max_size
         if overwritten > 0:  # the batch overwrote its own start; no slot has a stamp of -1
             stamps = stamps.clone()
             stamps[:overwritten] = -1

@@ -254,9 +254,9 @@ def of_scoring(
         scoring.submit(opened, made.extend(opened))
 
         def state() -> Any:
-            return scoring.state_dict(), made.sampler.state_dict(), scoring.statistics()
+            return scoring.state_dict(), made.sampler.state_dict(), made.write_count
 
-        return Case(method, getattr(scoring, method), good, bad, lambda: state()[:2], kinds=LOOKUP)
+        return Case(method, getattr(scoring, method), good, bad, state, kinds=LOOKUP)
 
     return row
 
@@ -265,13 +265,18 @@ def inserted() -> dict[str, Any]:
     return {"data": stream([3], start=20), "index": THREE}
 
 
+NO_TRANSITIONS = st.one_of(
+    values.NO_OBJECT,
+    st.sampled_from([("next", "done"), ("next", "render_state")]).map(
+        lambda key: stream([3]).exclude(key)
+    ),
+    st.just(stream([])),
+)
+
 SUBMITTED = {
     "data": st.one_of(
-        values.NO_OBJECT,
-        st.sampled_from([("next", "done"), ("next", "render_state")]).map(
-            lambda key: stream([3]).exclude(key)
-        ),
-        st.integers(0, 40).filter(lambda T: T != 3).map(lambda T: stream([T] if T else [])),
+        NO_TRANSITIONS,
+        st.integers(1, 40).filter(lambda T: T != 3).map(lambda T: stream([T])),
     ),
     # Three whole numbers are taken in any shape: data is [N, T] where the slots of it are [N T].
     "index": st.one_of(
@@ -280,6 +285,16 @@ SUBMITTED = {
             lambda index: not (index.dtype in (torch.uint8, torch.int64) and index.numel() == 3)
         ),
     ),
+    "source": values.whole(0),
+}
+
+EXTENDED = {
+    "data": NO_TRANSITIONS,
+    "stored": st.one_of(
+        values.NO_OBJECT.filter(lambda value: value is not None),
+        st.integers(1, 40).filter(lambda T: T != 3).map(lambda T: stream([T])),
+    ),
+    "source": values.whole(0),
 }
 
 ROWS: dict[str, Callable[[], Case]] = {
@@ -321,6 +336,7 @@ ROWS: dict[str, Callable[[], Case]] = {
     "VLMReplayBuffer.write_td_errors": late_writes("write_td_errors", values.sizes(3)),
     "ClipRenderTransform": transform,
     "AsyncScorer": new_scoring,
+    "AsyncScorer.extend": of_scoring("extend", lambda: {"data": stream([3], start=20)}, EXTENDED),
     "AsyncScorer.submit": of_scoring("submit", inserted, SUBMITTED),
     "AsyncScorer.drain": of_scoring("drain", dict, {"timeout_s": values.real(0, 1e9)}),
     "AsyncScorer.wait_until_ready": of_scoring(
