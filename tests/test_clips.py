@@ -13,7 +13,9 @@ from tensordict import TensorDict
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs import (
+    Compose,
     MultiStepTransform,
+    ToTensorImage,
     Transform,
     TransformedEnv,
 )
@@ -430,6 +432,27 @@ def test_what_the_judge_sees_need_not_lie_in_the_buffer():
     with pytest.raises(RuntimeError, match="is closed"):
         scoring.extend(rows, kept)
     assert len(buffer) == 8
+
+
+def test_keys_that_no_clip_has_are_refused_when_the_scorer_is_built():
+    """The scorer reads "clip", the transform "render_state"; of other names every clip fails."""
+    buffer, _ = judged()
+    for keys, text in (
+        ({"in_keys": ["state"]}, r"transform reads \['state'\], but clips hold \['events', 'rend"),
+        ({"out_keys": ["pixels"]}, r"scorer reads \['clip'\], .* \['events', 'pixels', 'render"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            AsyncScorer(buffer, ClipRenderTransform(NumberRenderer(), **keys), Brightness())
+    scorer = Brightness()
+    scorer.in_keys = ["reward"]
+    with pytest.raises(ValueError, match=r"scorer reads \['reward'\]"):
+        AsyncScorer(buffer, None, scorer)
+    chain = Compose(ClipRenderTransform(NumberRenderer()), ToTensorImage(in_keys=["clip"]))
+    AsyncScorer(buffer, chain, Brightness(), mode="sync", clip_transitions=1).close()
+    with pytest.raises(KeyError, match=r"events.*which the scorer wants"):
+        AsyncScorer(buffer, None, PrivilegedScorer(["goal"]), mode="sync").extend(
+            stream([4]).exclude(("next", "events"))
+        )
 
 
 def test_threads_that_extend_leave_each_slot_the_score_of_its_transition():

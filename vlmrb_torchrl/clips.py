@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.data import Bounded, Composite
-from torchrl.envs import Transform
+from torchrl.envs import Compose, Transform
 
 from vlmrb_torchrl.checks import is_key, shown
 from vlmrb_torchrl.keys import CLIP, EVENTS, RENDER_STATE
@@ -125,6 +126,32 @@ class Clip:
             state["render_state"],
             None if events is None else events.numpy(),
             state["cut_at"],
+        )
+
+
+def check_clip_keys(transform: Transform | None, scorer: TensorDictModuleBase) -> None:
+    """Refuse a transform, or a scorer behind it, that reads what no clip holds.
+
+    Raises:
+        ValueError: If so, for every clip would fail.
+    """
+    held, known = {RENDER_STATE, EVENTS}, True
+    for part in () if transform is None else transform.modules():
+        if isinstance(part, Transform) and not isinstance(part, Compose):
+            if missing := [key for key in part.in_keys if key not in held]:
+                raise ValueError(
+                    f"transform reads {missing}, but clips hold {sorted(held)}: build "
+                    "ClipRenderTransform(renderer) with its own keys."
+                )
+            held.update(part.out_keys)
+            known = known and bool(part.out_keys)
+    if CLIP not in scorer.in_keys:  # then nothing is drawn for it
+        held, known = {RENDER_STATE, EVENTS}, True
+    missing = [key for key in scorer.in_keys if key not in held]
+    if missing and known:
+        raise ValueError(
+            f"scorer reads {missing}, but with this transform clips hold {sorted(held)}: build "
+            "ClipRenderTransform(renderer) with its own keys."
         )
 
 

@@ -16,7 +16,7 @@ from torchrl.envs import Transform
 
 from vlmrb_torchrl.buffer import VLMReplayBuffer
 from vlmrb_torchrl.checks import checked_seconds, is_whole, shown
-from vlmrb_torchrl.clips import Clip, check_slots, stack_clips
+from vlmrb_torchrl.clips import Clip, check_clip_keys, check_slots, stack_clips
 from vlmrb_torchrl.cutting import ClipCutter
 from vlmrb_torchrl.insertions import check_index
 from vlmrb_torchrl.keys import CLIP, EVENTS, GENERATION, INDEX, RENDER_STATE
@@ -83,7 +83,8 @@ class AsyncScorer:
 
     Raises:
         TypeError: If the buffer or its sampler cannot take scores, or the scorer is none.
-        ValueError: If the numbers are impossible, or the scorer cannot be sent to a process.
+        ValueError: If the numbers are impossible, transform or scorer read what no clip holds, or
+            the scorer cannot be sent to a process.
 
     Example:
         >>> scoring = AsyncScorer(buffer, ClipRenderTransform(renderer), scorer)
@@ -123,6 +124,7 @@ class AsyncScorer:
     ) -> None:
         check_scorer(scorer, transform)
         check_buffer(buffer, clip_transitions)
+        check_clip_keys(transform, scorer)
         needs_frames = CLIP in scorer.in_keys
         needs = {EVENTS if key == EVENTS else RENDER_STATE for key in scorer.in_keys}
         self._buffer, self._transform, self._scorer = buffer, transform, scorer
