@@ -3,7 +3,7 @@
 collect → extend → score → sample → update → re-prioritise → log.  Every recipe runs it; what
 differs between algorithms is in their LightningModule, what differs between replay methods is
 in the sampler.  A judge is built and waited for before the first step; afterwards one line knows of
-it: ``scoring.submit``.
+it: ``scoring.extend``.
 """
 
 from __future__ import annotations
@@ -118,10 +118,11 @@ def store(
     scoring: AsyncScorer | None,
 ) -> None:
     """Take transitions into the buffer, and hand them to the judge."""
-    # The judge's render states wait beside the buffer, not in it: draws stay small.
-    index = buffer.extend(transitions(data).reshape(-1))
-    if scoring is not None:
-        scoring.submit(data, index)
+    kept = transitions(data)
+    if scoring is None:
+        buffer.extend(kept.reshape(-1))
+    else:  # the judge's render states wait beside the buffer, not in it: draws stay small
+        scoring.extend(data, kept)
 
 
 def update(

@@ -142,7 +142,7 @@ def test_other_errors_of_clipping_are_not_taken_for_it():
 
 def test_environment_that_raises_ends_the_run_and_the_judge_s_process(tmp_path, monkeypatch):
     """Step 60 of 4 games fails, so 224 env steps are whole; their rows are written."""
-    pids, steps, step, submit = [], [], DoorKeyEnv._step, AsyncScorer.submit
+    pids, steps, step, extend = [], [], DoorKeyEnv._step, AsyncScorer.extend
 
     def fail(env, tensordict):
         steps.append(None)
@@ -150,12 +150,12 @@ def test_environment_that_raises_ends_the_run_and_the_judge_s_process(tmp_path, 
             raise OSError("the simulator is gone")
         return step(env, tensordict)
 
-    def watched(scoring, data, index):
+    def watched(scoring, data, kept):
         pids.append(scoring.worker_pid)
-        submit(scoring, data, index)
+        extend(scoring, data, kept)
 
     monkeypatch.setattr(DoorKeyEnv, "_step", fail)
-    monkeypatch.setattr(AsyncScorer, "submit", watched)
+    monkeypatch.setattr(AsyncScorer, "extend", watched)
     judge = ["--scoring.scorer=ConstantScorer", "--scoring.mode=process"]
     with pytest.raises(OSError, match="the simulator is gone"):
         run(tmp_path, DQN, "--env.size=5", *judge)

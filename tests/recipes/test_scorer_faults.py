@@ -88,13 +88,13 @@ def train(tmp_path, monkeypatch):
                 },
             )
             made.append(scoring)
-            submit = scoring.submit
+            extend = scoring.extend
 
-            def watched(data, index):
-                submit(data, index)
+            def watched(data, kept):
+                extend(data, kept)
                 on_submit(int(scoring.statistics()["transitions_submitted"]), scoring)
 
-            scoring.submit = watched
+            scoring.extend = watched
             return scoring
 
         def counted(*arguments):
