@@ -7,6 +7,7 @@ and shard: this is how scoring grows past one machine.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -39,9 +40,9 @@ class EndpointScorer(PromptedScorer):
     """A vision-language model behind an OpenAI-compatible server, asked a Yes/No question.
 
     Each clip and prompt is one request: the frames, then the question. The score is
-    P(Yes) / (P(Yes) + P(No)) at the answer's token (`score_of_tokens` says which that is). A server
-    that gives no log-probabilities is taken at its word, 1.0 for Yes and 0.0 for No; a warning
-    says so once.
+    P(Yes) / (P(Yes) + P(No)) at the answer's token, whatever the model thinks aloud before it. A
+    server that gives no log-probabilities is taken at its word, 1.0 for Yes and 0.0 for No; a
+    warning says so once.
 
     Constructing it contacts nobody; `load` asks one question about a black frame, so that a server
     that is not there, or serves no such model, is known before the first clip. A frame that occurs
@@ -173,7 +174,9 @@ class EndpointScorer(PromptedScorer):
         models = await self.chat.models(client)
         served = _Served(models.get(self.model, self.model))
         black = torch.zeros(1, 1, 3, 64, 64, dtype=torch.uint8)
-        await self._ask(client, served, self._requests(black)[0])
+        answer = await self._ask(client, served, self._requests(black)[0])
+        with contextlib.suppress(_NoAnswerError):
+            self._score(served, answer)
         if models and self.model not in models:
             _LOGGER.warning(
                 "%s answers for model=%r but lists only %s: see that it is the one you mean.",
@@ -202,7 +205,7 @@ class EndpointScorer(PromptedScorer):
 
             async def ask(request: dict[str, Any]) -> float:
                 async with places:
-                    return self._score(await self._ask(client, served, request))
+                    return self._score(served, await self._ask(client, served, request))
 
             return await asyncio.gather(*map(ask, requests))
 
@@ -256,15 +259,12 @@ class EndpointScorer(PromptedScorer):
             served.willing = False
             self._note_words(served, f"{error.words}; a lower top_logprobs may do")
         try:
-            answer = Answer.of_completion(completion)
-        except (AttributeError, TypeError, IndexError):
+            return Answer.of_completion(completion)
+        except (AttributeError, TypeError, LookupError):
             raise RuntimeError(
                 f"{self.chat.base_url} answers {self.chat.quotable(completion)!r}, no chat "
                 "completion: base_url mostly ends in /v1."
             ) from None
-        if answer.tokens is None:
-            self._note_words(served, "an answer had none")
-        return answer
 
     def _note_words(self, served: _Served, reason: str) -> None:
         if not served.words:
@@ -276,14 +276,21 @@ class EndpointScorer(PromptedScorer):
                 reason,
             )
 
-    def _score(self, answer: Answer) -> float:
-        score = answer.score()
+    def _score(self, served: _Served, answer: Answer) -> float:
+        score = answer.by_tokens()
+        if score is None and (score := answer.by_words()) is not None:
+            self._note_words(served, "an answer had none of Yes and No")
         if score is None:
-            raise RuntimeError(
-                f"{self.model} answers {answer.text[:80]!r}, neither Yes nor No: let the prompt "
-                "ask for one of them, raise max_tokens, or turn its thinking off (extra_body)."
+            said = f"{answer.text[-80:]!r}{' (cut off)' * answer.cut}"
+            raise _NoAnswerError(
+                f"{self.model} answers {said}, neither Yes nor No: let the prompt ask for one of "
+                "them, raise max_tokens, or turn its thinking off (extra_body)."
             )
         return score
+
+
+class _NoAnswerError(RuntimeError):
+    """An answer is neither Yes nor No."""
 
 
 @dataclass
@@ -293,7 +300,7 @@ class _Served:
     Attributes:
         root: What it says is behind the model's name.
         willing: Whether it lets itself be asked for log-probabilities.
-        words: Whether an answer came without them.
+        words: Whether an answer came without those of Yes or No.
     """
 
     root: str
