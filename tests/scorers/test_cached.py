@@ -207,7 +207,8 @@ def test_the_same_code_under_another_name_is_another_judge(
     monkeypatch.syspath_prepend(str(tmp_path))
     whole = _SAID.format(place="vlmrb_torchrl.scorers", base="ClipScorer", helper=0, own=0.5)
     for name in ("one_judge", "same_judge"):
-        (tmp_path / f"{name}.py").write_text(whole + "\nclass Other(ClipScorer): score = Judge.score\n")
+        other = "class Other(ClipScorer): score = Judge.score"
+        (tmp_path / f"{name}.py").write_text(f"{whole}\n{other}\n")
     one, same = (importlib.import_module(name) for name in ("one_judge", "same_judge"))
     judges = [one.Judge(), one.Other(), same.Judge()]
     assert len({judge.fingerprint for judge in judges}) == 3

@@ -98,8 +98,9 @@ class ClipScorer(TensorDictModuleBase, ABC):
         if weights and not self.revision:
             return None
         try:
+            code = _code(type(self))  # type: ignore[arg-type]  # a class is hashable
             told = _identity((getattr(self, "prompts", ()), self.config))
-            whole = repr((_code(type(self)), told, self.revision))
+            whole = repr((code, told, self.revision))
         except TypeError:
             return None
         return hashlib.blake2b(whole.encode(), digest_size=16).hexdigest()
