@@ -122,7 +122,8 @@ def store(
     if scoring is None:
         buffer.extend(kept.reshape(-1))
     else:  # the judge's render states wait beside the buffer, not in it: draws stay small
-        scoring.extend(data, kept)
+        rows = -1, data.shape[-1]  # an episode is a row of its own
+        scoring.extend(data.reshape(rows), kept.reshape(rows))
 
 
 def update(

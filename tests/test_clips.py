@@ -299,6 +299,14 @@ def test_where_nothing_tells_environments_apart_data_is_refused(lost):
     assert clip.index.tolist() == [4, 5, 6, 7]
 
 
+def test_root_states_of_another_shape_tell_nothing_and_raise_nothing():
+    transitions = stream([4])
+    transitions["render_state"] = torch.zeros(4, 3)
+    assert [len(clip) for clip in cut(ClipCutter(10, 4), transitions)] == [4]
+    with pytest.raises(KeyError, match=r"pass it as \[N, T\]"):
+        cut(ClipCutter(10, 4), transitions.exclude("collector"))
+
+
 def test_two_collectors_that_count_from_0_share_no_clip():
     """In one batch the states tell; by ``source`` even where there are none, over batches."""
     both = [stream([6], open_end=True), stream([6], start=50, open_end=True)]

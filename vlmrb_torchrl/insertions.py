@@ -118,7 +118,7 @@ class Segment:
         """Whether its first action was taken where ``span`` led to, if that is known."""
         length = len(span.slot)
         there = np.flatnonzero(np.arange(length) + span.steps == length)
-        if self.acted_in is None or span.outcome is None or not len(there):
+        if self.acted_in is None or not len(there):
             return True
         return not _differ(span.outcome[there[-1:]], self.acted_in).any()
 
@@ -156,14 +156,14 @@ def check_transitions(data: Any, needs: Collection[str]) -> Kind:
                 f"data has no {('next', need)}, which the scorer wants: let the environment write "
                 f'"{need}" and the buffer keep it, or use a scorer that does without.'
             )
-    known = _TRAJECTORY in keys or (RENDER_STATE in keys and _OUTCOME in keys)
-    if data.ndim == 1 and not known:
+    outcome = _flat(data, _OUTCOME)
+    if data.ndim < 2 and _TRAJECTORY not in keys and _acted_in(data, outcome) is None:
         raise KeyError(
             f"data of shape {list(data.shape)} has neither {_TRAJECTORY} nor render states, so "
             "nothing tells one environment's transitions from another's: pass it as [N, T], one "
             "environment a row, or let the collector track trajectory ids."
         )
-    return _kind(_flat(data, _OUTCOME), _flat(data, _NEXT_EVENTS))
+    return _kind(outcome, _flat(data, _NEXT_EVENTS))
 
 
 def _kind(outcome: Any, events: Any) -> Kind:
@@ -199,7 +199,8 @@ def read_insertion(data: TensorDictBase, index: Tensor, generation: Tensor) -> I
             f"{generation.numel()}; insert data.reshape(-1) and pass the index it returned, or let "
             "AsyncScorer.extend insert, whatever the buffer's transforms leave."
         )
-    outcome, acted_in = _flat(data, _OUTCOME), _flat(data, RENDER_STATE)
+    outcome = _flat(data, _OUTCOME)
+    acted_in = _acted_in(data, outcome)
     events, steps = _kept(_flat(data, _NEXT_EVENTS)), _kept(_flat(data, _STEPS))
     span = Span(
         _kept(index.reshape(T)).to(torch.int64).numpy(),
@@ -213,7 +214,7 @@ def read_insertion(data: TensorDictBase, index: Tensor, generation: Tensor) -> I
     row = np.arange(T) // row_length
     trajectory = _trajectories(data, row)
     begins = np.append(True, done[:-1] | _changes(trajectory) | _changes(row))
-    if outcome is not None and acted_in is not None:
+    if acted_in is not None:
         begins |= _breaks(outcome, acted_in, span.steps, begins.cumsum())
     starts = np.flatnonzero(begins)
     stops = np.append(starts[1:], T)
@@ -242,7 +243,8 @@ def _trajectories(data: TensorDictBase, row: NDArray[np.int64]) -> NDArray[np.in
 
 
 def _changes(values: NDArray[np.int64]) -> NDArray[np.bool_]:
-    return values[1:] != values[:-1]
+    changes: NDArray[np.bool_] = values[1:] != values[:-1]
+    return changes
 
 
 def _breaks(
@@ -260,6 +262,13 @@ def _breaks(
     differ = _differ(outcome[torch.from_numpy(here)], acted_in[torch.from_numpy(later)])
     broken[later[differ.cpu().numpy()]] = True
     return broken
+
+
+def _acted_in(data: TensorDictBase, outcome: Any) -> Any:
+    """Render states that the actions were taken in, if they can be held against ``outcome``."""
+    acted_in = _flat(data, RENDER_STATE)
+    comparable = outcome is not None and set(_kind(acted_in, None)) == set(_kind(outcome, None))
+    return acted_in if comparable else None
 
 
 def _flat(data: TensorDictBase, key: NestedKey) -> Any:
@@ -282,7 +291,7 @@ def _differ(one: Any, other: Any) -> Tensor:
     if is_tensor_collection(one):
         leaves = one.items(include_nested=True, leaves_only=True)
         return torch.stack([_differ(each, other.get(key)) for key, each in leaves]).any(0)
-    same = one == other
+    same: Tensor = one == other
     if one.is_floating_point():
         same |= one.isnan() & other.isnan()
     return ~same.unsqueeze(-1).flatten(1).all(1)

@@ -9,14 +9,17 @@ from recipes import cli
 from recipes.demonstrations import Batches, Demonstrations
 from recipes.dqn import DQN
 from recipes.metrics import read_rows
+from recipes.off_policy import store
 from recipes.replay import Uniform
 from recipes.sac import SAC
 from recipes.settings import MOST_SEED
 from recipes.tasks import Cube, DoorKey, Scene
 from recipes.td3 import TD3
 from recipes.transitions import Transitions
-from vlmrb_torchrl import VLMReplayBuffer
+from tests.streams import stream
+from vlmrb_torchrl import AsyncScorer, VLMPrioritizedSampler, VLMReplayBuffer
 from vlmrb_torchrl.checks import ConfigError
+from vlmrb_torchrl.scorers import PrivilegedScorer
 
 SHORT = [
     "--training.total_env_steps=300",
@@ -35,6 +38,20 @@ def train(tmp_path, name, *arguments, algorithm=DQN):
     folder = [f"--training.log_dir={tmp_path}", f"--training.name={name}"]
     cli.run(algorithm, [*SHORT, *arguments, *folder])
     return read_rows(tmp_path / name)
+
+
+def test_an_episode_is_judged_as_a_row_of_its_own():
+    """No render states, no trajectory ids: nothing else tells that it is one environment's.
+
+    Of transitions 1 to 8 the seventh has the event, so that the second clip of 4 has it.
+    """
+    sampler = VLMPrioritizedSampler(8)
+    buffer = VLMReplayBuffer(storage=LazyTensorStorage(8), sampler=sampler, batch_size=4)
+    judge = PrivilegedScorer(["fifth", "seventh"], events=("seventh",))
+    episode = stream([8], start=1).select(("next", "done"), ("next", "events"))
+    with AsyncScorer(buffer, None, judge, clip_transitions=4, mode="sync") as scoring:
+        store(episode, lambda steps: steps.select(("next", "done")), buffer, scoring)
+    assert sampler.state_dict()["_score"].tolist() == [0] * 4 + [1] * 4
 
 
 @pytest.mark.parametrize("task", [DoorKey(5), Cube(max_steps=100)], ids=lambda task: task.name)
