@@ -11,7 +11,7 @@ import io
 import json
 import math
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -29,29 +29,40 @@ class EndpointServer:
     The script names what becomes of each chat request in turn; after its end all are answered.
 
     - ``"500"``, ``"429"``, any status: refused with it (429 with a Retry-After).
+    - ``"gateway"``: 502 as a proxy says it, in HTML.
     - ``"truncated"``: half of the announced bytes. ``"broken"``: half of the JSON.
     - ``"http://…"``: sent on to the server at that URL.
     - ``"page"``: a page of HTML. ``"error"``: status 200 and an error inside.
     - ``"words"``: an answer without log-probabilities.
+    - a dict: a choice of the completion, as it is (`choice` makes one).
     - anything else: answered with this text, without log-probabilities.
 
     Args:
         script: See above.
-        logprobs: False to refuse requests for log-probabilities with 400.
+        refuses: Fields of a request that it answers with 400, and in which words.
         held: Requests wait until the test lets them go on (`release`).
         listed: Names in the list of models; None: there is no such list.
+        logits: Of the tokens where the answer stands; None: by brightness.
+        ids: Of tokens, which ``/tokenize`` tells and ``logprob_token_ids`` asks for; None: it
+            knows of neither.
+        names: "ids" to name tokens by their ids unless it is told not to; "secret ids": it does
+            not tell the ids.
     """
 
     def __init__(
         self,
-        script: Iterable[str] = (),
+        script: Iterable[str | dict[str, Any]] = (),
         *,
-        logprobs: bool = True,
+        refuses: Mapping[str, str] | None = None,
         held: bool = False,
         listed: tuple[str, ...] | None = (MODEL,),
+        logits: dict[str, float] | None = None,
+        ids: dict[str, int] | None = None,
+        names: str = "",
     ) -> None:
         self.script = list(script)
-        self.logprobs, self.held, self.listed = logprobs, held, listed
+        self.refuses, self.held, self.listed = refuses or {}, held, listed
+        self.logits, self.ids, self.names = logits, ids or {}, names
         self.requests: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.most_in_flight = 0
@@ -108,7 +119,7 @@ class EndpointServer:
             self.answered += 1
             self._changed.notify_all()
 
-    def take(self, body: dict[str, Any], key: str | None) -> str:
+    def take(self, body: dict[str, Any], key: str | None) -> str | dict[str, Any]:
         """Note a request and hold it if the test wants that; what the script says of it."""
         with self._changed:
             number = len(self.requests)
@@ -122,6 +133,28 @@ class EndpointServer:
             )
             self._in_flight -= 1
             return self.script[number] if number < len(self.script) else "answer"
+
+    def choice(self, body: dict[str, Any], what: str) -> dict[str, Any]:
+        """What it answers if the script says so little."""
+        if what not in ("answer", "truncated", "broken", "words"):
+            return choice(what)
+        yes = brightness(pictures(body)[-1])
+        sides = {" Yes": yes, " No": 1.0 - yes}
+        by_brightness = {side: math.log(p) if p else -math.inf for side, p in sides.items()}
+        answer = _position(self.logits or by_brightness)
+        said = choice("Answer:" + answer["token"])
+        if body.get("logprobs") and what != "words":
+            asked, listed = body.get("logprob_token_ids"), answer["top_logprobs"]
+            if asked and self.ids:
+                listed = listed[:1] + [c for c in listed[1:] if self.ids[c["token"]] in asked]
+            else:
+                listed = listed[: body["top_logprobs"]]
+            answer["top_logprobs"] = listed
+            if self.names and body.get("return_tokens_as_token_ids", True):
+                for candidate in (answer, *listed):
+                    candidate["token"] = f"token_id:{self.ids[candidate['token']]}"
+            said["logprobs"] = {"content": [_position("Answer"), _position(":"), answer]}
+        return said
 
 
 class _Server(ThreadingHTTPServer):
@@ -148,20 +181,30 @@ def _handler(server: EndpointServer) -> type[BaseHTTPRequestHandler]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             key = self.headers.get("Authorization")
+            if self.path.endswith("/tokenize"):
+                known = server.ids if server.names != "secret ids" else {}
+                tokens = [known[body["prompt"]]] if body["prompt"] in known else [0, 1]
+                self._send(200 if known else 404, {"tokens": tokens})
+                return
             what = server.take(body, key)
-            if what.isdigit():
+            refused = [words for field, words in server.refuses.items() if field in body]
+            if refused:
+                self._send(400, {"error": {"message": refused[0]}})
+            elif isinstance(what, dict):
+                self._send(200, completion(body, what))
+            elif what == "gateway":
+                self._send(502, "<html>Bad Gateway</html>", {"Content-Type": "text/html"})
+            elif what.isdigit():
                 again = {"Retry-After-Ms": "1"} if what == "429" else {}
                 self._send(int(what), {"error": {"message": f"no, {key},\nnot now"}}, again)
             elif what.startswith("http://"):
                 self._send(307, {}, {"Location": f"{what}/chat/completions"})
-            elif body.get("logprobs") and not server.logprobs:
-                self._send(400, {"error": {"message": "logprobs is not supported"}})
             elif what == "page":
                 self._send(200, "<html>Welcome</html>", {"Content-Type": "text/html"})
             elif what == "error":
                 self._send(200, {"error": {"message": f"overloaded, {key}"}})
             else:
-                self._send(200, completion(body, what), cut=what)
+                self._send(200, completion(body, server.choice(body, what)), cut=what)
             server.sent()
 
         def _send(
@@ -185,25 +228,35 @@ def _handler(server: EndpointServer) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
-def completion(body: dict[str, Any], text: str) -> dict[str, Any]:
+def completion(body: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
     """The answer to a request, as OpenAI's reference has it."""
-    yes = brightness(pictures(body)[-1])
-    logprobs = None
-    if text in ("answer", "truncated", "broken", "words"):
-        if body.get("logprobs") and text != "words":
-            logprobs = {"content": [_position("Answer"), _position(":"), _position("Yes", yes)]}
-        text = "Answer: Yes" if yes >= 0.5 else "Answer: No"
-    message = {"role": "assistant", "content": text}
-    choice = {"index": 0, "message": message, "logprobs": logprobs, "finish_reason": "stop"}
     return {
         "id": "1", "object": "chat.completion", "created": 0, "model": body["model"],
-        "choices": [choice],
+        "choices": [{"index": 0, **answer}],
     }  # fmt: skip
 
 
-def _position(token: str, yes: float | None = None) -> dict[str, Any]:
-    sides = {token: 1.0} if yes is None else {" Yes": yes, " No": 1.0 - yes}
-    listed = [{"token": t, "logprob": math.log(p) if p else -9999.0} for t, p in sides.items()]
+def choice(
+    text: str | None, tokens: Iterable[str | dict[str, float]] | None = None, **more: Any
+) -> dict[str, Any]:
+    """A choice with this text.
+
+    Args:
+        text: The content of the message.
+        tokens: Generated tokens, each sure or with the logits of its candidates, the first of the
+            greatest being the generated one; None: it has no log-probabilities.
+        more: Of the message; ``finish_reason`` of the choice.
+    """
+    finish_reason = more.pop("finish_reason", "stop")
+    message = {"role": "assistant", "content": text, **more}
+    logprobs = None if tokens is None else {"content": [_position(token) for token in tokens]}
+    return {"message": message, "logprobs": logprobs, "finish_reason": finish_reason}
+
+
+def _position(token: str | dict[str, float]) -> dict[str, Any]:
+    logits = {token: 0.0} if isinstance(token, str) else token
+    total = math.log(sum(map(math.exp, logits.values())))
+    listed = [{"token": t, "logprob": max(x - total, -9999.0)} for t, x in logits.items()]
     listed.sort(key=lambda candidate: -candidate["logprob"])
     return {**listed[0], "top_logprobs": listed}
 

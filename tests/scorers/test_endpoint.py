@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import pickle
 import sys
 import threading
@@ -16,7 +17,14 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from tests.scorers.endpoint_server import MODEL, PATIENT, EndpointServer, brightness, pictures
+from tests.scorers.endpoint_server import (
+    MODEL,
+    PATIENT,
+    EndpointServer,
+    brightness,
+    choice,
+    pictures,
+)
 from tests.scoring_doubles import NumberRenderer
 from tests.streams import stream
 from tests.test_scoring import books, insert, make_buffer, scores
@@ -31,7 +39,8 @@ SECRET = "sk-very-secret-4711"
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch):
     """No proxy, no key of the user's, no pauses between repeats."""
-    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy", "OPENAI_API_KEY"):
+    proxies = [f"{kind}_proxy" for kind in ("http", "https", "all", "no")]
+    for name in (*proxies, *map(str.upper, proxies), "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.0)
 
@@ -259,8 +268,7 @@ def test_a_server_that_is_down_is_unavailable_and_then_answers(serve):
     scorer = judge(server)
     server.stop()
     message = fault(scorer, some_clips(51), ScorerUnavailableError)
-    assert "cannot be reached" in message
-    assert "start the server" in message
+    assert "cannot be reached (All connection attempts failed): start the server" in message
     server.start()
     assert score(scorer, some_clips(51)) == pytest.approx([0.2])
 
@@ -320,6 +328,24 @@ def test_an_answer_that_is_neither_yes_nor_no_is_quoted(serve):
     assert "'I cannot tell', neither Yes nor No" in message
 
 
+@pytest.mark.parametrize(
+    ("words", "remedy", "about_frames"),
+    [
+        ("At most 8 image(s) may be provided in one prompt.", "lower frames", True),
+        ("This model's maximum context length is 4096 tokens.", "lower frames", True),
+        ("At most 0 video(s) may be provided in one prompt.", "media='images'", True),
+        ("reasoning_effort must be low", "extra_body", False),
+        ("seed: Input should be a valid integer", "extra_body", False),
+    ],
+)
+def test_the_remedy_of_a_refusal_is_for_what_the_server_names(serve, words, remedy, about_frames):
+    scorer = judge(serve(refuses={"model": words}))
+    message = fault(scorer, some_clips(51), RequestRefusedError)
+    assert f"answers 400 ({words}): " in message
+    assert remedy in message
+    assert ("frames" in message) == about_frames
+
+
 @pytest.mark.parametrize("package", ["openai", "PIL.Image"])
 def test_a_missing_package_is_named_with_the_remedy(monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
@@ -337,7 +363,8 @@ def warnings_of(caplog):
 @pytest.mark.parametrize("how", ["words", "refuses"])
 def test_without_logprobs_the_answer_counts_and_one_warning_says_so(serve, caplog, how):
     """At 127 of 255 the server says No, at 128 Yes."""
-    server = serve(*["words"] * 5 if how == "words" else [], logprobs=how == "words")
+    refuses = {} if how == "words" else {"logprobs": "logprobs is not supported"}
+    server = serve(*["words"] * 5 if how == "words" else [], refuses=refuses)
     scorer = judge(server)
     assert score(scorer, some_clips(0, 127, 128, 255)) == [0.0, 0.0, 1.0, 1.0]
     assert len(warnings_of(caplog)) == 1
@@ -348,7 +375,7 @@ def test_without_logprobs_the_answer_counts_and_one_warning_says_so(serve, caplo
 
 
 def test_a_server_that_refused_logprobs_is_not_asked_for_them_again(serve):
-    server = serve(logprobs=False)
+    server = serve(refuses={"logprobs": "Extra inputs are not permitted"})
     score(judge(server), some_clips(*range(4)))
     assert sum("logprobs" in request for request in server.requests) == 1
     assert len(server.requests) == 2 + 4
@@ -356,11 +383,80 @@ def test_a_server_that_refused_logprobs_is_not_asked_for_them_again(serve):
 
 def test_the_revision_tells_words_from_probabilities(serve):
     """Or a cache would mix them: the same server may be asked before and after an update."""
-    for logprobs, what in ((True, "logprobs"), (False, "words")):
-        scorer = judge(serve(logprobs=logprobs))
+    for refuses, what in (({}, "logprobs"), ({"logprobs": "no logprobs"}, "words")):
+        scorer = judge(serve(refuses=refuses))
         assert scorer.revision == ""
         scorer.load()
         assert scorer.revision == f"org/{MODEL} {what}"
+
+
+# ---------------------------------------------------------------- thoughts
+
+
+NO_AT_LAST = {" No": math.log(3), " Yes": 0.0}
+THOUGHTS = ["<think>", "Answer", ":", " Yes", "?", "</think>", "\n\n"]
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (choice("<think>Answer: Yes?</think>\n\nAnswer: No"), 0.0),
+        (choice("<think>Answer: Yes?</think>\n\nNo", [*THOUGHTS, NO_AT_LAST, "<|im_end|>"]), 0.25),
+        (choice("No", [*THOUGHTS, NO_AT_LAST, "<|im_end|>"], reasoning="Answer: Yes?"), 0.25),
+        (choice("No", [*THOUGHTS, NO_AT_LAST], reasoning_content="Answer: Yes?"), 0.25),
+        (choice("No", [*THOUGHTS, "No", "</s>"]), 0.0),
+        (choice([{"type": "thinking", "thinking": []}, {"type": "text", "text": "Yes"}]), 1.0),
+        (choice(None, THOUGHTS[:4], reasoning="Answer: Yes", finish_reason="length"), None),
+        (choice("<think>Answer: Yes", THOUGHTS[:4], finish_reason="length"), None),
+        (choice("Hm, Answer: Yes", THOUGHTS[1:4], finish_reason="length"), None),
+    ],
+)
+def test_an_answer_is_read_behind_the_thoughts(serve, said, expected):
+    scorer = judge(serve("answer", said))
+    if expected is None:
+        assert "raise max_tokens" in fault(scorer, some_clips(51), RuntimeError)
+    else:
+        assert score(scorer, some_clips(51)) == pytest.approx([expected])
+
+
+# ---------------------------------------------------------------- proxies
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])
+def test_this_machine_is_asked_directly_whatever_the_proxy(serve, monkeypatch, host):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("ALL_PROXY", "nonsense://")
+    scorer = EndpointScorer(f"http://{host}:{serve().port}/v1", MODEL)
+    assert score(scorer, some_clips(51)) == pytest.approx([0.2])
+
+
+def test_a_proxy_that_does_not_lead_to_the_server_is_named(serve, monkeypatch):
+    """Before the first answer from the server it is an error, afterwards an outage to wait for."""
+    proxy = serve(*["gateway"] * 3, "answer", "answer", "gateway", "503")
+    monkeypatch.setenv("HTTP_PROXY", proxy.url.removesuffix("/v1"))
+    scorer = EndpointScorer("http://judge.invalid/v1", MODEL, retries=0)
+    for _ in range(3):
+        message = fault(scorer, some_clips(51), RequestRefusedError)
+        assert "HTTP_PROXY" in message
+        assert "add judge.invalid to NO_PROXY" in message
+    assert score(scorer, some_clips(51)) == pytest.approx([0.2])
+    assert "HTTP_PROXY" in fault(scorer, some_clips(51), ScorerUnavailableError)
+    assert "HTTP_PROXY" not in fault(scorer, some_clips(51), ScorerUnavailableError)
+
+
+def test_a_proxy_that_does_not_lead_to_a_server_behind_tls_is_named(serve, monkeypatch):
+    """It cannot answer in the server's place: it refuses the tunnel."""
+    monkeypatch.setenv("HTTPS_PROXY", serve().url.removesuffix("/v1"))
+    scorer = EndpointScorer("https://judge.invalid/v1", MODEL, retries=0)
+    assert "HTTPS_PROXY" in fault(scorer, some_clips(51), RequestRefusedError)
+
+
+def test_a_proxy_that_is_down_is_named(monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")
+    scorer = EndpointScorer("http://judge.invalid/v1", MODEL, retries=0)
+    message = fault(scorer, some_clips(51), ScorerUnavailableError)
+    assert "ALL_PROXY" in message
+    assert "judge.invalid to NO_PROXY" in message
 
 
 # ---------------------------------------------------------------- the key

@@ -9,6 +9,7 @@ import asyncio
 import base64
 import importlib
 import io
+import ipaddress
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
+from urllib.request import proxy_bypass
 
 from torch import Tensor
 
@@ -30,16 +32,23 @@ FORMATS: dict[str, dict[str, Any]] = {
     "jpeg": {"format": "JPEG", "quality": 95},
 }
 """How Pillow writes a picture."""
-_LATER = frozenset({408, 409, 425, 429})
-"""Statuses below 500 that say "later" instead of "never"."""
+_LATER = frozenset({408, 409, 425, 429, 502, 503, 504, *range(520, 531)})
+"""Statuses that say "later" instead of "never"; those from 520 are of networks before a server."""
+_GATEWAY = frozenset({407, 502, 503, 504})
+"""Statuses with which a proxy answers in the place of a server that it cannot reach."""
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_NO_KEY = "put the key it wants into the environment variable {key}"
 _REMEDIES = {
-    401: _NO_KEY,
-    403: _NO_KEY,
+    401: "put the key it wants into the environment variable {key}",
+    403: "put a key that may use this model into the environment variable {key}",
     404: "base_url mostly ends in /v1, and model must be a name that it serves",
+    413: "lower frames, or let the server take more",
+    429: "ask less at once (concurrency), or see the limits of the key",
 }
-_REMEDY = "if the images are too many or too large, lower frames or let the server take more"
+_REMEDIES_BY_WORDS = {
+    "(?i)video": "pass media='images', or lower frames",
+    "(?i)image|picture|multi.?modal|context": "lower frames, or let the server take more",
+}
+_REMEDY = "mend what it names (extra_body sets fields of a request), or see its log"
 _Result = TypeVar("_Result")
 
 
@@ -103,22 +112,32 @@ class ChatServer:
             raise ValueError(f"the key in {self.api_key_variable} is not plain ASCII: set it anew.")
 
         async def within() -> _Result:
+            direct = None
+            if _is_loopback(self._host):  # no proxy leads there, whatever HTTP_PROXY says
+                direct = openai.DefaultAsyncHttpxClient(trust_env=False)
             async with openai.AsyncOpenAI(
                 base_url=self.base_url,
                 api_key=key or "none",  # the client wants one; servers without keys ignore it
                 timeout=self.timeout_s,
                 max_retries=self.retries,
+                http_client=direct,
             ) as client:
                 return await work(client)
 
         return _finish(within())
 
-    async def complete(self, client: Any, request: dict[str, Any]) -> Any:
+    async def complete(self, client: Any, request: dict[str, Any], met: bool) -> Any:
         """One chat completion.
+
+        Args:
+            client: Of `session`.
+            request: The fields of its body.
+            met: Whether the server has answered before. If it has, a proxy that does not reach it
+                tells of an outage; if not, of a proxy that does not lead there.
 
         Raises:
             ScorerUnavailableError: The server is down, busy or broken, also when asked again.
-            RequestRefusedError: It refuses the request as such.
+            RequestRefusedError: It refuses the request as such, or a proxy does not lead there.
         """
         openai = _needed("openai")
         try:
@@ -128,7 +147,7 @@ class ChatServer:
                     "/chat/completions", body=request, cast_to=openai.types.chat.ChatCompletion
                 )
         except (openai.APIError, TimeoutError, json.JSONDecodeError) as error:
-            raise self._explained(error) from None  # the original's request holds the key
+            raise self._explained(error, met) from None  # the original's request holds the key
 
     async def models(self, client: Any) -> dict[str, str]:
         """Names of the models it lists, each with what the server says is behind it.
@@ -143,28 +162,66 @@ class ChatServer:
         except (openai.APIError, TimeoutError, json.JSONDecodeError, AttributeError, TypeError):
             return {}
 
-    def _explained(self, error: Exception) -> RuntimeError:
+    @property
+    def _host(self) -> str:
+        return urlsplit(self.base_url).hostname or ""
+
+    @property
+    def _proxy(self) -> str | None:
+        """The environment variable of the proxy that the server is asked through, if any."""
+        if _is_loopback(self._host) or proxy_bypass(self._host):
+            return None
+        scheme = urlsplit(self.base_url).scheme
+        names = [f"{kind}_proxy" for kind in (scheme, "all")]
+        both = [variable for name in names for variable in (name, name.upper())]
+        return next((variable for variable in both if os.environ.get(variable)), None)
+
+    def _explained(self, error: Exception, met: bool) -> RuntimeError:
         openai, url = _needed("openai"), self.base_url
         if isinstance(error, (TimeoutError, openai.APITimeoutError)):
             return ScorerUnavailableError(
                 f"{url} did not answer within {self.timeout_s:g} s: raise timeout_s, or ask less "
                 "at once (concurrency)."
             )
+        if self._is_proxys(error):
+            message = (
+                f"{url} is not reached by the proxy of {self._proxy}: start the server, or add "
+                f"{self._host} to NO_PROXY."
+            )
+            return ScorerUnavailableError(message) if met else RequestRefusedError(message, 502, "")
         if isinstance(error, openai.APIStatusError):
             status, words = error.status_code, self._words_of(error)
-            if status > 500 or status in _LATER:
-                return ScorerUnavailableError(f"{url} answers {status} ({words}): see its log.")
-            if status == 500:  # after all repeats: maybe of this very request, which must not block
-                return RequestRefusedError(f"{url} answers 500 ({words}): see its log.", 500, words)
-            remedy = _REMEDIES.get(status, _REMEDY).format(key=self.api_key_variable)
-            message = f"{url} answers {status} ({words}): {remedy}."
+            message = f"{url} answers {status} ({words}): {self._remedy(status, words)}."
+            if status in _LATER:
+                return ScorerUnavailableError(message)
+            # Also 500, after all repeats: maybe of this very request, which must not block.
             return RequestRefusedError(message, status, words)
         if isinstance(error, openai.APIConnectionError):
-            cause = type(error.__cause__).__name__
+            cause, remedy = self.quotable(error.__cause__), "or correct base_url"
+            if self._proxy:
+                cause += f"; through the proxy of {self._proxy}"
+                remedy = f"correct base_url, or add {self._host} to NO_PROXY"
             return ScorerUnavailableError(
-                f"{url} cannot be reached ({cause}): start the server, or correct base_url."
+                f"{url} cannot be reached ({cause}): start the server, {remedy}."
             )
         return ScorerUnavailableError(f"{url} answers broken JSON: see its log.")
+
+    def _is_proxys(self, error: Any) -> bool:
+        """Whether a proxy speaks in the place of a server that it does not reach.
+
+        A server says what is wrong in JSON; a proxy in HTML or not at all.
+        """
+        gateway = getattr(error, "status_code", None) in _GATEWAY
+        refused = type(error.__cause__).__name__ == "ProxyError"  # of a server behind https
+        return bool(self._proxy) and (refused or (gateway and not isinstance(error.body, dict)))
+
+    def _remedy(self, status: int, words: str) -> str:
+        if status in _REMEDIES:
+            return _REMEDIES[status].format(key=self.api_key_variable)
+        if status >= 500:
+            return "see its log"
+        fitting = (remedy for said, remedy in _REMEDIES_BY_WORDS.items() if re.search(said, words))
+        return next(fitting, _REMEDY)
 
     def _words_of(self, error: Any) -> str:
         """The server's own message."""
@@ -178,6 +235,15 @@ class ChatServer:
         words = " ".join(str(said).split())
         key = os.environ.get(self.api_key_variable, "").strip()
         return (words.replace(key, "***") if key else words)[:300]
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether ``host`` is this machine, as which servers also name 0.0.0.0."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host.lower() == "localhost"
+    return address.is_loopback or address.is_unspecified
 
 
 def _is_url(url: str) -> bool:

@@ -184,6 +184,7 @@ class EndpointScorer(PromptedScorer):
                 self.model,
                 ", ".join(sorted(models)[:5]),
             )
+        served.met = True
         return served
 
     def score_prompts(self, tensordict: TensorDictBase) -> Tensor:
@@ -251,11 +252,11 @@ class EndpointScorer(PromptedScorer):
         """Answer a request, with log-probabilities if the server has any."""
         surely = {"logprobs": True, "top_logprobs": self.top_logprobs} if served.willing else {}
         try:
-            completion = await self.chat.complete(client, {**request, **surely})
+            completion = await self.chat.complete(client, {**request, **surely}, served.met)
         except RequestRefusedError as error:
             if not surely or error.status not in (400, 422):
                 raise
-            completion = await self.chat.complete(client, request)
+            completion = await self.chat.complete(client, request, served.met)
             served.willing = False
             self._note_words(served, f"{error.words}; a lower top_logprobs may do")
         try:
@@ -299,10 +300,12 @@ class _Served:
 
     Attributes:
         root: What it says is behind the model's name.
+        met: Whether it has answered.
         willing: Whether it lets itself be asked for log-probabilities.
         words: Whether an answer came without those of Yes or No.
     """
 
     root: str
+    met: bool = False
     willing: bool = True
     words: bool = False
