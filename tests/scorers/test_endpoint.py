@@ -346,6 +346,27 @@ def test_the_remedy_of_a_refusal_is_for_what_the_server_names(serve, words, reme
     assert ("frames" in message) == about_frames
 
 
+@pytest.mark.parametrize(
+    ("what", "words"), [("400", "answers 400"), ("I cannot tell", "'I cannot tell'")]
+)
+def test_a_clip_that_gets_no_number_costs_no_other_one(serve, caplog, what, words):
+    """Of 16 clips the third and the fifth get none; one warning says so."""
+    greys = range(0, 240, 15)
+    server = serve("answer", "answer", "answer", what, "answer", what)
+    scores = judge(server, concurrency=1).score_prompts(some_clips(*greys))[:, 0].tolist()
+    expected = [math.nan if k in (2, 4) else grey / 255 for k, grey in enumerate(greys)]
+    assert scores == pytest.approx(expected, nan_ok=True)
+    assert len(server.requests) == 1 + 16
+    assert len(warnings_of(caplog)) == 1
+    assert words in warnings_of(caplog)[0].getMessage()
+
+
+def test_an_outage_within_a_batch_is_none_of_a_clip(serve):
+    """Or a restart of the server would cost the clips that it met."""
+    scorer = judge(serve("answer", "answer", "400", *["503"] * 20), concurrency=1, retries=0)
+    fault(scorer, some_clips(*range(16)), ScorerUnavailableError)
+
+
 @pytest.mark.parametrize("package", ["openai", "PIL.Image"])
 def test_a_missing_package_is_named_with_the_remedy(monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)

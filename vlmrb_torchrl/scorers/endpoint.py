@@ -10,8 +10,9 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -34,6 +35,8 @@ from vlmrb_torchrl.scorers.chat import (
 )
 
 _LOGGER = logging.getLogger("vlmrb_torchrl.scorers")
+_OF_ALL = (401, 403, 404)
+"""Statuses that refuse the key or the model: whatever is asked, they are the same."""
 
 
 class EndpointScorer(PromptedScorer):
@@ -42,7 +45,7 @@ class EndpointScorer(PromptedScorer):
     Each clip and prompt is one request: the frames, then the question. The score is
     P(Yes) / (P(Yes) + P(No)) at the answer's token, whatever the model thinks aloud before it. A
     server that gives no log-probabilities is taken at its word, 1.0 for Yes and 0.0 for No; a
-    warning says so once.
+    warning says so once. A clip whose request is refused, or answered with neither, gets NaN.
 
     Constructing it contacts nobody; `load` asks one question about a black frame, so that a server
     that is not there, or serves no such model, is known before the first clip. A frame that occurs
@@ -190,9 +193,12 @@ class EndpointScorer(PromptedScorer):
     def score_prompts(self, tensordict: TensorDictBase) -> Tensor:
         """P(Yes) / (P(Yes) + P(No)) of each clip under each prompt, float32 ``[B, P]``.
 
+        NaN where a request is refused or its answer is neither Yes nor No; a warning says so once
+        for each kind of refusal.
+
         Raises:
             ScorerUnavailableError: The server cannot be reached, is busy or broken.
-            RuntimeError: It refuses a request, or an answer is neither Yes nor No.
+            RuntimeError: It refuses the key or the model, or no request gets a score.
         """
         clips = thin(tensordict[CLIP], self.frames)
         if not len(clips):
@@ -201,16 +207,29 @@ class EndpointScorer(PromptedScorer):
         assert self._served is not None
         served, requests = self._served, self._requests(clips)
 
-        async def ask_all(client: Any) -> list[float]:
+        async def ask_all(client: Any) -> list[float | RuntimeError]:
             places = asyncio.Semaphore(self.concurrency)
 
-            async def ask(request: dict[str, Any]) -> float:
+            async def ask(request: dict[str, Any]) -> float | RuntimeError:
                 async with places:
-                    return self._score(served, await self._ask(client, served, request))
+                    try:
+                        return self._score(served, await self._ask(client, served, request))
+                    except (RequestRefusedError, _NoAnswerError) as error:
+                        if getattr(error, "status", None) in _OF_ALL:
+                            raise
+                        return error
 
             return await asyncio.gather(*map(ask, requests))
 
-        return torch.tensor(self.chat.session(ask_all)).view(len(clips), -1)
+        answers = self.chat.session(ask_all)
+        errors = [answer for answer in answers if isinstance(answer, RuntimeError)]
+        if len(errors) == len(answers):
+            raise errors[0]
+        for error in errors:
+            kind = f"refused {getattr(error, 'status', 'answer')}"
+            self._warn(served, kind, f"A clip gets no score, the others of its batch do: {error}")
+        scores = [math.nan if isinstance(each, RuntimeError) else each for each in answers]
+        return torch.tensor(scores).view(len(clips), -1)
 
     def _requests(self, clips: Tensor) -> list[dict[str, Any]]:
         """What is asked about ``[B, F, 3, H, W]``: clip by clip, each prompt."""
@@ -254,7 +273,7 @@ class EndpointScorer(PromptedScorer):
         try:
             completion = await self.chat.complete(client, {**request, **surely}, served.met)
         except RequestRefusedError as error:
-            if not surely or error.status not in (400, 422):
+            if not surely or served.met or error.status not in (400, 422):
                 raise
             completion = await self.chat.complete(client, request, served.met)
             served.willing = False
@@ -262,20 +281,25 @@ class EndpointScorer(PromptedScorer):
         try:
             return Answer.of_completion(completion)
         except (AttributeError, TypeError, LookupError):
-            raise RuntimeError(
-                f"{self.chat.base_url} answers {self.chat.quotable(completion)!r}, no chat "
-                "completion: base_url mostly ends in /v1."
+            said = self.chat.quotable(completion)
+            message = f"{self.chat.base_url} answers {said!r}, no chat completion"
+            raise RequestRefusedError(
+                f"{message}: base_url mostly ends in /v1.", 200, said
             ) from None
 
     def _note_words(self, served: _Served, reason: str) -> None:
-        if not served.words:
-            served.words = True
-            _LOGGER.warning(
-                "%s gives no log-probabilities (%s): an answer counts as 1.0 for Yes and 0.0 for "
-                "No.",
-                self.chat.base_url,
-                reason,
-            )
+        served.words = True
+        self._warn(
+            served,
+            "words",
+            f"{self.chat.base_url} gives no log-probabilities ({reason}): an answer counts as 1.0 "
+            "for Yes and 0.0 for No.",
+        )
+
+    def _warn(self, served: _Served, kind: str, message: str) -> None:
+        if kind not in served.warned:
+            served.warned.add(kind)
+            _LOGGER.warning("%s", message)
 
     def _score(self, served: _Served, answer: Answer) -> float:
         score = answer.by_tokens()
@@ -303,9 +327,11 @@ class _Served:
         met: Whether it has answered.
         willing: Whether it lets itself be asked for log-probabilities.
         words: Whether an answer came without those of Yes or No.
+        warned: What has been said already.
     """
 
     root: str
     met: bool = False
     willing: bool = True
     words: bool = False
+    warned: set[str] = field(default_factory=set)
