@@ -17,6 +17,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
+from tests.scorers.distributions import DISTRIBUTIONS
 from tests.scorers.endpoint_server import (
     MODEL,
     PATIENT,
@@ -411,8 +412,103 @@ def test_the_revision_tells_words_from_probabilities(serve):
         assert scorer.revision == f"org/{MODEL} {what}"
 
 
-# ---------------------------------------------------------------- thoughts
+IDS = {" Yes": 9454, " No": 2753, " Unclear": 7}
 
+
+def test_tokens_that_are_named_by_ids_are_read_where_the_server_tells_the_ids(serve):
+    """P(Yes) / P(No) = e^-0.70 / e^-0.69: 1 / (1 + e^0.01)."""
+    scorer = judge(serve(logits={" No": -0.69, " Yes": -0.70}, ids=IDS, names="ids"))
+    assert score(scorer, some_clips(51)) == pytest.approx([1 / (1 + math.exp(0.01))])
+    assert scorer.revision.endswith(" logprobs")
+
+
+def test_tokens_that_nobody_can_name_leave_the_words_and_a_warning_says_so(serve, caplog):
+    scorer = judge(serve(logits={" No": -0.69, " Yes": -0.70}, ids=IDS, names="secret ids"))
+    assert score(scorer, some_clips(51, 52)) == [0.0, 0.0]
+    assert ["no log-probabilities" in r.getMessage() for r in warnings_of(caplog)] == [True]
+    assert scorer.revision.endswith(" words")
+
+
+def test_yes_and_no_are_asked_for_by_their_ids_however_unlikely_they_are(serve):
+    """P(Yes) = 3 P(No), behind a likelier word; a list of one candidate would hold neither."""
+    logits = {" Unclear": 9.0, " Yes": math.log(3), " No": 0.0}
+    server = serve(logits=logits, ids=IDS)
+    assert score(judge(server, top_logprobs=1), some_clips(51)) == pytest.approx([0.75])
+    assert [request["logprob_token_ids"] for request in server.requests] == [[2753, 9454]] * 2
+
+
+def test_a_server_that_refuses_ids_is_asked_for_candidates_from_then_on(serve, caplog):
+    server = serve(ids=IDS, refuses={"logprob_token_ids": "logprob_token_ids: not permitted"})
+    assert score(judge(server), some_clips(51, 102)) == pytest.approx([0.2, 0.4])
+    assert [r.get("logprob_token_ids") for r in server.requests] == [[2753, 9454], *[None] * 3]
+    assert not warnings_of(caplog)
+
+
+@pytest.mark.parametrize("by_ids", [False, True])
+def test_a_distribution_over_the_answers_token_means_one_score(serve, by_ids):
+    """Whether the server lists the likeliest candidates or those asked for."""
+    tokens = dict.fromkeys(token for logits, _ in DISTRIBUTIONS.values() for token in logits)
+    server = serve(ids={token: k for k, token in enumerate(tokens)} if by_ids else None)
+    scorer, scores = judge(server), {}
+    for name, (server.logits, _) in DISTRIBUTIONS.items():
+        scores[name] = score(scorer, some_clips(51))[0]
+    assert scores == pytest.approx({name: right for name, (_, right) in DISTRIBUTIONS.items()})
+
+
+# ---------------------------------------------------------------- dialects
+
+
+@pytest.mark.parametrize(
+    ("refuses", "left_out", "instead", "warned"),
+    [
+        (
+            {"max_tokens": "Unsupported parameter. Use 'max_completion_tokens' instead."},
+            {"max_tokens"},
+            {"max_completion_tokens": 8},
+            "",
+        ),
+        (
+            {
+                "max_tokens": "Unsupported parameter. Use 'max_completion_tokens' instead.",
+                "temperature": "'temperature' does not support 0 with this model.",
+                "logprobs": "You are not allowed to request logprobs from this model.",
+            },
+            {"max_tokens", "temperature", "logprobs", "top_logprobs"},
+            {"max_completion_tokens": 8},
+            "temperature of its own",
+        ),
+        (
+            {"media_io_kwargs": "media_io_kwargs is not supported"},
+            {"media_io_kwargs"},
+            {},
+            "media='images'",
+        ),
+    ],
+)
+def test_a_server_of_another_dialect_is_asked_in_it_and_from_then_on(
+    serve, caplog, refuses, left_out, instead, warned
+):
+    """At 102 of 255 the server says No, at 204 Yes, with or without log-probabilities."""
+    server = serve(refuses=refuses)
+    scores = score(judge(server, media="video"), some_clips(102, 204))
+    assert [round(each) for each in scores] == [0, 1]
+    assert len(server.requests) == len(refuses) + 1 + 2
+    for request in server.requests[-3:]:
+        assert not left_out & request.keys()
+        assert instead.items() <= request.items()
+    assert any(warned in r.getMessage() for r in warnings_of(caplog)) == bool(warned)
+
+
+def test_a_clip_that_is_refused_changes_nothing_for_the_others(serve):
+    """Asked without log-probabilities it might pass, and no later clip would have any."""
+    server = serve("answer", "answer", "400")
+    scorer = judge(server, concurrency=1)
+    scorer.score_prompts(some_clips(10, 20, 30))
+    assert all("logprobs" in request for request in server.requests)
+    assert scorer.revision.endswith(" logprobs")
+
+
+# ---------------------------------------------------------------- thoughts
 
 NO_AT_LAST = {" No": math.log(3), " Yes": 0.0}
 THOUGHTS = ["<think>", "Answer", ":", " Yes", "?", "</think>", "\n\n"]

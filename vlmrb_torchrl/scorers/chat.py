@@ -13,7 +13,7 @@ import ipaddress
 import json
 import os
 import re
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -161,6 +161,27 @@ class ChatServer:
             return {str(card.id): str(getattr(card, "root", None) or card.id) for card in page.data}
         except (openai.APIError, TimeoutError, json.JSONDecodeError, AttributeError, TypeError):
             return {}
+
+    async def single_tokens(self, client: Any, model: str, words: Sequence[str]) -> dict[int, str]:
+        """Those of ``words`` that are one token, by its id; empty if the server does not tell.
+
+        vLLM and SGLang do, beside the API: ``/tokenize``.
+        """
+        openai = _needed("openai")
+        url = self.base_url.rstrip("/").removesuffix("/v1") + "/tokenize"
+        found: dict[int, str] = {}
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                for word in words:
+                    body = {"model": model, "prompt": word, "add_special_tokens": False}
+                    told = await client.with_options(max_retries=0).post(
+                        url, body=body, cast_to=object
+                    )
+                    if len(told["tokens"]) == 1:
+                        found[int(told["tokens"][0])] = word
+        except (openai.APIError, TimeoutError, ValueError, LookupError, TypeError):
+            return {}
+        return found
 
     @property
     def _host(self) -> str:

@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -33,8 +34,23 @@ from vlmrb_torchrl.scorers.chat import (
     part,
     picture,
 )
+from vlmrb_torchrl.scorers.pretrained import NO_WORDS, YES_WORDS
 
 _LOGGER = logging.getLogger("vlmrb_torchrl.scorers")
+_EXACT = ("logprob_token_ids", "return_tokens_as_token_ids")
+_OTHER_FORMS: tuple[tuple[str, dict[str, str | None], str], ...] = (
+    ("max_completion_tokens", {"max_tokens": "max_completion_tokens"}, ""),
+    ("temperature", {"temperature": None}, "its answers are drawn at a temperature of its own"),
+    (
+        "media_io_kwargs",
+        {"media_io_kwargs": None},
+        "it may look at other frames of a video than those sent; media='images' is sure",
+    ),
+    ("logprob|token_ids", dict.fromkeys(_EXACT), ""),
+    ("logprob", dict.fromkeys(("logprobs", "top_logprobs")), "a lower top_logprobs may do"),
+)
+"""Dialects: what a refusal names, which fields are then named otherwise or left out, and what that
+means."""
 _OF_ALL = (401, 403, 404)
 """Statuses that refuse the key or the model: whatever is asked, they are the same."""
 
@@ -48,8 +64,10 @@ class EndpointScorer(PromptedScorer):
     warning says so once. A clip whose request is refused, or answered with neither, gets NaN.
 
     Constructing it contacts nobody; `load` asks one question about a black frame, so that a server
-    that is not there, or serves no such model, is known before the first clip. A frame that occurs
-    several times in a batch is encoded once.
+    that is not there, or serves no such model, is known before the first clip. What a server's
+    dialect does not know, such as ``temperature``, is left out from then on. One that tells its
+    token ids, as vLLM does, is asked for exactly those of Yes and No, however unlikely they are.
+    A frame that occurs several times in a batch is encoded once.
 
     B: clips, F: frames of a clip, P: prompts.
 
@@ -176,10 +194,15 @@ class EndpointScorer(PromptedScorer):
     async def _meet(self, client: Any) -> _Served:
         models = await self.chat.models(client)
         served = _Served(models.get(self.model, self.model))
+        yes, no = [
+            await self.chat.single_tokens(client, self.model, words)
+            for words in (YES_WORDS, NO_WORDS)
+        ]
+        if yes and no and not yes.keys() & no.keys():
+            served.words_of_ids = yes | no
         black = torch.zeros(1, 1, 3, 64, 64, dtype=torch.uint8)
-        answer = await self._ask(client, served, self._requests(black)[0])
         with contextlib.suppress(_NoAnswerError):
-            self._score(served, answer)
+            await self._ask(client, served, self._requests(black)[0])
         if models and self.model not in models:
             _LOGGER.warning(
                 "%s answers for model=%r but lists only %s: see that it is the one you mean.",
@@ -213,7 +236,7 @@ class EndpointScorer(PromptedScorer):
             async def ask(request: dict[str, Any]) -> float | RuntimeError:
                 async with places:
                     try:
-                        return self._score(served, await self._ask(client, served, request))
+                        return await self._ask(client, served, request)
                     except (RequestRefusedError, _NoAnswerError) as error:
                         if getattr(error, "status", None) in _OF_ALL:
                             raise
@@ -267,25 +290,58 @@ class EndpointScorer(PromptedScorer):
         prefix = f"data:image/{self.image_format};base64,"
         return [part("image_url", prefix + frame) for frame in frames]
 
-    async def _ask(self, client: Any, served: _Served, request: dict[str, Any]) -> Answer:
-        """Answer a request, with log-probabilities if the server has any."""
-        surely = {"logprobs": True, "top_logprobs": self.top_logprobs} if served.willing else {}
+    async def _ask(self, client: Any, served: _Served, request: dict[str, Any]) -> float:
+        """The score that a request is answered with."""
+        request = {**request, "logprobs": True, "top_logprobs": self.top_logprobs}
+        if served.words_of_ids:
+            exact = (sorted(served.words_of_ids), False)
+            request.update(zip(_EXACT, exact, strict=True))
+        completion = await self._complete(client, served, request)
         try:
-            completion = await self.chat.complete(client, {**request, **surely}, served.met)
-        except RequestRefusedError as error:
-            if not surely or served.met or error.status not in (400, 422):
-                raise
-            completion = await self.chat.complete(client, request, served.met)
-            served.willing = False
-            self._note_words(served, f"{error.words}; a lower top_logprobs may do")
-        try:
-            return Answer.of_completion(completion)
+            answer = Answer.of_completion(completion, served.words_of_ids)
         except (AttributeError, TypeError, LookupError):
             said = self.chat.quotable(completion)
             message = f"{self.chat.base_url} answers {said!r}, no chat completion"
             raise RequestRefusedError(
                 f"{message}: base_url mostly ends in /v1.", 200, said
             ) from None
+        score = answer.by_tokens()
+        if score is None and (score := answer.by_words()) is not None:
+            self._note_words(served, "an answer had none of Yes and No")
+        if score is None:
+            said = f"{answer.text[-80:]!r}{' (cut off)' * answer.cut}"
+            raise _NoAnswerError(
+                f"{self.model} answers {said}, neither Yes nor No: let the prompt ask for one of "
+                "them, raise max_tokens, or turn its thinking off (extra_body)."
+            )
+        return score
+
+    async def _complete(self, client: Any, served: _Served, request: dict[str, Any]) -> Any:
+        """What the server answers, asked in the form that it takes, which is remembered."""
+        form, learnt = dict(served.form), []
+        while True:
+            body = {
+                new: value
+                for name, value in request.items()
+                if (new := form.get(name, name)) is not None
+            }
+            try:
+                completion = await self.chat.complete(client, body, served.met)
+            except RequestRefusedError as error:
+                other = _other_form(error, body, blindly=not served.met)
+                if other is None:
+                    raise
+                form |= other[0]
+                learnt.append((error.words, *other))
+                continue
+            for words, fields, meaning in learnt:
+                if "logprobs" in fields:
+                    self._note_words(served, f"{words}; {meaning}")
+                elif meaning:
+                    text = f"{self.chat.base_url} does not take {', '.join(fields)} ({words})"
+                    self._warn(served, meaning, f"{text}: {meaning}.")
+            served.form |= form
+            return completion
 
     def _note_words(self, served: _Served, reason: str) -> None:
         served.words = True
@@ -301,17 +357,25 @@ class EndpointScorer(PromptedScorer):
             served.warned.add(kind)
             _LOGGER.warning("%s", message)
 
-    def _score(self, served: _Served, answer: Answer) -> float:
-        score = answer.by_tokens()
-        if score is None and (score := answer.by_words()) is not None:
-            self._note_words(served, "an answer had none of Yes and No")
-        if score is None:
-            said = f"{answer.text[-80:]!r}{' (cut off)' * answer.cut}"
-            raise _NoAnswerError(
-                f"{self.model} answers {said}, neither Yes nor No: let the prompt ask for one of "
-                "them, raise max_tokens, or turn its thinking off (extra_body)."
-            )
-        return score
+
+def _other_form(
+    error: RequestRefusedError, body: dict[str, Any], blindly: bool
+) -> tuple[dict[str, str | None], str] | None:
+    """The form to ask in after a refusal that names a field of ``body``; None if it names none.
+
+    Args:
+        error: The refusal.
+        body: What was refused.
+        blindly: Whether log-probabilities may be the cause although nothing says so. Of a black
+            frame they may; a clip may be refused for what it shows.
+    """
+    guessed = "logprob" if blindly and error.status in (400, 422) else ""
+    known = [form for form in _OTHER_FORMS if form[1].keys() & body.keys()]
+    for said in filter(None, (error.words, guessed)):
+        for words, fields, meaning in known:
+            if re.search(words, said, re.IGNORECASE):
+                return fields, meaning
+    return None
 
 
 class _NoAnswerError(RuntimeError):
@@ -324,14 +388,16 @@ class _Served:
 
     Attributes:
         root: What it says is behind the model's name.
+        words_of_ids: Spellings of Yes and No by their token ids, if it tells them.
         met: Whether it has answered.
-        willing: Whether it lets itself be asked for log-probabilities.
-        words: Whether an answer came without those of Yes or No.
+        form: Fields that it takes under another name, or not at all (None).
+        words: Whether an answer came without log-probabilities of Yes or No.
         warned: What has been said already.
     """
 
     root: str
+    words_of_ids: dict[int, str] = field(default_factory=dict)
     met: bool = False
-    willing: bool = True
+    form: dict[str, str | None] = field(default_factory=dict)
     words: bool = False
     warned: set[str] = field(default_factory=set)
