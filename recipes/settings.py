@@ -36,7 +36,8 @@ class Training:
         checkpoint_every_env_steps: Distance of two checkpoints, from which ``--resume`` goes on;
             0 for none, not even when the run is stopped. The last two are kept.
         log_dir: Folder for TensorBoard logs and metrics.
-        name: Name of the run's folder below ``log_dir``; null: algorithm, method and seed.
+        name: Name of the run's folder below ``log_dir``, where no run may lie yet; null: algorithm,
+            task, replay method and seed.
         accelerator: Where the networks are trained; the CPU is faster for small ones. The option
             of ``fabric run`` counts instead. The judge has a ``device`` of its own.
         torch_threads: Threads of a tensor operation; 1 is fastest for small networks.
