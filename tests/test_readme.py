@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 PROSE = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
 COMMAND = r"(?:python -m|fabric run|git|tensorboard|pip|apt-get) "
@@ -114,14 +115,20 @@ def test_readme_code_runs(number):
 
 
 def test_what_the_readme_installs_and_the_environments_of_tox_exist():
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     named = re.findall(r"pip install -e '\.\[(.*?)\]'", README)
     assert named
-    assert set(",".join(named).split(",")) <= extras["optional-dependencies"].keys()
+    known = PROJECT["project"]["optional-dependencies"].keys()
+    assert set(",".join(named).split(",")) <= known
     tox = configparser.ConfigParser()
     tox.read(ROOT / "tox.ini")
     known = {name for section in tox.sections() for name in re.findall(r"\w+", section)}
     assert set(",".join(re.findall(r"tox run -e ([\w,]+)", README)).split(",")) <= known
+
+
+def test_an_installed_package_has_every_file_of_settings():
+    recipes, patterns = ROOT / "recipes", PROJECT["tool"]["setuptools"]["package-data"]["recipes"]
+    installed = {path for pattern in patterns for path in recipes.glob(pattern)}
+    assert installed == set(recipes.rglob("*.yaml"))
 
 
 @pytest.fixture(scope="module")
