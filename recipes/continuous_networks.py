@@ -11,10 +11,11 @@ from collections.abc import Sequence
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
-from torch import nn
+from torch import Tensor, nn
 from torchrl.data import Bounded
 from torchrl.envs import EnvBase
 from torchrl.modules import MLP, NormalParamExtractor
+from torchrl.objectives import LossModule
 
 from vlmrb_torchrl.checks import require
 
@@ -143,3 +144,12 @@ class ActionValue(TensorDictModuleBase):
         """Write the value."""
         pair = torch.cat([tensordict.get("observation"), tensordict.get("action")], dim=-1)
         return tensordict.set("state_action_value", self.mlp(pair))
+
+
+def critics_values(loss: LossModule, batch: TensorDictBase) -> Tensor:
+    """Ask each of the K critics of a loss for the values of a batch's actions, ``[B, K]``."""
+    values = []
+    for params in loss.qvalue_network_params.unbind(0):
+        with params.to_module(loss.qvalue_network):
+            values.append(loss.qvalue_network(batch.copy())["state_action_value"])
+    return torch.cat(values, -1)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torchrl.data import Categorical
 from torchrl.envs import EnvBase
 
+from recipes.divergence import check_steps
 from recipes.replay import Replay
 from recipes.tasks import Task
 from recipes.transitions import Transitions
@@ -88,6 +89,7 @@ class Demonstrations:
                 f"{type(task).__name__} has no demonstrator, use 0",
             )
             rollout = self._rollout(env, seed)
+        check_steps(rollout)
         ends = rollout["next", "done"].squeeze(-1).int().argmax(-1).tolist()
         whole = [rollout[game, : end + 1] for game, end in enumerate(ends)]
         played = [episode for episode in whole if _succeeds(task, episode)]

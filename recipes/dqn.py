@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
+import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import Tensor
@@ -21,6 +22,7 @@ from recipes.arguments import check_arguments
 from recipes.networks import GridQNetwork, grid_sizes
 from recipes.schedules import linear
 from recipes.transitions import Transitions
+from recipes.values import keep_targets, value_figures
 from vlmrb_torchrl import keys
 
 
@@ -84,6 +86,7 @@ class DQN(L.LightningModule):
             delay_value=True,
         )
         self.loss.make_value_estimator(ValueEstimators.TD0, gamma=gamma)
+        keep_targets(self.loss)
         self.transitions = Transitions(gamma, n_steps, reward_scale)
         self.target = SoftUpdate(self.loss, tau=target_update_rate)
         self.learning_rate, self.adam_eps = learning_rate, adam_eps
@@ -121,11 +124,16 @@ class DQN(L.LightningModule):
         """Move the target network towards the online one."""
         self.target.step()
 
-    def after_collection(self, progress: float) -> dict[str, float]:
-        """Anneal exploration; return what is worth logging."""
-        epsilon = linear(1.0, self.epsilon_final, self.epsilon_share, progress)
-        self.greedy.eps.fill_(epsilon)
-        return {"epsilon": epsilon}
+    def after_collection(self, progress: float) -> None:
+        """Anneal exploration."""
+        self.greedy.eps.fill_(linear(1.0, self.epsilon_final, self.epsilon_share, progress))
+
+    @torch.no_grad()
+    def figures(self, batch: TensorDictBase) -> dict[str, Tensor]:
+        """Say what is worth logging after an update."""
+        values = self.actor(batch.select("observation"))["action_value"]
+        taken = values.gather(-1, batch["action"].unsqueeze(-1))
+        return {**value_figures(self.loss, taken), "train/epsilon": self.greedy.eps}
 
 
 if __name__ == "__main__":

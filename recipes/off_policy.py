@@ -22,7 +22,7 @@ from torchrl.collectors import Collector
 
 from recipes.checkpoint import Checkpoints
 from recipes.demonstrations import Batches, Demonstrations
-from recipes.divergence import clip_gradients
+from recipes.divergence import check_learning, check_steps
 from recipes.evaluation import evaluate
 from recipes.interruption import Interruption
 from recipes.replay import Replay
@@ -67,11 +67,17 @@ class Algorithm(Protocol):
     def after_update(self) -> None:
         """Run after each update (target networks)."""
 
-    def after_collection(self, progress: float) -> dict[str, float]:
-        """Run after each round of updates (exploration); return what is worth logging.
+    def after_collection(self, progress: float) -> None:
+        """Run after each round of updates (exploration).
 
         Args:
             progress: Share of the steps after the warm-up that is done, 0 to 1.
+        """
+
+    def figures(self, batch: TensorDictBase) -> dict[str, Tensor]:
+        """Say what is worth logging, whenever a row is due, of the last batch, just learnt from.
+
+        No random number may be drawn: runs would differ by how often they are logged.
         """
 
 
@@ -146,16 +152,38 @@ def update(
             optimizer.zero_grad()
             fabric.backward(loss)
         with timeit("optimizer"):
-            norm = clip_gradients(fabric, algorithm, optimizer, name, loss, batch)
+            norm = fabric.clip_gradients(
+                algorithm,
+                optimizer,
+                max_norm=algorithm.gradient_clip_norm,
+                error_if_nonfinite=False,  # that would wait for the device, in each step
+            )
             optimizer.step()
         telemetry.stepped(name, loss, norm)
     with timeit("target"):
         algorithm.after_update()
     replayed = batches.replayed(batch)
+    telemetry.updated(batch, replayed, batches.buffer)
     if replay.uses_td_error:
-        with timeit("priority"):
+        with timeit("priority"):  # which goes to the buffer's device: the learner's is waited for
+            check_learning(telemetry.learning)
             batches.buffer.update_tensordict_priority(replayed)
-    telemetry.updated(replayed)
+
+
+def learn(
+    fabric: Fabric,
+    algorithm: Any,
+    optimizers: dict[str, Optimizer],
+    batches: Batches,
+    replay: Replay,
+    telemetry: Telemetry,
+    count: Counters,
+) -> None:
+    """Make the updates that are due; whether they diverged is seen before anything is played."""
+    while count.updates_due >= 1:
+        count.updates_due -= 1
+        update(fabric, algorithm, optimizers, batches, replay, telemetry)
+    check_learning(telemetry.learning)
 
 
 def evaluate_if_due(
@@ -263,20 +291,19 @@ def train(
         while count.env_steps < training.total_env_steps:
             with timeit("collect"):
                 data = next(collected)
+            check_steps(data)
             count.env_steps += new_env_steps
             store(data, module.transitions, buffer, scoring)
             telemetry.collected(data)
 
             if count.env_steps > training.warmup_env_steps:
                 count.updates_due += new_env_steps * training.updates_per_env_step
-                while count.updates_due >= 1:
-                    count.updates_due -= 1
-                    update(fabric, algorithm, optimizers, batches, replay, telemetry)
+                learn(fabric, algorithm, optimizers, batches, replay, telemetry, count)
                 progress = progress_of(training, count.env_steps)
-                telemetry.note(module.after_collection(progress))
+                module.after_collection(progress)
                 replay.anneal(buffer.sampler, progress)
 
-            telemetry.log(count.env_steps, buffer, scoring)
+            telemetry.log(count.env_steps, module, replay, buffer, scoring)
             evaluate_if_due(fabric, module, task, training, telemetry, count)
             checkpoints.after_step(run, count.env_steps, telemetry, interruption.requested())
     policy = {"algorithm": algorithm, "env_steps": count.env_steps}

@@ -8,6 +8,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
+import torch
+from torch import Tensor
 from torchrl.data import (
     LazyTensorStorage,
     PrioritizedSampler,
@@ -69,6 +71,15 @@ class Replay(ABC):
             progress: Share of the steps after the warm-up that is done, 0 to 1.
         """
 
+    def figures(self, buffer: VLMReplayBuffer, drawn: Tensor | None) -> dict[str, float]:
+        """Say what is worth logging of the replay, whenever a row is written.
+
+        Args:
+            buffer: The buffer, with its sampler.
+            drawn: Slots drawn since the last row; None: none were.
+        """
+        return {"transitions": float(len(buffer))}
+
     def buffer(self, other_rows: int = 0) -> VLMReplayBuffer:
         """Build the replay buffer: memory on the CPU, one row per transition.
 
@@ -90,6 +101,10 @@ class Uniform(Replay):
     def sampler(self) -> Sampler:
         """Build TorchRL's uniform sampler."""
         return RandomSampler()
+
+    def figures(self, buffer: VLMReplayBuffer, drawn: Tensor | None) -> dict[str, float]:
+        """Say that no transition is preferred."""
+        return super().figures(buffer, drawn) | {"effective_sample_size": 1.0}
 
 
 class Prioritized(Replay):
@@ -144,6 +159,15 @@ class Prioritized(Replay):
     def anneal(self, sampler: PrioritizedSampler, progress: float) -> None:
         """Raise β to ``beta_end``."""
         sampler.beta = linear(self.beta_start, self.beta_end, self.beta_share, progress)
+
+    def figures(self, buffer: VLMReplayBuffer, drawn: Tensor | None) -> dict[str, float]:
+        """Add β and the effective sample size, 1 / (N Σ P²), as a share of the N transitions."""
+        figures = super().figures(buffer, drawn) | {"beta": float(buffer.sampler.beta)}
+        if len(buffer):
+            priorities = torch.as_tensor(buffer.sampler._sum_tree[torch.arange(len(buffer))])
+            share = priorities.double() / priorities.double().mean()
+            figures["effective_sample_size"] = 1.0 / float(share.square().mean())
+        return figures
 
 
 class VLMGuided(Replay):
@@ -217,3 +241,15 @@ class VLMGuided(Replay):
     def anneal(self, sampler: VLMPrioritizedSampler, progress: float) -> None:
         """Raise λ from 0 to ``lmbda``."""
         sampler.lmbda = linear(0.0, self.lmbda, self.lmbda_share, progress)
+
+    def figures(self, buffer: VLMReplayBuffer, drawn: Tensor | None) -> dict[str, float]:
+        """Add λ, β, and how much of the buffer and of the batches the judge has praised."""
+        sampler = buffer.sampler
+        figures = super().figures(buffer, drawn) | sampler.statistics(len(buffer))
+        figures |= {"lambda": float(sampler.lmbda), "beta": float(sampler.beta)}
+        if drawn is not None:
+            # As they are by now: a verdict that came after the draw counts as well.
+            positive = sampler.positive
+            share = positive[drawn.to(positive.device)].float().mean()
+            figures["batch_share_positive"] = share.item()
+        return figures

@@ -20,8 +20,14 @@ from torchrl.modules import EGreedyModule, ProbabilisticActor, TanhNormal
 from torchrl.objectives import SACLoss, SoftUpdate, ValueEstimators
 
 from recipes.arguments import check_arguments
-from recipes.continuous_networks import ActionValue, GaussianPolicy, vector_sizes
+from recipes.continuous_networks import (
+    ActionValue,
+    GaussianPolicy,
+    critics_values,
+    vector_sizes,
+)
 from recipes.transitions import Transitions
+from recipes.values import keep_targets, value_figures
 from vlmrb_torchrl import keys
 
 
@@ -94,15 +100,12 @@ class SAC(L.LightningModule):
             target_entropy="auto" if target_entropy is None else target_entropy,
         )
         self.loss.make_value_estimator(ValueEstimators.TD0, gamma=gamma)
+        keep_targets(self.loss)
         _ = self.loss.target_entropy  # a buffer made when first asked for; checkpoints hold it
         self.transitions = Transitions(gamma, n_steps, reward_scale)
         self.target = SoftUpdate(self.loss, tau=target_update_rate)
         self.learning_rate, self.gradient_clip_norm = learning_rate, gradient_clip_norm
         self.weight_actor_loss = weight_actor_loss
-        self.figures: dict[str, Tensor] = {}
-
-    counts = ("figures",)
-    """What checkpoints hold beside the weights: figures are shown again until the next update."""
 
     @property
     def policy(self) -> TensorDictModule:
@@ -141,20 +144,26 @@ class SAC(L.LightningModule):
             unweighted = batch.exclude(keys.WEIGHT)
             loss, metadata = self.loss.actor_loss(batch if self.weight_actor_loss else unweighted)
             batch.set("log_prob", metadata["log_prob"])
-            self.figures["entropy"] = -metadata["log_prob"].mean()
         else:
             loss = self.loss.alpha_loss(batch.get("log_prob")).mean()
-            self.figures["alpha"] = self.loss.log_alpha.detach().exp()
         return loss
 
     def after_update(self) -> None:
         """Move the target critics towards the online ones."""
         self.target.step()
 
-    def after_collection(self, progress: float) -> dict[str, float]:
-        """End the uniform actions of the warm-up; return what is worth logging."""
+    def after_collection(self, progress: float) -> None:
+        """End the uniform actions of the warm-up."""
         self.warmup.eps.zero_()
-        return {name: float(figure) for name, figure in self.figures.items()}
+
+    @torch.no_grad()
+    def figures(self, batch: TensorDictBase) -> dict[str, Tensor]:
+        """Say what is worth logging after an update."""
+        return {
+            **value_figures(self.loss, critics_values(self.loss, batch)),
+            "train/entropy": -batch["log_prob"].mean(),
+            "train/alpha": self.loss.log_alpha.exp(),
+        }
 
 
 if __name__ == "__main__":

@@ -20,8 +20,14 @@ from torchrl.modules import AdditiveGaussianModule, EGreedyModule
 from torchrl.objectives import SoftUpdate, TD3Loss, ValueEstimators
 
 from recipes.arguments import check_arguments
-from recipes.continuous_networks import ActionValue, DeterministicPolicy, vector_sizes
+from recipes.continuous_networks import (
+    ActionValue,
+    DeterministicPolicy,
+    critics_values,
+    vector_sizes,
+)
 from recipes.transitions import Transitions
+from recipes.values import keep_targets, value_figures
 from vlmrb_torchrl import keys
 
 
@@ -97,6 +103,7 @@ class TD3(L.LightningModule):
             noise_clip=target_noise_clip,
         )
         self.loss.make_value_estimator(ValueEstimators.TD0, gamma=gamma)
+        keep_targets(self.loss)
         self.transitions = Transitions(gamma, n_steps, reward_scale)
         self.target = SoftUpdate(self.loss, tau=target_update_rate)
         self.learning_rate, self.gradient_clip_norm = learning_rate, gradient_clip_norm
@@ -157,10 +164,14 @@ class TD3(L.LightningModule):
             self.target.step()
         self.updates += 1
 
-    def after_collection(self, progress: float) -> dict[str, float]:
-        """End the uniform actions of the warm-up; return what is worth logging."""
+    def after_collection(self, progress: float) -> None:
+        """End the uniform actions of the warm-up."""
         self.warmup.eps.zero_()
-        return {}
+
+    @torch.no_grad()
+    def figures(self, batch: TensorDictBase) -> dict[str, Tensor]:
+        """Say what is worth logging after an update."""
+        return value_figures(self.loss, critics_values(self.loss, batch))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,10 +20,11 @@ from torch import Tensor
 from torchrl import timeit
 
 from recipes.metrics import METRICS_FILE
+from recipes.replay import Replay
 from recipes.settings import Training
 from recipes.strips import clip_strip
 from recipes.tasks import Task
-from vlmrb_torchrl import AsyncScorer, VLMPrioritizedSampler, VLMReplayBuffer, keys
+from vlmrb_torchrl import AsyncScorer, VLMReplayBuffer, keys
 
 
 class Telemetry:
@@ -56,7 +56,9 @@ class Telemetry:
         self._training = training
         self.folder = folder
         self._task = task
-        self._sums: dict[str, list[Tensor]] = defaultdict(list)
+        self._sums: dict[str, tuple[Tensor, int]] = {}  # of figures, and how many they are
+        self._least_weight: Tensor | None = None
+        self._batch: TensorDictBase | None = None  # of the round's last update
         self._episode_return: Tensor | None = None
         self._episode_length: Tensor | None = None
         self._episode_success: Tensor | None = None
@@ -116,16 +118,48 @@ class Telemetry:
             self._file.close()
             self._tensorboard.finalize("success" if error is None else "failed")
 
-    def stepped(self, optimizer: str, loss: Tensor, gradient_norm: Tensor | None) -> None:
-        """Note a gradient step; nothing is read back from the device here."""
-        self._sums[f"loss/{optimizer}"].append(loss.detach())
-        if gradient_norm is not None:
-            self._sums[f"gradient_norm/{optimizer}"].append(gradient_norm)
+    def _add(self, name: str, values: Tensor) -> None:
+        """Add figures to a mean; nothing is read back from the device."""
+        total, number = values.detach().sum(), values.numel()
+        if name in self._sums:
+            total, number = total + self._sums[name][0], number + self._sums[name][1]
+        self._sums[name] = total, number
 
-    def updated(self, batch: TensorDictBase) -> None:
-        """Note the batch of an update, after all its gradient steps."""
-        self._drawn.append(batch[keys.INDEX])
+    def stepped(self, optimizer: str, loss: Tensor, gradient_norm: Tensor) -> None:
+        """Note a gradient step."""
+        self._add(f"loss/{optimizer}", loss)
+        self._add(f"gradient_norm/{optimizer}", gradient_norm)
+
+    @property
+    def learning(self) -> dict[str, Tensor]:
+        """Losses and gradients' norms since the last row, summed."""
+        kinds = ("loss/", "gradient_norm/")
+        return {name: total for name, (total, _) in self._sums.items() if name.startswith(kinds)}
+
+    def updated(
+        self, batch: TensorDictBase, replayed: TensorDictBase, buffer: VLMReplayBuffer
+    ) -> None:
+        """Note an update, after all its gradient steps.
+
+        Args:
+            batch: What was learnt from.
+            replayed: The part of it that was drawn from the buffer.
+            buffer: The buffer, whose newest transition is 0 transitions old.
+        """
+        self._batch = batch
         self._updates += 1
+        self._add("value/td_error", batch[keys.TD_ERROR])
+        index = replayed[keys.INDEX]
+        self._drawn.append(index)
+        self._add(
+            "replay/age_transitions",
+            (buffer.writer._cursor - 1 - index) % buffer.storage.max_size,
+        )
+        weights = replayed.get(keys.WEIGHT, None)
+        if weights is not None:
+            least = weights.min()
+            known = self._least_weight
+            self._least_weight = least if known is None else torch.minimum(known.to(least), least)
 
     def note(self, figures: dict[str, float]) -> None:
         """Keep figures of the training loop, such as ε, for the next row."""
@@ -149,11 +183,10 @@ class Telemetry:
             if done[:, step].any():
                 ended = done[:, step]
                 if self._episode_success is not None:
-                    succeeded = self._episode_success[ended].float()
-                    self._sums["train/success"].extend(succeeded.unbind())
+                    self._add("train/success", self._episode_success[ended])
                     self._episode_success[ended] = False
-                self._sums["train/return"].extend(self._episode_return[ended].unbind())
-                self._sums["train/episode_length"].extend(self._episode_length[ended].unbind())
+                self._add("train/return", self._episode_return[ended])
+                self._add("train/episode_length", self._episode_length[ended])
                 self._episodes += int(ended.sum())
                 self._episode_return[ended] = 0
                 self._episode_length[ended] = 0
@@ -165,8 +198,16 @@ class Telemetry:
         elif self._writes:
             print(text, flush=True)
 
-    def log(self, env_steps: int, buffer: VLMReplayBuffer, scoring: AsyncScorer | None) -> None:
-        """Write a row if it is time for one."""
+    def log(
+        self,
+        env_steps: int,
+        algorithm: Any,
+        replay: Replay,
+        buffer: VLMReplayBuffer,
+        scoring: AsyncScorer | None,
+    ) -> None:
+        """Write a row if it is time for one; only then is the algorithm asked for its figures."""
+        batch, self._batch = self._batch, None
         if self._progress is not None:
             self._progress.update(self._bar, completed=env_steps)
         if env_steps < self._next_log:
@@ -174,7 +215,10 @@ class Telemetry:
         self._next_log += self._training.log_every_env_steps
         now = time.perf_counter()
         seconds = now - self._last_time
-        row = {name: float(sum(values)) / len(values) for name, values in self._sums.items()}
+        row = {name: float(total) / number for name, (total, number) in self._sums.items()}
+        if batch is not None:
+            figures = algorithm.figures(batch)
+            self._latest |= {name: float(figure) for name, figure in figures.items()}
         row |= self._latest
         row["speed/env_steps_per_s"] = (env_steps - self._last_env_steps) / seconds
         row["speed/updates_per_s"] = self._updates / seconds
@@ -182,12 +226,17 @@ class Telemetry:
         row |= {name: total / seconds for name, total in spent.items()}
         timeit.erase()
         row["train/episodes"] = self._episodes
-        row |= self._replay_figures(buffer)
+        drawn = torch.cat(self._drawn) if self._drawn else None
+        replayed = replay.figures(buffer, drawn)
+        row |= {f"replay/{name}": figure for name, figure in replayed.items()}
+        if self._least_weight is not None:
+            row["replay/least_weight"] = float(self._least_weight)
         if scoring is not None:
             row |= {f"scoring/{name}": value for name, value in scoring.statistics().items()}
         self._write(env_steps, row)
         self._sums.clear()
         self._drawn.clear()
+        self._least_weight = None
         self._updates = 0
         self._last_time, self._last_env_steps = now, env_steps
         if scoring is not None and 0 < self._next_strip <= env_steps:
@@ -200,21 +249,6 @@ class Telemetry:
         if self._progress is not None:
             measure = "success" if "success" in result else "return"
             self._progress.update(self._bar, note=f"{measure} {result[measure]:.2f}")
-
-    def _replay_figures(self, buffer: VLMReplayBuffer) -> dict[str, float]:
-        figures = {"replay/transitions": float(len(buffer))}
-        sampler = buffer.sampler
-        if isinstance(sampler, VLMPrioritizedSampler):
-            figures["replay/lambda"] = float(sampler.lmbda)
-            for name, value in sampler.statistics(len(buffer)).items():
-                figures[f"replay/{name}"] = value
-            if self._drawn:
-                # Of the slots drawn since the last row, those positive by now: a verdict that came
-                # after the draw counts as well.
-                positive = sampler.positive
-                drawn = torch.cat(self._drawn).to(positive.device)
-                figures["replay/batch_share_positive"] = positive[drawn].float().mean().item()
-        return figures
 
     def _show_clips(self, env_steps: int, scoring: AsyncScorer) -> None:
         for name, (frames, score) in scoring.showcase().items():
@@ -241,7 +275,8 @@ class Telemetry:
             os.fsync(self._file.fileno())
             written = self._file.tell()
         return {
-            "sums": {name: torch.stack(values).cpu() for name, values in self._sums.items()},
+            "sums": {name: (total.cpu(), n) for name, (total, n) in self._sums.items()},
+            "least_weight": None if self._least_weight is None else self._least_weight.cpu(),
             "drawn": torch.cat(self._drawn).cpu() if self._drawn else None,
             "latest": dict(self._latest),
             "episodes": (self._episodes, self._episode_return, self._episode_length),
@@ -257,7 +292,7 @@ class Telemetry:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state``; rows and points that came after it are forgotten."""
         now = time.perf_counter()
-        self._sums.update({name: list(values.unbind()) for name, values in state["sums"].items()})
+        self._sums, self._least_weight = dict(state["sums"]), state["least_weight"]
         self._drawn = [] if state["drawn"] is None else [state["drawn"]]
         self._latest = dict(state["latest"])
         self._episodes, self._episode_return, self._episode_length = state["episodes"]

@@ -41,9 +41,21 @@ def transitions(observation, action):
     )
 
 
+def figures(module, batch):
+    """What is logged of it, without a random number drawn or the batch changed."""
+    drawn, before = torch.random.get_rng_state(), batch.clone()
+    said = {name: figure.item() for name, figure in module.figures(batch).items()}
+    assert torch.equal(torch.random.get_rng_state(), drawn)
+    assert (batch == before).all()
+    return said
+
+
 @pytest.mark.parametrize("algorithm", DISCRETE)
 def test_td_error_of_values_is_absolute_and_bootstraps_at_a_time_limit(algorithm):
-    """Q is 3, in the target 2, and γ is 0.5: δ = 3 - (0.5 + 0.5 x 2) = 1.5, at an end 2.5."""
+    """Q is 3, in the target 2, and γ is 0.5: δ = 3 - (0.5 + 0.5 x 2) = 1.5, at an end 2.5.
+
+    The targets, 1.5 and twice that and 0.5, and Q are logged; all quantiles are the same.
+    """
     module = algorithm(ChainEnv(3, discrete=True), hidden_features=(8,), gamma=0.5)
     constant(module.loss.value_network_params, 3.0)
     constant(module.loss.target_value_network_params, 2.0)
@@ -51,6 +63,9 @@ def test_td_error_of_values_is_absolute_and_bootstraps_at_a_time_limit(algorithm
     batch = transitions(grid, torch.tensor([0, 1, 1]))
     module.training_step(batch, "value")
     assert batch["td_error"].flatten().tolist() == pytest.approx([1.5, 1.5, 2.5])
+    expected = {"value/q": 3, "value/target": 3.5 / 3, "train/epsilon": 1}
+    expected |= {"value/spread": 0} if algorithm is IQN else {}
+    assert figures(module, batch) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("algorithm", CONTINUOUS)
@@ -58,7 +73,8 @@ def test_td_error_of_critics_is_the_larger_absolute_one_and_bootstraps_at_a_time
     """Critics say 1 and 3, their targets 4 and 2, of which 2 counts; γ is 0.5, the temperature 0.
 
     The target is 0.5 + 0.5 x 2 = 1.5, so δ is -0.5 and 1.5: 1.5 counts, and the losses are 0.25
-    and 2.25. At an end the target is 0.5: δ is 0.5 and 2.5, the losses 0.25 and 6.25.
+    and 2.25. At an end the target is 0.5: δ is 0.5 and 2.5, the losses 0.25 and 6.25. The critics'
+    mean 2, their spread 1 and the targets' mean are logged.
     """
     module = algorithm(ChainEnv(3, discrete=False), hidden_features=(8,), gamma=0.5)
     if algorithm is SAC:
@@ -69,6 +85,11 @@ def test_td_error_of_critics_is_the_larger_absolute_one_and_bootstraps_at_a_time
     loss = module.training_step(batch, "critic")
     assert batch["td_error"].flatten().tolist() == pytest.approx([1.5, 1.5, 2.5])
     assert loss.item() == pytest.approx((2.5 + 2.5 + 6.5) / 3)
+    expected = {"value/q": 2, "value/spread": 1, "value/target": 3.5 / 3}
+    if algorithm is SAC:
+        batch["log_prob"] = torch.tensor([-1.0, 2.0, 2.0])
+        expected |= {"train/entropy": -1, "train/alpha": 0}
+    assert figures(module, batch) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("discrete", [False, True])

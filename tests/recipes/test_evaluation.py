@@ -13,6 +13,7 @@ from torchrl.envs import EnvBase
 from recipes.demonstrations import Demonstrations
 from recipes.evaluation import evaluate
 from recipes.metrics import read_rows
+from recipes.replay import Prioritized, Uniform
 from recipes.settings import Training
 from recipes.tasks import Cube, DoorKey, Scene, Task
 from recipes.telemetry import Telemetry
@@ -107,10 +108,56 @@ def test_training_counts_the_success_of_any_step_over_the_end_of_collections_and
     with telemetry(resumed=True) as resumed:
         resumed.load_state_dict(state)
         resumed.collected(steps[:, 1:])
-        resumed.log(8, VLMReplayBuffer(), None)
+        resumed.log(8, None, Uniform(), VLMReplayBuffer(), None)
     (row,) = read_rows(tmp_path / "r")
     assert row["train/episodes"] == 6
     assert row["train/success"] == 1
+
+
+def test_what_is_replayed_is_logged_over_a_resume(tmp_path):
+    """A ring of 4 that 6 went into: slots 0 to 3 are 1, 0, 3 and 2 transitions old.
+
+    Priorities 1, 1, 2 and 4 with α 1: (Σ p)² / (N Σ p²) = 64 / 88.
+    """
+    replay = Prioritized(capacity=4, batch_size=2, alpha=1, td_error_offset=1e-9)
+    buffer = replay.buffer()
+    for rows in (4, 2):
+        buffer.extend(TensorDict({"x": torch.zeros(rows)}, [rows]))
+    buffer.sample()
+    buffer.update_priority(torch.arange(4), torch.tensor([1.0, 1.0, 2.0, 4.0]))
+    replay.anneal(buffer.sampler, 0.5)
+    batches = [
+        {"index": [1, 2], "priority_weight": [1.0, 0.5], "td_error": [1.0, 2.0]},
+        {"index": [0, 0], "priority_weight": [0.25, 1.0], "td_error": [3.0, 4.0]},
+    ]
+
+    class Learner:
+        def figures(self, batch):
+            return {"value/q": batch["td_error"].sum()}
+
+    training = Training(log_every_env_steps=1, progress=False)
+    state = None
+    for entries in batches:
+        batch = TensorDict({name: torch.tensor(each) for name, each in entries.items()}, [2])
+        where = Fabric(accelerator="cpu"), Counting(), training, tmp_path / "run"
+        with Telemetry(*where, resumed=state is not None) as telemetry:
+            if state is not None:
+                telemetry.load_state_dict(state)
+            telemetry.updated(batch, batch, buffer)
+            state = telemetry.state_dict()
+            if entries is batches[-1]:
+                telemetry.log(8, Learner(), replay, buffer, None)
+    (row,) = read_rows(tmp_path / "run")
+    expected = {
+        "value/td_error": 2.5,
+        "value/q": 7,
+        "replay/age_transitions": (0 + 3 + 1 + 1) / 4,
+        "replay/least_weight": 0.25,
+        "replay/beta": 0.7,
+        "replay/effective_sample_size": 64 / 88,
+        "replay/transitions": 4,
+    }
+    assert {name: row[name] for name in expected} == pytest.approx(expected)
 
 
 def test_environments_are_closed_when_playing_fails():

@@ -81,7 +81,7 @@ class Spoilt(Chain):
 def test_reward_that_is_no_number_stops_the_run_before_a_weight_is_spoilt(
     algorithm, discrete, reward, tmp_path, monkeypatch
 ):
-    """40 steps of 4 environments: 160 env steps. The line blames the reward."""
+    """40 steps of 4 environments: 160 env steps, which no update meets; the reward is blamed."""
     modules, updates, update = [], [], off_policy.update
 
     def counted(fabric, module, *others):
@@ -107,37 +107,41 @@ def test_reward_that_is_no_number_stops_the_run_before_a_weight_is_spoilt(
     weights = list(leaves(saved))
     assert weights
     assert all(bool(each.isfinite().all()) for each in weights)
-    assert "the step was not taken" in text
-    assert len(modules) == len(updates) + 1, "it stopped in the update that met the reward"
+    assert "nothing was learnt from it" in text
+    assert len(modules) == len(updates) == 4, "what the steps before had earned"
     assert all(bool(weights.isfinite().all()) for weights in modules[-1].parameters())
     rows = read_rows(tmp_path / "run")
     losses = [value for row in rows for name, value in row.items() if name.startswith("loss/")]
     assert all(map(math.isfinite, losses))
 
 
-def test_weights_that_grow_beyond_all_numbers_stop_the_run(tmp_path):
-    """The batch is sound here: the line blames the step size."""
+@pytest.mark.parametrize("replay", ["Uniform", "Prioritized"])
+def test_weights_that_grow_beyond_all_numbers_stop_the_run_before_they_are_played(
+    replay, tmp_path, monkeypatch
+):
+    """The data are sound: the step size is blamed, and nothing is played, shown or saved after."""
+    played, updates, update = [], [], off_policy.update
+
+    def counted(*arguments):
+        updates.append(len(played))
+        update(*arguments)
+
+    store = off_policy.store
+    monkeypatch.setattr(off_policy, "store", lambda *a: played.append(None) or store(*a))
+    monkeypatch.setattr(off_policy, "update", counted)
     text = refusal(
         tmp_path,
         SAC,
         "--env=tests.recipes.chain.Chain",
-        "--replay=Uniform",
+        f"--replay={replay}",
         "--algorithm.learning_rate=1e30",
+        "--training.checkpoint_every_env_steps=32",
     )
     assert "lower algorithm.learning_rate" in text
-
-
-def test_other_errors_of_clipping_are_not_taken_for_it():
-    class Broken:
-        def clip_gradients(self, *_, **__):
-            raise RuntimeError("the device is gone")
-
-    from recipes.divergence import clip_gradients
-
-    module = torch.nn.Linear(1, 1)
-    module.gradient_clip_norm = 1.0
-    with pytest.raises(RuntimeError, match="the device is gone"):
-        clip_gradients(Broken(), module, None, "value", torch.tensor(1.0), None)
+    assert updates[-1] == len(played)
+    assert all(row["env_steps"] < 32 * len(played) for row in read_rows(tmp_path / "run"))
+    saved = max((tmp_path / "run" / "checkpoints" / "rank0").iterdir())
+    assert int(saved.name[-12:]) == 32 * (len(played) - 1)
 
 
 def test_environment_that_raises_ends_the_run_and_the_judge_s_process(tmp_path, monkeypatch):
