@@ -32,7 +32,7 @@ from recipes.run_state import RunState
 from recipes.telemetry import Telemetry
 from vlmrb_torchrl.checks import ConfigError, one_line
 
-VERSION = 1
+VERSION = 2
 """Of the state's layout; one of another version is refused."""
 _KEPT = 2
 _WRITING = ".writing"
