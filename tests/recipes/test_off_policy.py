@@ -11,19 +11,18 @@ from recipes import cli, off_policy
 from recipes.dqn import DQN
 from recipes.iqn import IQN
 from recipes.metrics import read_rows
-from recipes.replay import VLMGuided
+from recipes.replay import Prioritized, Replay, VLMGuided
+from recipes.sac import SAC
 from recipes.settings import Scoring
 from recipes.tasks import DoorKey, Task
+from recipes.td3 import TD3
 from tests.recipes.fabric_run import fabric_run
 from vlmrb_torchrl.scorers import RandomScorer
 
 ROOT = Path(cli.__file__).parent.parent
 CONFIGS = ROOT / "recipes" / "configs"
-METHODS = sorted((CONFIGS / "methods").glob("*.yaml"))
-RUNS = [
-    *((DQN, path) for path in METHODS),
-    *((IQN, CONFIGS / "methods" / f"{name}.yaml") for name in ("uer", "per", "vlm_rb")),
-]
+FILES = sorted([*CONFIGS.rglob("*.yaml"), *(ROOT / "recipes/benchmarks/replay").glob("*.yaml")])
+ALGORITHMS = {recipe.__name__.lower(): recipe for recipe in (DQN, IQN, SAC, TD3)}
 SHORT = [
     "--env.size=5",
     "--training.total_env_steps=1000",
@@ -46,30 +45,76 @@ def train(tmp_path, name, *arguments, algorithm=DQN):
     return read_rows(tmp_path / name)
 
 
-@pytest.mark.parametrize(
-    ("algorithm", "method"), RUNS, ids=[f"{recipe.__name__}-{path.stem}" for recipe, path in RUNS]
-)
-def test_every_method_trains_over_the_end_of_the_ring_and_writes_its_figures(
-    algorithm, method, tmp_path
+def task_of(path):
+    """The file of the task that a file of settings is for: itself, or what it is laid over."""
+    if path.stem in ALGORITHMS:
+        return path
+    if path.parent.name == "ogbench":
+        return CONFIGS / f"{'cube' if 'cube' in path.stem else 'scene'}_task1" / "sac.yaml"
+    beside = path.parent.with_suffix(".yaml"), path.parent / "dqn.yaml"
+    default = CONFIGS / "doorkey_6x6" / "dqn.yaml"
+    return next((task for task in beside if task.exists()), default)
+
+
+def as_test(path):
+    """OGBench's files take seconds each: all but one of them wait for the slow tests."""
+    fast = "doorkey" in task_of(path).parent.name or path.match("cube_task1/td3.yaml")
+    marks = () if fast else pytest.mark.slow
+    return pytest.param(path, marks=marks, id="-".join(path.parts[-2:]))
+
+
+@pytest.mark.parametrize("path", map(as_test, FILES))
+def test_every_file_of_settings_trains_over_the_end_of_the_ring_and_writes_its_figures(
+    path, tmp_path, monkeypatch
 ):
-    sync = "--scoring.mode=sync"
-    rows = train(tmp_path, "run", f"--config={method}", sync, algorithm=algorithm)
-    evaluations = [row for row in rows if "eval/success" in row]
-    figures = [row for row in rows if "loss/value" in row]
-    assert [row["env_steps"] for row in evaluations] == [512, 1024]
-    assert all(0 <= row["eval/success"] <= 1 for row in evaluations)
-    assert figures[-1]["replay/transitions"] == 600
-    assert (tmp_path / "run" / "policy.ckpt").exists()
-    assert all(row["loss/value"] >= 0 for row in figures)
-    times = {name: share for name, share in figures[-1].items() if name.startswith("time/")}
+    """Cut short and made small, but as it is in what makes the method and ends its schedules."""
+    task, built = task_of(path), []
+    cut = [argument for argument in SHORT if not argument.startswith("--env.")]
+    cut += ["--env.max_steps=40", "--training.total_env_steps=384", "--replay.capacity=300"]
+    cut += ["--training.eval_every_env_steps=192", "--training.log_every_env_steps=192"]
+    cut += ["--training.warmup_env_steps=96", "--training.strip_every_env_steps=192"]
+    cut += ["--training.compile=false", "--training.checkpoint_every_env_steps=0"]
+    cut += ["--training.steps_per_collection=8", "--replay.batch_size=16"]
+    cut += ["--training.updates_per_env_step=0.125", "--scoring.mode=sync"]
+    if "doorkey" in task.parent.name:
+        cut += ["--env.size=5"]
+    else:  # 40 steps are too few for a demonstration
+        pytest.importorskip("ogbench")
+        cut += ["--demonstrations.episodes=0", "--demonstrations.batch_share=0"]
+    if "Perception-LM" in path.read_text():  # not at hand; pictures of MuJoCo want OpenGL
+        cut += ["--scoring.scorer=ConstantScorer"]
+    of_replay = Replay.buffer
+    monkeypatch.setattr(
+        Replay, "buffer", lambda *a: built.append((a[0], of_replay(*a))) or built[-1][1]
+    )
+    place = [f"--training.log_dir={tmp_path}", "--training.name=run"]
+    cli.run(ALGORITHMS[task.stem], [f"--config={task}", f"--config={path}", *cut, *place])
+    rows = read_rows(tmp_path / "run")
+    assert [row["env_steps"] for row in rows if "eval/return" in row] == [192, 384]
+    assert [row["env_steps"] for row in rows if "speed/updates_per_s" in row] == [192, 384]
+    last = [row for row in rows if "speed/updates_per_s" in row][-1]
+    assert last["replay/transitions"] == 300
+    assert 0 < last["replay/effective_sample_size"] <= 1
+    assert 0 <= last["replay/age_transitions"] < 300
+    assert {"value/q", "value/target", "value/td_error"} < set(last)
+    assert ("value/spread" in last) == (task.stem != "dqn")
+    assert any(name.startswith("loss/") for name in last)
+    times = {name: share for name, share in last.items() if name.startswith("time/")}
     assert {"time/collect", "time/store", "time/sample", "time/loss"} < set(times)
     assert 0 < sum(times.values()) <= 1
-    if "replay/lambda" in figures[-1]:
-        last = figures[-1]
+    if task.stem in ("dqn", "iqn"):
+        assert last["train/epsilon"] == pytest.approx(0.1)
+    ((replay, buffer),) = built
+    if isinstance(replay, Prioritized):
+        assert last["replay/beta"] == replay.beta_end == buffer.sampler.beta
+        assert 0 < last["replay/least_weight"] <= 1
+    if isinstance(replay, VLMGuided):
+        assert last["replay/lambda"] == replay.lmbda == buffer.sampler.lmbda
+    if replay.uses_scores:
         assert last["scoring/clips_failed"] == last["scoring/clips_dropped"] == 0
         assert last["scoring/clips_scored"] > 0
         assert last["replay/share_scored"] > 0.5
-    assert (tmp_path / "run" / "config.yaml").exists()
+    assert (tmp_path / "run" / "policy.ckpt").exists()
     assert list((tmp_path / "run").glob("events.out.tfevents.*"))
 
 
