@@ -201,6 +201,59 @@ def test_schedules_follow_the_run_s_progress_and_end_where_they_say(
     assert getattr(sampler, name) == value(1)
 
 
+def opened(tmp_path, replay, seed):
+    """Share of five evaluations, one after each 16 updates, in which the greedy policy opens it."""
+    judge = "{class_path: PrivilegedScorer, init_args: {event_names: [opened], events: [opened]}}"
+    settings = {
+        "env": "tests.recipes.lock_task.Lock",
+        "replay": replay,
+        "replay.capacity": 8000,
+        "replay.batch_size": 8,
+        "scoring.scorer": judge,
+        "scoring.mode": "sync",
+        "scoring.clip_transitions": 8,
+        "algorithm.hidden_features": "[32]",
+        "algorithm.learning_rate": 0.01,
+        "algorithm.target_update_rate": 0.1,
+        "algorithm.gamma": 0.9,
+        "algorithm.n_steps": 8,
+        "algorithm.epsilon_final": 1,
+        "training.total_env_steps": 3072,
+        "training.warmup_env_steps": 2000,
+        "training.num_envs": 32,
+        "training.updates_per_env_step": 0.0625,
+        "training.eval_every_env_steps": 256,
+        "training.eval_episodes": 1,
+        "training.eval_epsilon": 0,
+        "training.checkpoint_every_env_steps": 0,
+        "training.progress": "false",
+        "training.log_dir": tmp_path,
+        "training.name": f"{replay}{seed}",
+        "training.seed": seed,
+    }
+    settings |= {"replay.lmbda_share": 0} if replay == "VLMGuided" else {}
+    cli.run(DQN, [f"--{name}={value}" for name, value in settings.items()])
+    rows = read_rows(tmp_path / f"{replay}{seed}")
+    evaluations = [row["eval/success"] for row in rows if "eval/success" in row]
+    assert len(evaluations) == 5
+    return sum(evaluations) / 5
+
+
+def test_judged_replay_opens_a_lock_that_uniform_replay_does_not(tmp_path):
+    """Seven digits, tried at random all along: both methods hold the same steps. Of 256 of them 7 are an opening's.
+
+    In 80 updates of 8 rows uniform replay meets some 17 of these, and half of the judged
+    draws are such. Over seeds 0 to 23 the share of evaluations that open it was 0.11 (0 to 0.4)
+    under uniform and 0.68 (0.4 to 0.8) under judged replay. Of two seeds each, drawn from these,
+    the mean difference is 0.4 or more for two uniform runs in 0.2 % of cases, and less than that
+    for judged and uniform in 4 %; here it is 0.7.
+    """
+    gains = [
+        opened(tmp_path, "VLMGuided", seed) - opened(tmp_path, "Uniform", seed) for seed in (0, 1)
+    ]
+    assert sum(gains) / 2 >= 0.4
+
+
 def test_iqn_s_settings_reach_its_loss_and_actions_are_chosen_online():
     loss = IQN(DoorKey(5).make(1, 0), online_quantiles=3, target_quantiles=5, kappa=2.0).loss
     assert (loss.online_quantiles, loss.target_quantiles, loss.kappa) == (3, 5, 2.0)
