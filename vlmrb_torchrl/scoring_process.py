@@ -84,6 +84,7 @@ class ProcessBackend:
                 'into a module, or pass mode="thread".'
             )
         self._timeout_s, self._start_timeout_s = timeout_s, start_timeout_s
+        self._limit_s = timeout_s  # of the next batch
         self._niceness, self._threads = niceness, threads
         self._lock = threading.Lock()  # of _process and _aborted
         self._process: subprocess.Popen[bytes] | None = None
