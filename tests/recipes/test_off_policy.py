@@ -240,13 +240,13 @@ def opened(tmp_path, replay, seed):
 
 
 def test_judged_replay_opens_a_lock_that_uniform_replay_does_not(tmp_path):
-    """Seven digits, tried at random all along: both methods hold the same steps. Of 256 of them 7 are an opening's.
+    """Seven digits, tried at random all along: both methods hold the same steps.
 
-    In 80 updates of 8 rows uniform replay meets some 17 of these, and half of the judged
-    draws are such. Over seeds 0 to 23 the share of evaluations that open it was 0.11 (0 to 0.4)
-    under uniform and 0.68 (0.4 to 0.8) under judged replay. Of two seeds each, drawn from these,
-    the mean difference is 0.4 or more for two uniform runs in 0.2 % of cases, and less than that
-    for judged and uniform in 4 %; here it is 0.7.
+    Of 256 steps 7 belong to an opening, so that 80 updates of 8 rows meet 17 of them under uniform
+    replay, where half of the judged draws are such. Over seeds 0 to 23 the share of evaluations
+    that open it was 0.11 (0 to 0.4) under uniform and 0.68 (0.4 to 0.8) under judged replay. Of two
+    seeds each, drawn from these, the mean difference is 0.4 or more for two uniform runs in 0.2 %
+    of cases, and less than that for judged and uniform in 4 %; here it is 0.7.
     """
     gains = [
         opened(tmp_path, "VLMGuided", seed) - opened(tmp_path, "Uniform", seed) for seed in (0, 1)
