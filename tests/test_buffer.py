@@ -424,6 +424,7 @@ def test_a_fork_of_the_process_inserts_and_writes_nothing() -> None:
     def attempt() -> None:
         for write in (
             lambda: buffer.extend(transitions(4, 4)),
+            lambda: buffer.insert(transitions(4, 4)),
             lambda: buffer.add(transitions(4, 1)[0]),
             lambda: buffer.__setitem__(0, data[0]),
             lambda: buffer.write_scores(data["index"], data["index_generation"], torch.ones(4)),
@@ -438,12 +439,12 @@ def test_a_fork_of_the_process_inserts_and_writes_nothing() -> None:
 
     child = fork.Process(target=attempt)
     child.start()
-    answers = [here.recv() for _ in range(6)]
+    answers = [here.recv() for _ in range(7)]
     child.join()
-    assert [answer.rsplit(": ")[-1] for answer in answers[:4]] == [
+    assert [answer.rsplit(": ")[-1] for answer in answers[:5]] == [
         "insert and write where it was built."
-    ] * 4
-    assert answers[4:] == ["written"] * 2
+    ] * 5
+    assert answers[5:] == ["written"] * 2
 
 
 def test_work_on_a_gpu_follows_the_work_queued_under_the_lock_before(

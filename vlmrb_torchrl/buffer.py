@@ -170,6 +170,7 @@ class VLMReplayBuffer(TensorDictReplayBuffer):
             What the transforms made of them, ``[..., T]``, with ``"index"`` and
             ``"index_generation"``, int64 ``[..., T]``; None if they hold everything back.
         """
+        self._check_process()
         with self._replay_lock:
             data = _unstamped(data)
             stored = self._transform.inv(data) if len(self._transform) else data.copy()
