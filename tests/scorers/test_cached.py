@@ -277,6 +277,9 @@ def test_a_judge_that_changes_while_it_answers_leaves_no_score(tmp_path: Path) -
     for asked in (1, 2, 2):
         scores(scorer, some_clips(1))
         assert judge.asked == asked
+    fresh = Wavering()
+    scores(CachedScorer(fresh, tmp_path), some_clips(1))
+    assert fresh.asked == 1
 
 
 def test_the_embedded_judge_is_known_by_its_weights(tmp_path: Path) -> None:
