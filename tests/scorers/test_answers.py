@@ -154,7 +154,7 @@ def test_spaces_of_any_tokenizer_belong_to_a_spelling(spelling):
         ([], []),
         (["Answer", ":"], ["<|im_end|>"]),
         (["**", "Answer", ":**"], [".", "</s>"]),
-        (["<think>", "Answer", ":", " No", "</think>", "\n\n"], ["<|im_end|>"]),
+        (["<think>", "Answer", ":", " Yes", "</think>", "\n\n"], ["<|im_end|>"]),
         (["◁think▷", "No", ".", "◁/think▷"], [" the", " agent", " did", ".", "[EOS]"]),
         (["<|channel|>", "analysis", "<|message|>", "No", "<|end|>", "<|start|>", "assistant",
           "<|channel|>", "final", "<|message|>"], ["<|return|>"]),
@@ -177,7 +177,7 @@ def test_letters_that_are_split_over_tokens_hinder_nothing():
 
 def test_tokens_that_are_not_those_of_the_text_say_nothing():
     yes = token("Yes", Yes=0.8, No=0.2)
-    assert answer(yes, " indeed", text="Yes").by_tokens() is None
+    assert answer("No", yes, "!", text="No").by_tokens() is None
     assert answer(text="Yes").by_tokens() is None
     assert Answer("Yes").by_tokens() is None
     assert answer("Y", "es").by_tokens() is None
