@@ -258,9 +258,15 @@ def _problem(backend: str, settings: tuple[tuple[str, str], ...]) -> str | None:
     """
     command = [sys.executable, "-c", _TRIAL.format(backend)]
     others = {name: value for name, value in os.environ.items() if name not in _VARIABLES}
-    how: dict[str, Any] = {"capture_output": True, "text": True, "timeout": _TRIAL_SECONDS}
     try:
-        trial = subprocess.run(command, check=False, env={**others, **dict(settings)}, **how)
+        trial = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**others, **dict(settings)},
+            timeout=_TRIAL_SECONDS,
+        )
     except subprocess.TimeoutExpired:
         return f"nothing drawn in {_TRIAL_SECONDS} s"
     if trial.returncode == 0:
