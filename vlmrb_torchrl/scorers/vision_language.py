@@ -72,6 +72,7 @@ class VisionLanguageModel:
         self.model = self.model.to(device).eval().requires_grad_(False)
         _fold_batch_norms(self.model)
         self._compiled = compiled
+        self._features = lambda *seen: self.model.model.get_image_features(*seen).pooler_output
         self.device, self.dtype, self.fps, self.resolution = device, dtype, fps, resolution
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = "left"  # the answer is read off the last position
@@ -96,9 +97,7 @@ class VisionLanguageModel:
             self._try_resolution(family, resolution)
         if compiled:
             self.model.forward = torch.compile(self.model.forward, dynamic=True)
-        if compiled and reused:  # then frames are encoded outside of it
-            inner = self.model.model
-            inner.get_image_features = torch.compile(inner.get_image_features, dynamic=False)
+            self._features = torch.compile(self._features, dynamic=False)
 
     def _try_resolution(self, family: str, edge: int) -> None:
         """Look at two black frames: whether a tower takes a size, only the tower knows."""
@@ -282,7 +281,7 @@ class VisionLanguageModel:
             videos=[frames], return_tensors="pt", **self._video_options()
         )
         placed = [self._placed(v) for k, v in pixels.items() if "pixel" in k]
-        encoded = self.model.model.get_image_features(*placed).pooler_output
+        encoded = self._features(*placed)
         whole: Tensor = encoded if isinstance(encoded, Tensor) else torch.cat(encoded)
         embeddings: Tensor = whole.reshape(len(frames), -1, whole.shape[-1])[:count]
         return embeddings
