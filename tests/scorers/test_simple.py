@@ -86,7 +86,7 @@ def test_noisy_has_no_score_where_its_judge_has_none():
 
 def test_noisy_reads_and_costs_what_its_judge_does():
     class Dear(ClipScorer):
-        pass
+        score = None
 
     noisy = NoisyScorer(Dear())
     assert noisy.needs_frames
