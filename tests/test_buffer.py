@@ -292,6 +292,9 @@ def test_emptying_voids_stamps_and_leaves_q_exact() -> None:
         assert not buffer.write_scores(every, stamps, torch.ones(4)).any()
     new = transitions(4, 2)
     assert buffer.extend(new).tolist() == [0, 1]
+    stamps = buffer.generations_of(every)
+    assert stamps[2:].tolist() == [-1, -1]
+    assert torch.equal(stamps[:2], new["index_generation"])
     assert not buffer.write_scores(old["index"], old["index_generation"], torch.ones(4)).any()
     assert (buffer.sample(64)["sampling_probability"] == 0.5).all()
     buffer.write_scores(new["index"], new["index_generation"], torch.tensor([0.0, 1.0]))
