@@ -108,9 +108,9 @@ def judge(
             scores = check_scores(scorer(clips).get(SCORE, None), B, scorer).cpu().numpy()
     except InvalidScoreError as error:
         # Another scorer, which this one asks, may have been asked about other clips.
-        usable = error.scores is not None and error.source is scorer
-        given = error.scores.cpu().numpy() if usable else None
-        raise ScorerError("invalid", str(error), given) from error
+        given = error.scores if error.source is scorer else None
+        rest = None if given is None else given.cpu().numpy()
+        raise ScorerError("invalid", str(error), rest) from error
     except ScorerUnavailableError as error:
         raise ScorerError("unavailable", one_line(error)) from error
     except Exception as error:
