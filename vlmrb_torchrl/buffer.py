@@ -427,6 +427,7 @@ class _StampingWriter(TensorDictRoundRobinWriter):
     They are counted when they are first seen: on each look at a stamp, and before each write.
     """
 
+    _generation: Any  # TorchRL's property: a stamp for each slot of the storage, or None
     _seen = 0  # rows that have a stamp
 
     def _see_rows(self) -> int:

@@ -69,6 +69,10 @@ class VLMPrioritizedSampler(SlotWrites):
         True
     """
 
+    _td_boost: bool
+    _threshold: float | None
+    _unscored_priority: float
+
     def __init__(
         self,
         max_capacity: int,
