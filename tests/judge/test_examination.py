@@ -44,6 +44,12 @@ class Silent(ClipScorer):
         return torch.full((len(tensordict),), torch.nan)
 
 
+class Shy(PrivilegedScorer):
+    def score(self, tensordict):
+        said = super().score(tensordict)
+        return said.masked_fill(said > 0, torch.nan)
+
+
 def advance(_: int) -> None:
     pass
 
@@ -224,8 +230,16 @@ def test_clips_that_all_are_positives_are_told_of(tmp_path) -> None:
 def test_a_scorer_that_fails_is_told_of_in_one_line() -> None:
     with pytest.raises(ConfigError, match="Broken failed on 9 clips: RuntimeError: out of memory"):
         examined(counted(scorers=[Broken()]))
-    with pytest.raises(ConfigError, match=r"failed on 9 clips: .*Silent gave no score 9 times"):
+    with pytest.raises(ConfigError, match="Silent gave none of 9 clips a score"):
         examined(counted(scorers=[Silent()]))
+
+
+def test_an_answer_that_is_no_score_is_counted_and_costs_the_others_nothing() -> None:
+    """Of what it would say Yes to it says nothing: all positives are missed, no negative is."""
+    result = examined(counted(scorers=[Shy(("end", "third"), ("end",))]))
+    (verdict,), (cost,) = result.verdicts, result.costs
+    assert cost.unanswered == verdict.positives > 0
+    assert verdict.answers.score.tolist() == [0.0] * len(result.clips)
 
 
 def test_a_policy_that_cannot_act_is_refused_before_anything_is_played() -> None:

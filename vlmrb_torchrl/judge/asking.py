@@ -22,7 +22,7 @@ from vlmrb_torchrl.clips import ClipRenderTransform
 from vlmrb_torchrl.judge.settings import Settings
 from vlmrb_torchrl.keys import CLIP, SCORE
 from vlmrb_torchrl.scorers import ClipScorer, PromptedScorer
-from vlmrb_torchrl.scorers.base import InvalidScoreError, check_scores
+from vlmrb_torchrl.scorers.base import check_scores
 
 _AGAIN_BATCHES, _AGAIN_SECONDS = 4, 2.0
 """As much is scored twice, to time frames that were seen before."""
@@ -65,6 +65,7 @@ class Cost:
         busy_s_per_clip: Seconds of the GPU, or of processor time summed over threads.
         draw_ms_per_clip: Milliseconds to render a clip, on top; 0 if it reads no frames.
         load_s: Seconds to load.
+        unanswered: Answers that were no score, of Q to each clip.
     """
 
     scorer: str
@@ -76,6 +77,7 @@ class Cost:
     busy_s_per_clip: float
     draw_ms_per_clip: float
     load_s: float
+    unanswered: int
 
     def env_steps_per_s(self, stride: int) -> float:
         """Environment steps a second that it keeps up with, one clip every ``stride`` steps."""
@@ -128,15 +130,13 @@ class Judge:
         self._load_s += time.perf_counter() - begun
 
     def answer(self, batch: TensorDictBase) -> Tensor:
-        """Scores of a batch of B clips to every question, float32 ``[B, Q]`` on the CPU."""
+        """Scores of a batch of B clips to every question, float32 ``[B, Q]``, NaN for none."""
         if self._each is None:
             scores: Tensor = self.scorer(batch.copy())[SCORE][:, None]
         else:
             with torch.no_grad():
                 asked = self._each.score_prompts(batch).unbind(-1)
             scores = torch.stack([check_scores(one, len(batch), self.name) for one in asked], -1)
-        if missing := int(scores.isnan().sum()):
-            raise InvalidScoreError(f"{self.name} gave no score {missing} times", self.name)
         return scores.cpu()
 
     def answers(
@@ -144,8 +144,10 @@ class Judge:
     ) -> tuple[NDArray[np.float64], Cost]:
         """Score all clips ``[N]``; return float ``[N, Q]`` and what it took.
 
+        An answer that is no score counts as a No, which is what replay makes of it.
+
         Raises:
-            ConfigError: The scorer failed.
+            ConfigError: The scorer failed, or gave no score at all.
         """
         self.load()
         drawing, again, scoring = 0.0, 0.0, np.zeros(2)
@@ -163,6 +165,10 @@ class Judge:
                 again += self._timed(batch)[1][0]
                 seen_again += len(part)
             advance(len(part))
+        answers = torch.cat(scores).double()
+        unanswered = int(answers.isnan().sum())
+        if unanswered == answers.numel():
+            raise ConfigError(f"scorer {self.name} gave none of {len(clips)} clips a score")
         on_gpu = self.scorer.device.type == "cuda"
         cost = Cost(
             scorer=self.name,
@@ -174,8 +180,9 @@ class Judge:
             busy_s_per_clip=float(scoring[0 if on_gpu else 1]) / len(clips),
             draw_ms_per_clip=1e3 * drawing / len(clips),
             load_s=self._load_s,
+            unanswered=unanswered,
         )
-        return torch.cat(scores).double().numpy(), cost
+        return answers.nan_to_num(0.0).numpy(), cost
 
     def _drawn(self, part: TensorDict) -> TensorDict:
         if not self.scorer.needs_frames:

@@ -72,13 +72,13 @@ def accuracy_rows(verdicts: Sequence[Verdict]) -> Rows:
 def cost_rows(costs: Sequence[Cost], stride: int) -> Rows:
     """The table of costs, header first, one row for each scorer."""
     strides = list(dict.fromkeys((PAPER_STRIDE, stride)))
-    rows = [["judge", "questions", "on", "clips/s", "clips/s, seen again"]]
+    rows = [["judge", "questions", "no score", "on", "clips/s", "clips/s, seen again"]]
     rows[0] += [f"env steps/s at stride {s}" for s in strides]
     rows[0] += [f"hours per million env steps at stride {s}" for s in strides]
     for cost in costs:
         unit = "GPU" if cost.device == "cuda" else "core"
         where = "GPU" if cost.device == "cuda" else f"CPU, threads: {cost.cores}"
-        row = [cost.scorer, str(cost.questions), where]
+        row = [cost.scorer, str(cost.questions), f"{cost.unanswered} times", where]
         row += [f"{cost.clips_per_s:,.1f}", f"{cost.clips_per_s_again:,.1f}"]
         row += [f"{cost.env_steps_per_s(s):,.0f}" for s in strides]
         row += [f"{cost.hours_per_million_env_steps(s):.3g} {unit}-hours" for s in strides]
@@ -105,6 +105,7 @@ def notes(verdicts: Sequence[Verdict], clips: TensorDict, settings: Settings) ->
         "Calibration error: mean distance of scores from the share of positives in 10 equal bins "
         "of scores; with few clips it comes out too large. The best threshold has the greatest F1 "
         "on these very clips: elsewhere it will do worse.",
+        "No score: the judge's answer was none, which counts as a No, as in replay.",
         "Clips/s: scoring alone, warm, on this machine as it was loaded; clips in the order in "
         "which they were played, all questions of a row together. Seen again: the same clips at "
         "once again, which is faster where frames' embeddings are kept. Core-hours are processor "
