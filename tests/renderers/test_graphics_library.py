@@ -99,6 +99,8 @@ def test_library_that_hangs_or_fails_is_tried_once(monkeypatch: pytest.MonkeyPat
         drawing.subprocess, "run", lambda command, **how: tried.append(how) or run(command, **how)
     )
     monkeypatch.setenv("MUJOCO_GL", "egl")
+    for name in ("PYOPENGL_PLATFORM", "MUJOCO_EGL_DEVICE_ID"):  # MuJoCo sets one once imported
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(drawing, "_TRIAL", "import threading; threading.Event().wait()")
     monkeypatch.setattr(drawing, "_TRIAL_SECONDS", 0.2)
     for _ in range(3):
