@@ -20,7 +20,8 @@ class Training:
     Env steps and updates are counted over all ranks together.
 
     Args:
-        total_env_steps: Length of the run, in environment steps.
+        total_env_steps: Length of the run, in environment steps. A run that is resumed with another
+            length has its schedules stretched to it.
         num_envs: Environments stepped together, on each rank.
         steps_per_collection: Steps of each environment between two rounds of updates.
         warmup_env_steps: Environment steps of random actions before the first update.
