@@ -32,7 +32,7 @@ class Training:
         eval_episodes: Episodes of an evaluation, on seeds that training never sees.
         eval_epsilon: Share of random actions in an evaluation, if actions are discrete; it breaks
             endless loops.
-        log_every_env_steps: Distance of two rows of training figures.
+        log_every_env_steps: Distance of two rows of training figures; the end has one, too.
         strip_every_env_steps: Distance of two pictures of scored clips; 0 for none.
         checkpoint_every_env_steps: Distance of two checkpoints, from which ``--resume`` goes on;
             0 for none, not even when the run is stopped. The last two are kept.

@@ -206,11 +206,14 @@ class Telemetry:
         buffer: VLMReplayBuffer,
         scoring: AsyncScorer | None,
     ) -> None:
-        """Write a row if it is time for one; only then is the algorithm asked for its figures."""
+        """Write a row if it is time for one; only then is the algorithm asked for its figures.
+
+        The end of a run always is.
+        """
         batch, self._batch = self._batch, None
         if self._progress is not None:
             self._progress.update(self._bar, completed=env_steps)
-        if env_steps < self._next_log:
+        if env_steps < min(self._next_log, self._training.total_env_steps):
             return
         self._next_log += self._training.log_every_env_steps
         now = time.perf_counter()

@@ -47,6 +47,8 @@ SHORTENED = {
 """What makes a command short: appended, it counts instead of what stands before."""
 
 PLAN = """
+import os, sys
+sys.path[0] = os.getcwd()  # as with -m: a name, not wherever one is
 from recipes import compare
 compare.execute = compare.report = lambda *_: None
 compare.main()
