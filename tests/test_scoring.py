@@ -38,6 +38,7 @@ from tests.streams import stream
 from vlmrb_torchrl.buffer import VLMReplayBuffer
 from vlmrb_torchrl.clips import ClipRenderTransform
 from vlmrb_torchrl.envs import DoorKeyEnv
+from vlmrb_torchrl.renderers import MiniGridRenderer
 from vlmrb_torchrl.samplers import VLMPrioritizedSampler
 from vlmrb_torchrl.scorers import ConstantScorer, NoisyScorer, PrivilegedScorer, RandomScorer
 from vlmrb_torchrl.scoring import AsyncScorer, choose_mode
@@ -1192,6 +1193,26 @@ def test_states_or_frames_go_to_the_scorers_device_once(draws):
     clips = TensorDict({"render_state": torch.zeros(2, 3, 1)}, [2])
     assert judge(ClipRenderTransform(renderer), OnMeta(), clips).tolist() == [1, 1]
     assert seen == [draws, {"clip": "meta"}]
+
+
+def test_minigrid_reads_states_on_the_host_and_draws_on_the_scorers_device():
+    """ "meta" stands for a GPU: nothing could be read back from it."""
+    seen = []
+
+    class OnMeta(Brightness):
+        device = torch.device("meta")
+
+        def score(self, tensordict):
+            seen.append((tensordict["clip"].device.type, tensordict["clip"].shape))
+            return torch.ones(tensordict.shape[0])
+
+    transform = ClipRenderTransform(MiniGridRenderer(tile_size=4))
+    limits = {"timeout_s": 60, "start_timeout_s": 60}
+    backend = InlineBackend(transform, OnMeta(), own_stream=False, **limits)
+    clips = TensorDict({"render_state": torch.zeros(2, 3, 5, 5, 4, dtype=torch.uint8)}, [2])
+    assert backend.score(clips).tolist() == [1, 1]
+    assert seen == [("meta", (2, 3, 3, 20, 20))]
+    assert transform(clips)["clip"].device.type == "cpu"  # the one given is as it was
 
 
 def test_wrong_data_is_the_callers_error_and_leaves_the_books_alone():

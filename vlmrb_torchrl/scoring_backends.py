@@ -17,7 +17,7 @@ from torchrl.envs import Transform
 
 from vlmrb_torchrl.checks import quoted, shown
 from vlmrb_torchrl.keys import CLIP
-from vlmrb_torchrl.scoring_worker import device_of, judge, load
+from vlmrb_torchrl.scoring_worker import device_of, drawing_on, judge, load
 
 Mode = Literal["auto", "process", "thread", "sync"]
 
@@ -77,6 +77,7 @@ class InlineBackend:
         with self._within(self._start_timeout_s):
             load(self._scorer)
         device = device_of(self._scorer)
+        self._transform = drawing_on(self._transform, device)
         if self._own_stream and device.type == "cuda":
             stream = torch.cuda.Stream(device)
             # The weights may still be on their way. This stream waits for them, never the reverse.

@@ -135,6 +135,16 @@ def _moved(clips: TensorDictBase, device: torch.device) -> TensorDictBase:
     return clips.apply(move, device=None)  # no device of its own: a score may stay on the CPU
 
 
+def drawing_on(transform: Transform | None, device: torch.device) -> Transform | None:
+    """One like ``transform`` that draws on ``device``, if its renderer can, else itself."""
+    renderer: Any = getattr(transform, "renderer", None)
+    if transform is None or not hasattr(renderer, "on"):
+        return transform
+    placed = transform.clone()
+    placed.renderer = renderer.on(device)
+    return placed
+
+
 def load(scorer: TensorDictModuleBase) -> None:
     """Let ``scorer`` load what is heavy, if it is one that does."""
     try:
@@ -182,6 +192,7 @@ def serve(connection: Connection, parent: int) -> None:
         try:
             transform, scorer = pickle.loads(payload)
             load(scorer)
+            transform = drawing_on(transform, device_of(scorer))
         except ScorerError as error:
             connection.send((error.kind, str(error)))
             return

@@ -14,7 +14,8 @@ class Renderer(Protocol):
     Any callable of this shape is a renderer; nothing needs to be inherited. Three promises
     are asked of it: the same state always gives the same bytes, a state of zeros can be drawn
     (specs are built from it), and it pickles, for it travels to the scorer's process. One that
-    wants its states elsewhere than on the scorer's device names that place as ``device``.
+    wants its states elsewhere than on the scorer's device names that place as ``device``; if it
+    can draw on the scorer's all the same, ``on(device)`` returns the renderer that does.
 
     B: any number of leading dimensions, S: the shape that the environment gives a state.
     """

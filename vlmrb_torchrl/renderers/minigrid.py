@@ -9,10 +9,11 @@ hundred times faster (``recipes/benchmarks/rendering.py``).
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -208,6 +209,16 @@ class MiniGridRenderer:
         self.sprites = stock_sprites if sprites is None else sprites
         self._clear()
 
+    device = torch.device("cpu")
+    """Where states are read: their codes are looked up on the host."""
+    _on: torch.device | None = None
+
+    def on(self, device: torch.device) -> Self:
+        """A renderer alike that draws on ``device``, wherever its states lie."""
+        alike = copy.copy(self)
+        alike._on = device
+        return alike
+
     def _clear(self) -> None:
         self._lock = threading.Lock()
         self._slot_of_code = np.full(_CODES, -1, np.intp)
@@ -224,7 +235,8 @@ class MiniGridRenderer:
                 cell as MiniGrid encodes them, and 1 + the agent's direction in its cell.
 
         Returns:
-            RGB frames, uint8 ``[*B, 3, H t, W t]``, on the device of ``render_state``.
+            RGB frames, uint8 ``[*B, 3, H t, W t]``, on the device of ``render_state``, or that of
+            `on`.
 
         Raises:
             ValueError: Another dtype or shape, or a cell that MiniGrid does not know.
@@ -237,10 +249,11 @@ class MiniGridRenderer:
         slots = self._slots(cells.view(np.uint32)[..., 0]).swapaxes(1, 2)  # [N, H, W]
         if self.window is not None:
             slots = _crop(slots, cells[..., 3].swapaxes(1, 2), self.window)
-        if render_state.device.type == "cpu":
+        device = self._on or render_state.device
+        if device.type == "cpu":
             frames = _mosaic(self._tiles, slots)
         else:
-            frames = _mosaic_on(render_state.device, self._tiles, slots)
+            frames = _mosaic_on(device, self._tiles, slots)
         return frames.view(*batch, *frames.shape[1:])
 
     def _slots(self, cells: NDArray[np.uint32]) -> NDArray[np.intp]:
@@ -269,7 +282,8 @@ class MiniGridRenderer:
         return np.ascontiguousarray(pixels).view(self._tiles.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"tile_size": self.tile_size, "window": self.window, "sprites": self.sprites}
+        kept = "tile_size", "window", "sprites", "_on"
+        return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
