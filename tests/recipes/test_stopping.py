@@ -74,9 +74,10 @@ def test_run_that_is_stopped_is_saved_and_leaves_nothing_behind(number, running,
     assert not leaked(before)
     saved = int(latest(tmp_path / "run").name[-12:])
     assert f"checkpoint at {saved} env steps" in said.strip().splitlines()[-1]
-    resume(DQN, tmp_path / "run", f"--training.total_env_steps={saved + 512}")
+    end = saved + 512
+    resume(DQN, tmp_path / "run", f"--training.total_env_steps={end}")
     rows = [row for row in read_rows(tmp_path / "run") if "speed/env_steps_per_s" in row]
-    assert [row["env_steps"] for row in rows] == list(range(256, saved + 513, 256))
+    assert [row["env_steps"] for row in rows] == [*range(256, end, 256), end]
 
 
 def test_killed_run_leaves_no_process_and_no_shared_memory(running):
