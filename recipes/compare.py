@@ -26,10 +26,10 @@ import jsonargparse
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from recipes.checkpoint import has_results, locked
-from recipes.cli import advice, rehearse
-from recipes.metrics import CHECKPOINTS, METRICS_FILE, last_row
-from recipes.report import report
+from recipes.running.checkpoint import has_results, locked
+from recipes.running.cli import advice, rehearse
+from recipes.running.metrics import CHECKPOINTS, METRICS_FILE, last_row
+from recipes.running.report import report
 from vlmrb_torchrl.checks import ConfigError, require
 
 CONFIGS = Path(__file__).parent / "configs"

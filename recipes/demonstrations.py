@@ -19,8 +19,8 @@ from torch import Tensor
 from torchrl.data import Categorical
 from torchrl.envs import EnvBase
 
-from recipes.divergence import check_steps
 from recipes.replay import Replay
+from recipes.running.divergence import check_steps
 from recipes.tasks import Task
 from recipes.transitions import Transitions
 from vlmrb_torchrl import VLMReplayBuffer, keys

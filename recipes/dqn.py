@@ -137,6 +137,6 @@ class DQN(L.LightningModule):
 
 
 if __name__ == "__main__":
-    from recipes.cli import run
+    from recipes.running.cli import run
 
     run(DQN)

@@ -155,6 +155,6 @@ class IQN(L.LightningModule):
 
 
 if __name__ == "__main__":
-    from recipes.cli import run
+    from recipes.running.cli import run
 
     run(IQN)

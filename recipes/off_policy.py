@@ -20,13 +20,13 @@ from torch.optim import Optimizer
 from torchrl import timeit
 from torchrl.collectors import Collector
 
-from recipes.checkpoint import Checkpoints
 from recipes.demonstrations import Batches, Demonstrations
-from recipes.divergence import check_learning, check_steps
 from recipes.evaluation import evaluate
-from recipes.interruption import Interruption
 from recipes.replay import Replay
-from recipes.run_state import (
+from recipes.running.checkpoint import Checkpoints
+from recipes.running.divergence import check_learning, check_steps
+from recipes.running.interruption import Interruption
+from recipes.running.run_state import (
     Counters,
     Episodes,
     Learner,
@@ -34,10 +34,10 @@ from recipes.run_state import (
     ReplayState,
     RunState,
 )
+from recipes.running.telemetry import Telemetry
 from recipes.schedules import progress_of
 from recipes.settings import Scoring, Training
 from recipes.tasks import Task
-from recipes.telemetry import Telemetry
 from recipes.transitions import Transitions
 from vlmrb_torchrl import AsyncScorer, ClipRenderTransform, VLMReplayBuffer
 from vlmrb_torchrl.checks import ConfigError

@@ -167,6 +167,6 @@ class SAC(L.LightningModule):
 
 
 if __name__ == "__main__":
-    from recipes.cli import run
+    from recipes.running.cli import run
 
     run(SAC)

@@ -175,6 +175,6 @@ class TD3(L.LightningModule):
 
 
 if __name__ == "__main__":
-    from recipes.cli import run
+    from recipes.running.cli import run
 
     run(TD3)

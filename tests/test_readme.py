@@ -33,7 +33,10 @@ SHORTENED = {
     **{f"recipes.{name}": RUN for name in ("dqn", "iqn", "sac", "td3")},
     "--resume": ["--training.total_env_steps=512"],
     "recipes.compare": ["--seeds=1", f"--extra={json.dumps([*SHORT, EVALUATED])}"],
-    "recipes.judge": ["--episodes=4", *(f"--{s}_steps=1" for s in ("frame", "event", "answer"))],
+    "recipes.train_judge": [
+        "--episodes=4",
+        *(f"--{s}_steps=1" for s in ("frame", "event", "answer")),
+    ],
     "recipes.benchmarks.environment": TIMED,
     "recipes.benchmarks.rendering": [*TIMED, "--clips=1"],
     "recipes.benchmarks.sampler": [*TIMED, "--slots=[1000]"],

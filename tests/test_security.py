@@ -14,10 +14,10 @@ import yaml
 
 import recipes
 import vlmrb_torchrl
-from recipes import cli
 from recipes.dqn import DQN
-from recipes.metrics import CHECKPOINTS
-from recipes.policies import TrainedPolicy
+from recipes.running import cli
+from recipes.running.metrics import CHECKPOINTS
+from recipes.running.policies import TrainedPolicy
 from recipes.sac import SAC
 from tests.recipes.resuming import stopped
 from vlmrb_torchrl import VLMPrioritizedSampler

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from recipes.judge_model import build_processor
+from recipes.train_judge.model import build_processor
 
 PATCH, POOL = 14, 2
 TOKENS_OF_WORDS = 40

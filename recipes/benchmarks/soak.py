@@ -27,7 +27,7 @@ from rich.progress import track
 from rich.table import Table
 
 from recipes.compare import CONFIGS
-from recipes.metrics import Row, last_row, read_rows
+from recipes.running.metrics import Row, last_row, read_rows
 from vlmrb_torchrl.checks import ConfigError, require
 
 FATES = ("scored", "late", "dropped", "failed", "pending", "open")

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from recipes.benchmarks.timing import Spread
 from recipes.compare import CONFIGS, Run, plan
-from recipes.metrics import last_row
+from recipes.running.metrics import last_row
 from vlmrb_torchrl.checks import ConfigError, require
 
 PEERS = Path(__file__).parent / "replay"

@@ -27,10 +27,10 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
-from recipes import cli
 from recipes.benchmarks.timing import Spread, rates
 from recipes.continuous_networks import ActionValue, DeterministicPolicy, GaussianPolicy
 from recipes.networks import GridQNetwork
+from recipes.running import cli
 from vlmrb_torchrl.checks import ConfigError, require
 
 GENERAL, OWN, RECIPE, COMPILED = (

@@ -14,8 +14,8 @@ import yaml
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from recipes import cli
 from recipes.dqn import DQN
+from recipes.running import cli
 from tests.bad_input import recipe_rows, values
 from tests.bad_input.test_bad_input import tried
 

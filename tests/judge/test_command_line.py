@@ -9,9 +9,9 @@ import pytest
 import torch
 from tensordict.nn import TensorDictModuleBase
 
-from recipes import cli
 from recipes.dqn import DQN
-from recipes.policies import TrainedPolicy
+from recipes.running import cli
+from recipes.running.policies import TrainedPolicy
 from vlmrb_torchrl import judge
 from vlmrb_torchrl.checks import ConfigError
 from vlmrb_torchrl.envs import DoorKeyEnv

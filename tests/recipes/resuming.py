@@ -5,10 +5,10 @@ import signal
 import pytest
 import torch
 
-from recipes import cli
-from recipes.checkpoint import latest
-from recipes.interruption import Interruption
-from recipes.metrics import read_rows
+from recipes.running import cli
+from recipes.running.checkpoint import latest
+from recipes.running.interruption import Interruption
+from recipes.running.metrics import read_rows
 
 SHORT = [
     "--training.total_env_steps=1024",

@@ -16,8 +16,8 @@ def run_dqn(arguments, output):
 
     import torch
 
-    from recipes import cli
     from recipes.dqn import DQN
+    from recipes.running import cli
 
     multiprocessing.set_start_method("fork", force=True)  # as it is in a process of its own
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -3,7 +3,6 @@
 import pytest
 from torchrl.data import PrioritizedSampler, RandomSampler, TensorDictReplayBuffer
 
-from recipes import cli
 from recipes.benchmarks import (
     environment,
     rendering,
@@ -16,6 +15,7 @@ from recipes.benchmarks import (
 )
 from recipes.benchmarks.timing import Spread
 from recipes.dqn import DQN
+from recipes.running import cli
 
 SCENE = "scene-singletask-task1-v0"
 

@@ -5,9 +5,9 @@ import torch
 from tensordict import TensorDict
 from torchrl.envs.utils import check_env_specs
 
-from recipes import cli
 from recipes.dqn import DQN
 from recipes.iqn import IQN
+from recipes.running import cli
 from recipes.sac import SAC
 from recipes.td3 import TD3
 from tests.recipes.chain import Chain, ChainEnv

@@ -14,11 +14,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensordict import TensorDict
 
-from recipes import checkpoint, cli
 from recipes.demonstrations import Batches
 from recipes.dqn import DQN
-from recipes.metrics import CHECKPOINTS, read_rows
-from recipes.plain import plain, restored
+from recipes.running import checkpoint, cli
+from recipes.running.metrics import CHECKPOINTS, read_rows
+from recipes.running.plain import plain, restored
 from recipes.sac import SAC
 from recipes.settings import Training
 from tests.recipes.resuming import SHORT, assert_same_end, resume, start, stopped

@@ -15,11 +15,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchrl.envs import ExcludeTransform, GymEnv, TransformedEnv
 
 import recipes
-from recipes import cli
 from recipes.arguments import check_arguments
 from recipes.dqn import DQN
 from recipes.iqn import IQN
-from recipes.metrics import read_rows
+from recipes.running import cli
+from recipes.running.metrics import read_rows
 from recipes.sac import SAC
 from recipes.tasks import DoorKey, Task
 from recipes.td3 import TD3
@@ -28,7 +28,7 @@ from vlmrb_torchrl.checks import one_line, require
 from vlmrb_torchrl.prompts import OGBENCH
 from vlmrb_torchrl.renderers import mujoco as drawing
 
-CONFIGS = Path(cli.__file__).parent / "configs"
+CONFIGS = Path(cli.__file__).parents[1] / "configs"
 RECIPES = {"dqn": DQN, "iqn": IQN}
 SHARED = sorted(path for name in RECIPES for path in CONFIGS.glob(f"*/{name}.yaml"))
 METHODS = sorted((CONFIGS / "methods").glob("*.yaml"))

@@ -8,7 +8,7 @@ import pytest
 from rich.progress import Progress
 
 from recipes import compare
-from recipes.metrics import last_row
+from recipes.running.metrics import last_row
 from tests.recipes.runs import held
 from vlmrb_torchrl.checks import ConfigError
 

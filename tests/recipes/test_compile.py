@@ -4,9 +4,9 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from recipes.cli import ConfigError
 from recipes.dqn import DQN
 from recipes.iqn import IQN
+from recipes.running.cli import ConfigError
 from recipes.sac import SAC
 from recipes.settings import Training
 from recipes.td3 import TD3

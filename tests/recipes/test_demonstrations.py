@@ -5,12 +5,12 @@ import torch
 from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage, PrioritizedSampler
 
-from recipes import cli
 from recipes.demonstrations import Batches, Demonstrations
 from recipes.dqn import DQN
-from recipes.metrics import read_rows
 from recipes.off_policy import store
 from recipes.replay import Uniform
+from recipes.running import cli
+from recipes.running.metrics import read_rows
 from recipes.sac import SAC
 from recipes.settings import MOST_SEED
 from recipes.tasks import Cube, DoorKey, Scene

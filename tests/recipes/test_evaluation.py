@@ -12,11 +12,11 @@ from torchrl.envs import EnvBase
 
 from recipes.demonstrations import Demonstrations
 from recipes.evaluation import evaluate
-from recipes.metrics import read_rows
 from recipes.replay import Prioritized, Uniform
+from recipes.running.metrics import read_rows
+from recipes.running.telemetry import Telemetry
 from recipes.settings import Training
 from recipes.tasks import Cube, DoorKey, Scene, Task
-from recipes.telemetry import Telemetry
 from vlmrb_torchrl import VLMReplayBuffer
 
 

@@ -7,17 +7,18 @@ import pytest
 import torch
 from torchrl.envs.utils import ExplorationType, check_env_specs, set_exploration_type
 
-from recipes import cli, demonstrations
+from recipes import demonstrations
 from recipes.evaluation import evaluate
-from recipes.metrics import read_rows
-from recipes.policies import TrainedPolicy
+from recipes.running import cli
+from recipes.running.metrics import read_rows
+from recipes.running.policies import TrainedPolicy
 from recipes.sac import SAC
 from recipes.settings import Training
 from recipes.td3 import TD3
 from tests.recipes.fabric_run import fabric_run
 from tests.recipes.gymnasium_task import Gymnasium
 
-ROOT = Path(cli.__file__).parent.parent
+ROOT = Path(cli.__file__).parents[2]
 CONFIGS = Path(__file__).parent / "configs"
 SHORT = [
     "--env=tests.recipes.gymnasium_task.Gymnasium",

@@ -12,8 +12,8 @@ import torch
 from minigrid.envs import DoorKeyEnv
 from tensordict import TensorDict
 
-from recipes import judge
-from recipes.judge_data import (
+from recipes.train_judge import __main__ as judge
+from recipes.train_judge.data import (
     EVENT_NAMES,
     LABEL_VIEW,
     VIEW,
@@ -27,14 +27,14 @@ from recipes.judge_data import (
     visible,
     visible_by_frame,
 )
-from recipes.judge_evaluation import (
+from recipes.train_judge.evaluation import (
     cut,
     doorkey_episodes,
     figures,
     static_states,
 )
-from recipes.judge_model import build_model, build_processor, normalise
-from recipes.judge_rooms import RandomRoom, could_be_doorkey
+from recipes.train_judge.model import build_model, build_processor, normalise
+from recipes.train_judge.rooms import RandomRoom, could_be_doorkey
 from vlmrb_torchrl.scorers import HuggingFaceScorer
 
 
@@ -73,7 +73,7 @@ def test_random_rooms_are_never_doorkey_layouts_but_do_hold_doors_keys_and_goals
 
 def test_training_never_constructs_doorkey(episodes: list[Episode]) -> None:
     assert "DoorKey" not in {episode.family for episode in episodes}
-    for name in ("judge_rooms", "judge_policies", "judge_data", "judge_training", "judge_frames"):
+    for name in ("rooms", "policies", "data", "training", "frames"):
         assert "DoorKeyEnv" not in Path(judge.__file__).with_name(f"{name}.py").read_text()
 
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from recipes import cli, off_policy
+from recipes import off_policy
 from recipes.dqn import DQN
 from recipes.iqn import IQN
-from recipes.metrics import read_rows
 from recipes.replay import Prioritized, Replay, VLMGuided
+from recipes.running import cli
+from recipes.running.metrics import read_rows
 from recipes.sac import SAC
 from recipes.settings import Scoring
 from recipes.tasks import DoorKey, Task
@@ -19,7 +20,7 @@ from recipes.td3 import TD3
 from tests.recipes.fabric_run import fabric_run
 from vlmrb_torchrl.scorers import RandomScorer
 
-ROOT = Path(cli.__file__).parent.parent
+ROOT = Path(cli.__file__).parents[2]
 CONFIGS = ROOT / "recipes" / "configs"
 FILES = sorted([*CONFIGS.rglob("*.yaml"), *(ROOT / "recipes/benchmarks/replay").glob("*.yaml")])
 ALGORITHMS = {recipe.__name__.lower(): recipe for recipe in (DQN, IQN, SAC, TD3)}

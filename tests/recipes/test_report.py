@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from recipes.report import (
+from recipes.running.report import (
     Outcome,
     difference_rows,
     interval,

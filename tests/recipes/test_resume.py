@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from recipes import cli
 from recipes.dqn import DQN
 from recipes.iqn import IQN
+from recipes.running import cli
 from recipes.sac import SAC
 from recipes.td3 import TD3
 from tests.recipes.resuming import COLLECTIONS, assert_same_end, resume, start, stopped
@@ -15,7 +15,7 @@ from tests.recipes.resuming import COLLECTIONS, assert_same_end, resume, start, 
 SYNC = "--scoring.mode=sync"
 DOORKEY = ["--env.size=5", "--env.max_steps=40"]
 LINE = ["--env=tests.recipes.line_task.Line", "--algorithm.hidden_features=[16]"]
-METHODS = Path(cli.__file__).parent / "configs" / "methods"
+METHODS = Path(cli.__file__).parents[1] / "configs" / "methods"
 PRIVILEGED, NOISY = (f"--config={METHODS / name}.yaml" for name in ("privileged", "noisy"))
 DEMONSTRATIONS = ["--demonstrations.episodes=4", "--demonstrations.batch_share=0.25"]
 RUNS = {

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from recipes import cli
 from recipes.dqn import DQN
-from recipes.metrics import CHECKPOINTS
+from recipes.running import cli
+from recipes.running.metrics import CHECKPOINTS
 from tests.recipes.fabric_run import fabric_run
 from tests.recipes.resuming import SHORT, assert_equal, curves
 from tests.recipes.test_resume import DOORKEY, PRIVILEGED, SYNC

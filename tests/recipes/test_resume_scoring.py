@@ -7,8 +7,8 @@ import torch
 
 from recipes import off_policy
 from recipes.dqn import DQN
-from recipes.metrics import read_rows
-from recipes.run_state import ReplayState, RunState
+from recipes.running.metrics import read_rows
+from recipes.running.run_state import ReplayState, RunState
 from tests.recipes.resuming import resume, stopped
 from tests.recipes.test_resume import DOORKEY, PRIVILEGED
 from tests.scoring_doubles import Gate, Gated, Yes

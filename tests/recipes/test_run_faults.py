@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from recipes import cli, off_policy
+from recipes import off_policy
 from recipes.dqn import DQN
-from recipes.metrics import read_rows
+from recipes.running import cli
+from recipes.running.metrics import read_rows
 from recipes.sac import SAC
 from tests.recipes.chain import Chain, ChainEnv
 from tests.test_scoring import PATIENT, vanishes

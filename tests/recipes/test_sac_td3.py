@@ -8,9 +8,9 @@ from tensordict import TensorDict
 from torchrl.data import Bounded, Composite, Unbounded
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from recipes import cli
 from recipes.dqn import DQN
 from recipes.iqn import IQN
+from recipes.running import cli
 from recipes.sac import SAC
 from recipes.td3 import TD3
 from tests.recipes.chain import ChainEnv

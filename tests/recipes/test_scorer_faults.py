@@ -10,9 +10,10 @@ import threading
 import pytest
 import torch
 
-from recipes import cli, off_policy
+from recipes import off_policy
 from recipes.dqn import DQN
-from recipes.metrics import read_rows
+from recipes.running import cli
+from recipes.running.metrics import read_rows
 from tests.scoring_doubles import Faulty, Yes
 from vlmrb_torchrl import AsyncScorer, ClipRenderTransform
 from vlmrb_torchrl.scorers import EmbeddedJudge, ScorerUnavailableError

@@ -10,13 +10,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from recipes import cli
-from recipes.checkpoint import latest
 from recipes.dqn import DQN
-from recipes.metrics import read_rows
+from recipes.running import cli
+from recipes.running.checkpoint import latest
+from recipes.running.metrics import read_rows
 from tests.recipes.resuming import SHORT, resume
 
-ROOT = Path(cli.__file__).parent.parent
+ROOT = Path(cli.__file__).parents[2]
 PATIENT = 120
 ENDLESS = ["--training.total_env_steps=10000000", "--training.eval_every_env_steps=0"]
 JUDGED = ["--env.size=5", "--env.max_steps=40", "--scoring.mode=process"]

@@ -5,10 +5,10 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from recipes import cli
 from recipes.dqn import DQN
 from recipes.iqn import IQN
-from recipes.metrics import read_rows
+from recipes.running import cli
+from recipes.running.metrics import read_rows
 from recipes.sac import SAC
 from recipes.td3 import TD3
 from recipes.transitions import Transitions

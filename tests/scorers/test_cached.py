@@ -16,8 +16,8 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from recipes import cli
 from recipes.dqn import DQN
+from recipes.running import cli
 from tests.scorers.cached_doubles import (
     Both,
     Brightness,

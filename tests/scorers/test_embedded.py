@@ -12,9 +12,9 @@ import torch
 from minigrid.envs import DoorKeyEnv
 from tensordict import TensorDict
 
-from recipes.judge_data import Clip, Episode, FrameTable
-from recipes.judge_policies import Phase, play
-from recipes.judge_rooms import ENDLESS
+from recipes.train_judge.data import Clip, Episode, FrameTable
+from recipes.train_judge.policies import Phase, play
+from recipes.train_judge.rooms import ENDLESS
 from vlmrb_torchrl.prompts import MINIGRID
 from vlmrb_torchrl.scorers import EmbeddedJudge
 from vlmrb_torchrl.scorers.embedded import FOLDER

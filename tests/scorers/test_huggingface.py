@@ -11,7 +11,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from recipes.judge_model import build_model, build_processor, build_tokenizer
+from recipes.train_judge.model import build_model, build_processor, build_tokenizer
 from vlmrb_torchrl.scorers import HuggingFaceScorer
 from vlmrb_torchrl.scorers.pretrained import answer_ids, answer_start
 

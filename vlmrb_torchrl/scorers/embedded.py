@@ -16,7 +16,7 @@ from vlmrb_torchrl.prompts import MINIGRID
 from vlmrb_torchrl.scorers.huggingface import HuggingFaceScorer
 
 FOLDER = Path(__file__).parent / "judge"
-"""Weights, processor and card, as ``python -m recipes.judge`` writes them."""
+"""Weights, processor and card, as ``python -m recipes.train_judge`` writes them."""
 TILE_SIZE = 8
 WINDOW = 8
 """The view that it was trained on: ``MiniGridRenderer(tile_size=TILE_SIZE, window=WINDOW)``."""

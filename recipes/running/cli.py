@@ -20,22 +20,22 @@ from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, Namespace, laz
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import LightningEnvironment
 
-from recipes.checkpoint import (
+from recipes.demonstrations import Demonstrations
+from recipes.off_policy import train
+from recipes.replay import Replay, VLMGuided
+from recipes.running.checkpoint import (
     Checkpoints,
     check_resumable,
     check_vacant,
     last_good,
     locked,
 )
-from recipes.combinations import check
-from recipes.demonstrations import Demonstrations
-from recipes.divergence import DivergedError
-from recipes.interruption import StoppedError
-from recipes.off_policy import train
-from recipes.replay import Replay, VLMGuided
+from recipes.running.combinations import check
+from recipes.running.divergence import DivergedError
+from recipes.running.interruption import StoppedError
+from recipes.running.telemetry import Telemetry
 from recipes.settings import Scoring, Training
 from recipes.tasks import DoorKey, Task
-from recipes.telemetry import Telemetry
 from vlmrb_torchrl.checks import ConfigError, one_line, require
 
 DEFAULT_SCORER = "vlmrb_torchrl.scorers.EmbeddedJudge"
@@ -48,7 +48,7 @@ GUIDE = (
     "shows the settings of one. A run that was stopped goes on where it was: 'python -m "
     "{module} --resume runs/NAME'."
 )
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = Path(__file__).parents[1] / "configs"
 LAUNCHED_BY_FABRIC_CLI = "LT_CLI_USED"
 REFUSALS = (ArgumentError, ValueError, TypeError, OSError, RuntimeError, ImportError)
 
@@ -242,7 +242,7 @@ def describe(
     parser.save(config, written, overwrite=True)
     written.replace(folder / "config.yaml")
     policy = {
-        "class_path": "recipes.policies.TrainedPolicy",
+        "class_path": "recipes.running.policies.TrainedPolicy",
         "init_args": {
             "checkpoint": "policy.ckpt",
             "algorithm": f"{module_of(algorithm)}.{algorithm.__name__}",

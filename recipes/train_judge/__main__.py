@@ -1,10 +1,10 @@
 """Train the embedded judge from nothing, examine it, and write its card.
 
-    python -m recipes.judge --output runs/judge           # about ten minutes of one core
-    python -m recipes.judge --output runs/judge --train false   # examine and write the card again
+    python -m recipes.train_judge --output runs/judge  # about ten minutes of one core
+    python -m recipes.train_judge --output runs/judge --train false  # the card again
 
 The judge that the package ships was written by
-``python -m recipes.judge --output vlmrb_torchrl/scorers/judge``.
+``python -m recipes.train_judge --output vlmrb_torchrl/scorers/judge``.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from recipes.judge_card import write_card
-from recipes.judge_data import ClipSampler, Episode
-from recipes.judge_model import build_model, build_processor
-from recipes.judge_policies import play
-from recipes.judge_rooms import random_world
-from recipes.judge_training import Log, Training
+from recipes.train_judge.card import write_card
+from recipes.train_judge.data import ClipSampler, Episode
+from recipes.train_judge.model import build_model, build_processor
+from recipes.train_judge.policies import play
+from recipes.train_judge.rooms import random_world
+from recipes.train_judge.training import Log, Training
 
 LOG_EVERY = 50
 

@@ -14,7 +14,7 @@ import numpy as np
 from minigrid.core.constants import DIR_TO_VEC
 from minigrid.minigrid_env import MiniGridEnv
 
-from recipes.judge_data import EVENT_NAMES, Episode
+from recipes.train_judge.data import EVENT_NAMES, Episode
 
 LEFT, RIGHT, FORWARD, PICKUP, DROP, TOGGLE = range(6)
 STEPS = [(int(x), int(y)) for x, y in DIR_TO_VEC]

@@ -12,9 +12,9 @@ from minigrid.core.world_object import Goal
 from minigrid.envs import DoorKeyEnv
 from tensordict import TensorDict
 
-from recipes.judge_data import EVENT_NAMES, VIEW, Clip, Episode, FrameTable, happened, visible
-from recipes.judge_policies import play
-from recipes.judge_rooms import ENDLESS, random_world
+from recipes.train_judge.data import EVENT_NAMES, VIEW, Clip, Episode, FrameTable, happened, visible
+from recipes.train_judge.policies import play
+from recipes.train_judge.rooms import ENDLESS, random_world
 from vlmrb_torchrl.judge.figures import area_under_curve, wilson
 from vlmrb_torchrl.prompts import MINIGRID
 from vlmrb_torchrl.renderers.minigrid import AbstractSprites, MiniGridRenderer, SwappedSprites

@@ -11,8 +11,8 @@ from jsonargparse.typing import Path_fr
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 
-from recipes.cli import build_algorithm, build_parser
 from recipes.dqn import DQN
+from recipes.running.cli import build_algorithm, build_parser
 from vlmrb_torchrl.checks import ConfigError, shown
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from recipes.metrics import read_rows
+from recipes.running.metrics import read_rows
 from vlmrb_torchrl.checks import require, shown
 
 Array = NDArray[np.float64]

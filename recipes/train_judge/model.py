@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recipes.judge_questions import PARAPHRASES
+from recipes.train_judge.questions import PARAPHRASES
 
 PIXELS = 64
 PATCH = 8

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recipes.judge_data import CELL_CLASSES, KEY, ON_GOAL, OPEN_DOOR, SHUT_DOOR, FrameTable
+from recipes.train_judge.data import CELL_CLASSES, KEY, ON_GOAL, OPEN_DOOR, SHUT_DOOR, FrameTable
 
 MAPPED = (OPEN_DOOR, SHUT_DOOR, KEY, ON_GOAL)
 CELLS = 64

@@ -26,10 +26,10 @@ from torchrl.checkpoint import (
     StateDictCheckpointAdapter,
 )
 
-from recipes.interruption import StoppedError
-from recipes.metrics import CHECKPOINTS, METRICS_FILE
-from recipes.run_state import RunState
-from recipes.telemetry import Telemetry
+from recipes.running.interruption import StoppedError
+from recipes.running.metrics import CHECKPOINTS, METRICS_FILE
+from recipes.running.run_state import RunState
+from recipes.running.telemetry import Telemetry
 from vlmrb_torchrl.checks import ConfigError, one_line
 
 VERSION = 2

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recipes.judge_data import (
+from recipes.train_judge.data import (
     EVENT_NAMES,
     LABEL_VIEW,
     VIEW,
@@ -31,9 +31,9 @@ from recipes.judge_data import (
     render_mixed,
     visible_by_frame,
 )
-from recipes.judge_frames import FrameHeads, edited_states
-from recipes.judge_model import normalise, prompt_ids
-from recipes.judge_questions import PARAPHRASES
+from recipes.train_judge.frames import FrameHeads, edited_states
+from recipes.train_judge.model import normalise, prompt_ids
+from recipes.train_judge.questions import PARAPHRASES
 
 Log = Callable[[str, int, int, dict[str, float]], None]
 """Called after each step: stage, step, steps of the stage, what was measured in it."""

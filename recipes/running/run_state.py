@@ -30,8 +30,8 @@ from torchrl.data import PrioritizedSampler
 from torchrl.envs import EnvBase, TransformedEnv
 from torchrl.envs.batched_envs import BatchedEnvBase
 
-from recipes.plain import plain, restored
-from recipes.telemetry import Telemetry
+from recipes.running.plain import plain, restored
+from recipes.running.telemetry import Telemetry
 from vlmrb_torchrl import AsyncScorer, VLMReplayBuffer
 from vlmrb_torchrl.envs import ResumableEnv
 

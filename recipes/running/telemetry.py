@@ -19,10 +19,10 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl import timeit
 
-from recipes.metrics import METRICS_FILE
 from recipes.replay import Replay
+from recipes.running.metrics import METRICS_FILE
+from recipes.running.strips import clip_strip
 from recipes.settings import Training
-from recipes.strips import clip_strip
 from recipes.tasks import Task
 from vlmrb_torchrl import AsyncScorer, VLMReplayBuffer, keys
 

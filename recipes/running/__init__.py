@@ -1,0 +1,1 @@
+"""How a run is kept: command line, checkpoints, telemetry, report."""
