@@ -14,7 +14,7 @@ from torchrl.envs import EnvBase
 from vlmrb_torchrl import keys
 from vlmrb_torchrl.checks import is_whole, require
 from vlmrb_torchrl.envs import DoorKeyEnv, OGBenchEnv
-from vlmrb_torchrl.envs.ogbench_scene import event_names, ogbench_renderer
+from vlmrb_torchrl.envs.ogbench import event_names, ogbench_renderer
 from vlmrb_torchrl.renderers import MiniGridRenderer, MuJoCoRenderer, Renderer
 
 

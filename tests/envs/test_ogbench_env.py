@@ -327,7 +327,7 @@ def test_nothing_of_mujoco_is_imported_unless_it_is_used() -> None:
     """Nothing of ours: torchrl.envs itself imports mujoco where that is installed."""
     program = (
         "import sys; sys.modules['mujoco'] = None; "
-        "import vlmrb_torchrl.envs.ogbench_scene, vlmrb_torchrl.renderers.mujoco, recipes.tasks; "
+        "import vlmrb_torchrl.envs.ogbench, vlmrb_torchrl.renderers.mujoco, recipes.tasks; "
         "assert not {'ogbench', 'dm_control'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

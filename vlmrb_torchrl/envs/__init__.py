@@ -13,11 +13,11 @@ from vlmrb_torchrl.envs.base import DemonstratedEnv, JudgedEnv, ResumableEnv
 
 if TYPE_CHECKING:
     from vlmrb_torchrl.envs.doorkey import DoorKeyEnv
-    from vlmrb_torchrl.envs.ogbench_scene import OGBenchEnv
+    from vlmrb_torchrl.envs.ogbench import OGBenchEnv
 
 __all__ = ["DemonstratedEnv", "DoorKeyEnv", "JudgedEnv", "OGBenchEnv", "ResumableEnv"]
 
-_HOMES = {"DoorKeyEnv": "doorkey", "OGBenchEnv": "ogbench_scene"}
+_HOMES = {"DoorKeyEnv": "doorkey", "OGBenchEnv": "ogbench"}
 
 
 def __getattr__(name: str) -> Any:
