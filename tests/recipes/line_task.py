@@ -4,32 +4,24 @@ from __future__ import annotations
 
 import torch
 from tensordict import TensorDict
-from torchrl.data import Bounded, Categorical, Composite, Unbounded
+from torchrl.data import Bounded, Composite, Unbounded
 
 from recipes.tasks import Task
-from vlmrb_torchrl.envs.seeds import SeededEpisodes
+from vlmrb_torchrl.envs.base import SeededEpisodes
 
 
 class LineEnv(SeededEpisodes):
     """N points; each episode has a start of its own and ends after 11 to 20 steps, or at 0."""
 
     def __init__(self, num_envs, seed, held_out):
-        super().__init__(batch_size=[num_envs])
-        N, self.num_envs, self.held_out = num_envs, num_envs, held_out
+        super().__init__(num_envs, seed=seed, held_out=held_out)
+        N = num_envs
         self.observation_spec = Composite({"observation": Unbounded((N, 2))}, shape=(N,))
         self.action_spec = Bounded(-1, 1, (N, 1), dtype=torch.float32)
-        self.reward_spec = Unbounded((N, 1))
-        flag = Categorical(2, shape=(N, 1), dtype=torch.bool)
-        self.done_spec = Composite(
-            {name: flag.clone() for name in ("done", "terminated", "truncated")}, shape=(N,)
-        )
-        self._set_seed(seed)
         self.at, self.left = torch.zeros(N, 2), torch.zeros(N, dtype=torch.int64)
 
     def _reset(self, tensordict=None, **_):
-        asked = None if tensordict is None else tensordict.get("_reset", None)
-        games = torch.ones(self.num_envs, dtype=bool) if asked is None else asked.reshape(-1)
-        for i in games.nonzero().flatten().tolist():
+        for i in self._asked(tensordict, "_reset"):
             start = torch.Generator().manual_seed(self.episode_seed(i, self._episodes[i]))
             self._episodes[i] += 1
             self.at[i] = torch.rand(2, generator=start) / 10 - torch.tensor([1.0, 0.0])

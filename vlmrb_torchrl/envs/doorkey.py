@@ -8,51 +8,36 @@ that is also the render state.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-from minigrid.core.constants import OBJECT_TO_IDX
-from minigrid.core.grid import Grid
-from minigrid.core.world_object import WorldObj
-from minigrid.envs.doorkey import DoorKeyEnv as MiniGridDoorKey
 from numpy.typing import NDArray
 from tensordict import TensorDict, TensorDictBase
-from torchrl.data import Binary, Bounded, Categorical, Composite, Unbounded
+from tensordict.nn import TensorDictModuleBase
+from torchrl.data import Bounded, Categorical
 
-from vlmrb_torchrl import keys
-from vlmrb_torchrl.checks import checked_device, is_whole, shown
-from vlmrb_torchrl.envs.doorkey_demonstrator import DoorKeyDemonstrator
-from vlmrb_torchrl.envs.seeds import SeededEpisodes, check_games, check_seed
+from vlmrb_torchrl.checks import is_whole, require
+from vlmrb_torchrl.envs.base import SeededEpisodes
+from vlmrb_torchrl.keys import RENDER_STATE
 from vlmrb_torchrl.prompts import MINIGRID
-from vlmrb_torchrl.renderers.minigrid import MiniGridRenderer
+from vlmrb_torchrl.renderers.minigrid import MiniGridRenderer, minigrid_render_state
 
 _MOST_CELLS = 256  # along an edge; beyond, an observation would take a quarter of a megabyte
-_ACTIONS = 7  # left, right, forward, pickup, drop, toggle, done
-_PICKUP, _DONE = 3, 6  # below: the agent moves; between: the cell in front of it may change
-_GOAL, _DOOR, _KEY = range(3)  # columns of `events`
-_EMPTY = (OBJECT_TO_IDX["empty"], 0, 0)
+_LEFT, _RIGHT, _FORWARD, _PICKUP, _DROP, _TOGGLE, _DONE = range(7)
 _AHEAD = np.array([(1, 0), (0, 1), (-1, 0), (0, -1)])  # x, y of right, down, left, up
+_GOAL_EVENT, _DOOR_EVENT, _KEY_EVENT = range(3)  # columns of `events`
+
+# MiniGrid's indices, from minigrid.core.constants, whose import takes half a second.
+_EMPTY, _WALL, _DOOR, _KEY, _GOAL = 1, 2, 4, 5, 8
+_OPEN, _CLOSED, _LOCKED = range(3)
 
 # (type | state << 4) of a cell -> code of the observation
 _OBSERVED = np.zeros(64, np.uint8)
-for _kind, _state, _code in (
-    ("wall", 0, 1),
-    ("door", 2, 2),
-    ("door", 1, 3),
-    ("door", 0, 4),
-    ("key", 0, 5),
-    ("goal", 0, 6),
-):
-    _OBSERVED[OBJECT_TO_IDX[_kind] | _state << 4] = _code
-
-
-class _Game(MiniGridDoorKey):  # type: ignore[misc]
-    """MiniGrid's DoorKey that computes no view of its own."""
-
-    def gen_obs(self) -> dict[str, Any]:
-        return {}
+_SEEN = [(_WALL, 0), (_DOOR, _LOCKED), (_DOOR, _CLOSED), (_DOOR, _OPEN), (_KEY, 0), (_GOAL, 0)]
+for _code, (_kind, _state) in enumerate(_SEEN, start=1):
+    _OBSERVED[_kind | _state << 4] = _code
 
 
 class DoorKeyEnv(SeededEpisodes):
@@ -107,24 +92,21 @@ class DoorKeyEnv(SeededEpisodes):
         held_out: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
-        if not is_whole(size, 5, _MOST_CELLS):
-            raise ValueError(
-                f"size={shown(size)}: DoorKey needs two rooms, take 5 or more, up to {_MOST_CELLS}."
-            )
-        check_games(num_envs, held_out)
-        if max_steps is not None and not is_whole(max_steps, 1):
-            raise ValueError(f"max_steps={shown(max_steps)}: take 1 or more, or None for 10 size².")
-        check_seed(seed)
-        device = None if device is None else checked_device(device)
-        super().__init__(device=device, batch_size=torch.Size([num_envs]))
+        whole = is_whole(size, 5, _MOST_CELLS)
+        require(whole, "size", size, f"DoorKey has two rooms, take 5 to {_MOST_CELLS}")
+        limited = max_steps is None or is_whole(max_steps, 1)
+        require(limited, "max_steps", max_steps, "take 1 or more, or None for 10 size²")
+        super().__init__(num_envs, seed=seed, held_out=held_out, device=device)
+        N, S = num_envs, size
         self.size = size
-        self.num_envs = num_envs
-        self.held_out = held_out
-        self._games = [_Game(size=size, max_steps=max_steps) for _ in range(num_envs)]
+        self._games = [_game(size, max_steps) for _ in range(N)]
         self.max_steps: int = self._games[0].max_steps
-        self._set_seed(seed)
-        self._make_specs()
-        self._make_board()
+        self._board = np.zeros((N, S * S, 4), np.uint8)  # the render state; cell x S + y
+        self._ended = np.ones((N, 2), bool)  # terminated, truncated
+        self._make_window()
+        observation = Bounded(0, 6, (N, self._window.shape[1] + 1), dtype=torch.uint8)
+        self._observe(observation, Bounded(0, 10, (N, S, S, 4), dtype=torch.uint8))
+        self.action_spec = Categorical(_DONE + 1, shape=(N,), dtype=torch.int64)
 
     def renderer(self, tile_size: int = 8, window: int | None = None) -> MiniGridRenderer:
         """A renderer of ``render_state``; see ``MiniGridRenderer`` for the arguments."""
@@ -134,75 +116,14 @@ class DoorKeyEnv(SeededEpisodes):
         """A policy that takes the shortest way to the goal."""
         return DoorKeyDemonstrator()
 
-    def _make_specs(self) -> None:
-        N, S, device = self.num_envs, self.size, self.device
-        cells = (2 * (S - 2) - 1) ** 2
-        bool_spec = Categorical(2, shape=(N, 1), dtype=torch.bool, device=device)
-        self.observation_spec = Composite(
-            {
-                "observation": Bounded(0, 6, (N, cells + 1), device, torch.uint8),
-                keys.RENDER_STATE: Bounded(0, 10, (N, S, S, 4), device, torch.uint8),
-                keys.EVENTS: Binary(
-                    len(self.event_names), (N, len(self.event_names)), device, torch.bool
-                ),
-            },
-            shape=(N,),
-            device=device,
-        )
-        self.action_spec = Categorical(_ACTIONS, shape=(N,), dtype=torch.int64, device=device)
-        self.reward_spec = Unbounded((N, 1), device, torch.float32)
-        self.done_spec = Composite(
-            {name: bool_spec.clone() for name in ("done", "terminated", "truncated")},
-            shape=(N,),
-            device=device,
-        )
-
-    def _make_board(self) -> None:
-        """Lay out the arrays of all games; one cell index is x S + y, as in MiniGrid's encode."""
-        N, S = self.num_envs, self.size
-        self._board = np.zeros((N, S * S, 4), np.uint8)  # the render state
-        self._carries = np.zeros(N, np.uint8)
-        self._cell = [0] * N  # of the agent
-        self._facing = [0] * N
-        self._ended = np.ones((N, 2), bool)  # terminated, truncated
-        self._ahead = [int(x) * S + int(y) for x, y in _AHEAD]
-
-        # Windows are gathered from codes with a margin of `reach` cells around the inside.
-        reach = S - 3
-        width = S - 2 + 2 * reach
-        self._codes = np.zeros((N, width, width), np.uint8)
-        self._walled = slice(reach - 1, reach + S - 1)  # where the grid lies in them
-        x, y = np.divmod(np.arange(S * S), S) + np.array([[reach - 1], [reach - 1]])
-        self._centre = x * width + y  # of the window, per cell
-        self._row = np.arange(N) * width * width  # first code of each game
-        steps = np.arange(-reach, reach + 1)
-        right = np.roll(_AHEAD, -1, axis=0)  # a quarter turn on
-        seen = (
-            -steps[:, None, None, None] * _AHEAD + steps[None, :, None, None] * right
-        )  # [rows, columns, facing, xy]
-        self._window = np.ascontiguousarray(
-            (seen[..., 0] * width + seen[..., 1]).reshape(-1, len(_AHEAD)).T
-        )
-
-    def _reset(self, tensordict: TensorDictBase | None = None, **_: Any) -> TensorDictBase:
-        asked = None if tensordict is None else tensordict.get("_reset", None)
-        games: Iterable[int] = range(self.num_envs)
-        if asked is not None:
-            games = asked.reshape(-1).nonzero().flatten().tolist()
-        for i in games:
-            self._begin(i)
-        return self._pack(np.zeros((self.num_envs, len(self.event_names)), bool))
-
-    def _begin(self, i: int) -> None:
-        game = self._games[i]
-        game.reset(seed=self.episode_seed(i, self._episodes[i]))
-        self._episodes[i] += 1
-        rows = [_EMPTY if thing is None else thing.encode() for thing in game.grid.grid]
-        grid = np.array(rows, np.uint8).reshape(self.size, self.size, 3)  # [y, x]
-        self._board[i, :, :3] = grid.swapaxes(0, 1).reshape(-1, 3)
-        self._carries[i] = 0
-        self._ended[i] = False
-        self._locate(i)
+    def _make_window(self) -> None:
+        """Where what is observed lies, from the agent, in a grid with a margin of ``_reach``."""
+        self._reach = reach = self.size - 3
+        self._width = self.size + 2 * reach
+        ahead, right = np.mgrid[reach : -reach - 1 : -1, -reach : reach + 1].reshape(2, -1)
+        step = _AHEAD @ (self._width, 1)  # by the direction faced
+        # [directions, cells]; to the right is a quarter turn on
+        self._window = np.outer(step, ahead) + np.outer(np.roll(step, -1), right)
 
     def games_state_dict(self) -> dict[str, Any]:
         """The games as they stand, for `load_games_state_dict`."""
@@ -210,8 +131,6 @@ class DoorKeyEnv(SeededEpisodes):
         return {
             "stream": self.get_extra_state(),
             "board": torch.from_numpy(self._board.copy()),
-            "cell": list(self._cell),
-            "facing": [int(facing) for facing in self._facing],
             "steps": [game.step_count for game in self._games],
             "carried": [[int(code) for code in thing] for thing in carried],
             "ended": torch.from_numpy(self._ended.copy()),
@@ -219,92 +138,173 @@ class DoorKeyEnv(SeededEpisodes):
 
     def load_games_state_dict(self, state: dict[str, Any]) -> None:
         """Put the games back where they were, in the middle of their episodes."""
+        from minigrid.core.grid import Grid
+        from minigrid.core.world_object import WorldObj
+
         self.set_extra_state(state["stream"])
         self._board[:] = state["board"].numpy()
         self._ended[:] = state["ended"].numpy()
-        self._cell, self._facing = list(state["cell"]), list(state["facing"])
         S = self.size
-        for i, game in enumerate(self._games):
-            game.grid, _ = Grid.decode(self._board[i, :, :3].reshape(S, S, 3))
-            game.agent_pos = divmod(self._cell[i], S)
-            game.agent_dir = self._facing[i]
-            game.step_count = state["steps"][i]
-            game.carrying = WorldObj.decode(*state["carried"][i])
-            self._carries[i] = game.carrying is not None
+        for game, board, steps, carried in zip(
+            self._games, self._board, state["steps"], state["carried"], strict=True
+        ):
+            game.grid, _ = Grid.decode(board[:, :3].reshape(S, S, 3))
+            cell = int(board[:, 3].argmax())
+            game.agent_pos, game.agent_dir = divmod(cell, S), int(board[cell, 3]) - 1
+            game.step_count, game.carrying = steps, WorldObj.decode(*carried)
 
-    def _locate(self, i: int) -> None:
-        x, y = self._games[i].agent_pos
-        self._cell[i] = int(x) * self.size + int(y)
-        self._facing[i] = self._games[i].agent_dir
+    def _reset(self, tensordict: TensorDictBase | None = None, **_: Any) -> TensorDictBase:
+        for i in self._asked(tensordict, "_reset"):
+            self._games[i].reset(seed=self.episode_seed(i, self._episodes[i]))
+            self._episodes[i] += 1
+            self._board[i] = minigrid_render_state(self._games[i]).reshape(-1, 4)
+            self._ended[i] = False
+        return self._pack(np.zeros((self.num_envs, len(self.event_names)), bool))
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         action = tensordict.get("action")
-        actions = action.tolist()
         whole = action.dtype == torch.int64 and action.shape == self.batch_size
-        if not whole or min(actions) < 0 or max(actions) >= _ACTIONS:
-            raise ValueError(
-                f"action is {shown(action)} with {shown(actions)}: pass int64 [{self.num_envs}] "
-                f"from 0 to {_ACTIONS - 1}."
-            )
-        asked = tensordict.get("_step", None)
-        games: Iterable[int] = range(self.num_envs)
-        if asked is not None:  # the others wait: their state stays, their reward is 0
-            games = asked.reshape(-1).nonzero().flatten().tolist()
+        require(whole, "action", action, f"pass int64 [{self.num_envs}]")
+        actions = action.tolist()
+        require(min(actions) >= 0 and max(actions) <= _DONE, "action", actions, "pass 0 to 6")
         events = np.zeros((self.num_envs, len(self.event_names)), bool)
         reward = np.zeros((self.num_envs, 1), np.float32)
-        for i in games:
-            action = actions[i]
-            if _PICKUP <= action < _DONE:
-                terminated, truncated = self._act_on_cell(i, action, events)
+        for i in self._asked(tensordict, "_step"):
+            if _PICKUP <= actions[i] < _DONE:
+                self._act_on_cell(i, actions[i], events[i])
             else:
-                _, reward[i], terminated, truncated, _ = self._games[i].step(action)
-                self._locate(i)
-                events[i, _GOAL] = terminated
-            self._ended[i] = terminated, truncated
-        packed = self._pack(events)
-        packed.set("reward", torch.from_numpy(reward).to(self.device))
-        return packed
+                _, reward[i], terminated, truncated, _ = self._games[i].step(actions[i])
+                self._ended[i] = terminated, truncated
+                events[i, _GOAL_EVENT] = terminated
+        return self._pack(events, reward)
 
-    def _act_on_cell(self, i: int, action: int, events: NDArray[np.bool_]) -> tuple[bool, bool]:
+    def _act_on_cell(self, i: int, action: int, events: NDArray[np.bool_]) -> None:
         """Pick up, drop or toggle: the agent stays, the cell in front of it may change."""
         game = self._games[i]
-        front = self._cell[i] + self._ahead[self._facing[i]]
-        x, y = divmod(front, self.size)
-        before = game.grid.get(x, y)
-        was_open = before is not None and before.type == "door" and before.is_open
-        _, _, terminated, truncated, _ = game.step(action)
-        after = game.grid.get(x, y)
-        self._board[i, front, :3] = _EMPTY if after is None else after.encode()
-        carries = game.carrying is not None
-        is_open = after is not None and after.type == "door" and after.is_open
-        events[i, _DOOR] = is_open and not was_open
-        events[i, _KEY] = carries and not self._carries[i]
-        self._carries[i] = carries
-        return terminated, truncated
+        x, y = game.front_pos
+        carried, was_open = game.carrying is not None, _is_open(game.grid.get(x, y))
+        _, _, *ended, _ = game.step(action)
+        self._ended[i] = ended
+        front = game.grid.get(x, y)
+        self._board[i, x * self.size + y, :3] = (_EMPTY, 0, 0) if front is None else front.encode()
+        events[_DOOR_EVENT] = _is_open(front) and not was_open
+        events[_KEY_EVENT] = game.carrying is not None and not carried
 
-    def _pack(self, events: NDArray[np.bool_]) -> TensorDict:
-        """Everything observed, in arrays of its own (the games' arrays live on)."""
-        N, S, board = self.num_envs, self.size, self._board
-        cell, facing = np.array(self._cell), np.array(self._facing)
+    def _pack(
+        self, events: NDArray[np.bool_], reward: NDArray[np.float32] | None = None
+    ) -> TensorDict:
+        N, S, reach, width, board = self.num_envs, self.size, self._reach, self._width, self._board
+        x, y, facing = np.array([(*g.agent_pos, g.agent_dir) for g in self._games], np.intp).T
         board[..., 3] = 0
-        board[np.arange(N), cell, 3] = facing + 1
-        codes = _OBSERVED.take(board[..., 0] | board[..., 2] << 4)
-        self._codes[:, self._walled, self._walled] = codes.reshape(N, S, S)
+        board[np.arange(N), x * S + y, 3] = facing + 1
+        codes = np.zeros((N, width, width), np.uint8)
+        inside = _OBSERVED.take(board[..., 0] | board[..., 2] << 4)
+        codes[:, reach:-reach, reach:-reach] = inside.reshape(N, S, S)
+        centre = (np.arange(N) * width + x + reach) * width + y + reach
         observation = np.empty((N, self._window.shape[1] + 1), np.uint8)
-        where = (self._row + self._centre.take(cell))[:, None] + self._window.take(facing, 0)
-        observation[:, :-1] = self._codes.reshape(-1).take(where)
-        observation[:, -1] = self._carries
-        terminated, truncated = self._ended[:, :1].copy(), self._ended[:, 1:].copy()
-        arrays = {
-            "observation": observation,
-            keys.RENDER_STATE: board.reshape(N, S, S, 4).copy(),
-            keys.EVENTS: events,
-            "done": terminated | truncated,
-            "terminated": terminated,
-            "truncated": truncated,
-        }
-        return TensorDict(
-            {name: torch.from_numpy(array) for name, array in arrays.items()},
-            batch_size=self.batch_size,
-            device=self.device,
-        )
+        observation[:, :-1] = codes.take(centre[:, None] + self._window.take(facing, 0))
+        observation[:, -1] = [game.carrying is not None for game in self._games]
+        render_state = board.reshape(N, S, S, 4).copy()
+        return self._outcome(observation, render_state, events, self._ended, reward)
+
+
+def _game(size: int, max_steps: int | None) -> Any:
+    """MiniGrid's DoorKey that computes no view of its own; before its reset it stands anywhere."""
+    from minigrid.envs.doorkey import DoorKeyEnv as MiniGridDoorKey
+
+    game: Any = MiniGridDoorKey(size=size, max_steps=max_steps)
+    game.gen_obs = dict
+    game.agent_pos, game.agent_dir = (0, 0), 0
+    return game
+
+
+def _is_open(thing: Any) -> bool:
+    return thing is not None and thing.type == "door" and thing.is_open
+
+
+class DoorKeyDemonstrator(TensorDictModuleBase):
+    """Acts optimally in `DoorKeyEnv`, from whatever state the games are in.
+
+    Key taken or dropped, door locked, shut or open: the action is the first of a shortest way
+    to the goal. It has no memory, so any share of its actions may be replaced by others.
+
+    | entry | dtype, shape | |
+    |---|---|---|
+    | ``render_state`` | uint8 ``[N, S, S, 4]`` | read |
+    | ``observation`` | uint8 ``[N, C + 1]``, the last 1 if the key is carried | read |
+    | ``action`` | int64 ``[N]`` | written |
+
+    Example:
+        >>> env = DoorKeyEnv(size=8, num_envs=4)
+        >>> bool(env.rollout(640, env.demonstrator())["next", "events"][..., 0].any())
+        True
+    """
+
+    in_keys = (RENDER_STATE, "observation")
+    out_keys = ("action",)
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write the action of each game."""
+        state = tensordict.get(RENDER_STATE)
+        grids = state.reshape(-1, *state.shape[-3:]).cpu().numpy()
+        carries = tensordict.get("observation")[..., -1].reshape(-1).tolist()
+        actions = []
+        for grid, carried in zip(grids, carries, strict=True):
+            plan = _plan(grid[..., :3].tobytes(), len(grid), bool(carried))
+            x, y = np.argwhere(grid[..., 3])[0]
+            actions.append(int(plan[grid[x, y, 3] - 1, x, y]))
+        action = torch.tensor(actions, device=state.device)
+        return tensordict.set("action", action.reshape(state.shape[:-3]))
+
+
+_NEVER = 1 << 20  # actions; more than any way is long
+
+
+@lru_cache(maxsize=4096)  # a layout occurs again and again: only key and door ever change it
+def _plan(grid: bytes, size: int, carries: bool) -> NDArray[np.uint8]:
+    """The best action of an agent that looks in direction d at cell x, y: uint8 ``[4, S, S]``.
+
+    By the actions still to be made, ``cost`` ``[4, S, S]``, and those before a cell can be entered,
+    ``toll`` ``[S, S]``.
+    """
+    kind, _, state = np.moveaxis(np.frombuffer(grid, np.uint8).reshape(size, size, 3), -1, 0)
+    key, locked = kind == _KEY, (kind == _DOOR) & (state == _LOCKED)
+    toll = np.where(kind == _WALL, _NEVER, 0)
+    toll[key | (kind == _DOOR) & (state != _OPEN)] = 1  # taken, opened
+    cost = np.broadcast_to(np.where(kind == _GOAL, 0, _NEVER), (4, size, size))
+    if locked.any() and not carries:
+        # Two legs: the key is worth what the way with it costs from where it is taken.
+        with_key = _relax(cost, np.where(key, 0, toll))
+        facing = np.stack([_shift(key, way) for way in _AHEAD])
+        blocked = np.where(key | locked, _NEVER, toll)
+        cost = _relax(np.where(facing, 1 + with_key, _NEVER), blocked)
+        ahead = np.where(facing, with_key, _ahead(cost, blocked))
+    else:
+        cost = _relax(cost, toll)
+        ahead = _ahead(cost, toll)
+    act = np.where(toll == 0, _FORWARD, np.where(key, _PICKUP, _TOGGLE))
+    ahead_act = np.stack([_shift(act, way) for way in _AHEAD])
+    turns = np.roll(cost, 1, 0), np.roll(cost, -1, 0)  # what facing one further left, right costs
+    choices = np.stack([ahead, *turns])
+    best: NDArray[np.int64] = np.choose(choices.argmin(0), [ahead_act, _LEFT, _RIGHT])
+    return best.astype(np.uint8)  # thousands of them are kept
+
+
+def _relax(cost: NDArray[np.int64], toll: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Lower the actions still to be made until no action lowers one further."""
+    while True:
+        turned = np.minimum(np.roll(cost, 1, 0), np.roll(cost, -1, 0))
+        lower: NDArray[np.int64] = np.minimum(cost, 1 + np.minimum(turned, _ahead(cost, toll)))
+        if (lower == cost).all():
+            return lower
+        cost = lower
+
+
+def _ahead(cost: NDArray[np.int64], toll: NDArray[np.int64]) -> NDArray[np.int64]:
+    """What is left after one action on the cell in front, ``[4, S, S]``: a step, or its toll."""
+    return np.stack([_shift(toll + cost[d], way) for d, way in enumerate(_AHEAD)])
+
+
+def _shift(cells: NDArray[Any], way: NDArray[np.int64]) -> NDArray[Any]:
+    """What lies ahead of each cell; round the border comes wall."""
+    return np.roll(cells, tuple(-way), (0, 1))

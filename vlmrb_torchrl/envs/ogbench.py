@@ -1,33 +1,36 @@
 """OGBench's manipulation tasks on one scene: a cube, a drawer, a window and the buttons that lock.
 
-The dynamics and rewards are OGBench's own, step for step (arXiv 2410.20092). MuJoCo is imported
-when an environment is built, not before.
+The dynamics and rewards are OGBench's own, step for step (arXiv 2410.20092). It is imported when an
+environment is built, not before.
 """
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
+from importlib import import_module
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tensordict import TensorDict, TensorDictBase
-from torchrl.data import Binary, Bounded, Categorical, Composite, Unbounded
+from tensordict import TensorDictBase
+from torchrl.data import Bounded, Unbounded
 
-from vlmrb_torchrl import keys
-from vlmrb_torchrl.checks import checked_device, is_whole, quoted, shown
-from vlmrb_torchrl.envs.ogbench_simulator import build_games, simulator
-from vlmrb_torchrl.envs.ogbench_workers import RemoteGames
-from vlmrb_torchrl.envs.seeds import SeededEpisodes, check_games, check_seed
+from vlmrb_torchrl.checks import is_whole, require
+from vlmrb_torchrl.envs.base import SeededEpisodes
 from vlmrb_torchrl.prompts import OGBENCH
 from vlmrb_torchrl.renderers.mujoco import MuJoCoRenderer, Stage
 
 if TYPE_CHECKING:
     from vlmrb_torchrl.envs.ogbench_demonstrator import OGBenchDemonstrator
-    from vlmrb_torchrl.envs.ogbench_games import Outcome
+    from vlmrb_torchrl.envs.ogbench_games import Games, Outcome
 
 SUBTASKS = {
     "scene": ("cube", "drawer_lock", "window_lock", "drawer", "window"),
@@ -37,16 +40,6 @@ SUBTASKS = {
 _ENV_ID = re.compile(rf"({'|'.join(SUBTASKS)})-singletask-task[1-5]-v0")
 
 
-def ogbench_renderer(env_id: str, width: int, height: int, **options: Any) -> MuJoCoRenderer:
-    """A renderer of a task's render states; see ``MuJoCoRenderer`` for the arguments."""
-    return MuJoCoRenderer(partial(_stage, env_id), width, height, **options)
-
-
-def _stage(env_id: str) -> Stage:
-    scene: Stage = simulator().game(env_id)
-    return scene
-
-
 def event_names(env_id: str) -> tuple[str, ...]:
     """Names of the events of a task: success, then one for each subtask.
 
@@ -54,12 +47,48 @@ def event_names(env_id: str) -> tuple[str, ...]:
         ValueError: It is no task of the scene or of the single cube.
     """
     match = _ENV_ID.fullmatch(env_id) if isinstance(env_id, str) else None
-    if match is None:
-        raise ValueError(
-            f"env_id={quoted(env_id)}: take scene-singletask-task1-v0 to task5, "
-            "or cube-single-singletask-task1-v0 to task5."
-        )
+    known = "take scene-singletask-task1-v0 to task5, or cube-single-singletask-task1-v0 to task5"
+    require(match is not None, "env_id", env_id, known)
+    assert match is not None
     return ("success", *SUBTASKS[match[1]])
+
+
+def ogbench_renderer(env_id: str, width: int, height: int, **options: Any) -> MuJoCoRenderer:
+    """A renderer of a task's render states; see ``MuJoCoRenderer`` for the arguments."""
+    return MuJoCoRenderer(partial(_stage, env_id), width, height, **options)
+
+
+def _stage(env_id: str) -> Stage:
+    stage: Stage = simulator().game(env_id)
+    return stage
+
+
+def _games(env_id: str, num_games: int) -> Games:
+    games: Games = simulator().Games(env_id, num_games)
+    return games
+
+
+def simulator() -> Any:
+    """The module of OGBench's games, whose import takes a second.
+
+    OGBench imports dm_control, which looks for a graphics library once and for all, and fails
+    where ``MUJOCO_GL`` names one that is not here; the games draw nothing, so it is told not to.
+
+    Raises:
+        ImportError: OGBench is not installed.
+    """
+    asked = os.environ.get("MUJOCO_GL")
+    try:
+        import_module("mujoco")  # its own choice of a graphics library is the user's
+        os.environ["MUJOCO_GL"] = "disabled"
+        return import_module("vlmrb_torchrl.envs.ogbench_games")
+    except ModuleNotFoundError as error:
+        install = "pip install 'vlmrb-torchrl[ogbench]'"
+        raise ImportError(f"OGBench's tasks need OGBench ({error}): {install}") from error
+    finally:
+        os.environ.pop("MUJOCO_GL", None)
+        if asked is not None:
+            os.environ["MUJOCO_GL"] = asked
 
 
 class OGBenchEnv(SeededEpisodes):
@@ -121,22 +150,22 @@ class OGBenchEnv(SeededEpisodes):
         device: torch.device | str | None = None,
     ) -> None:
         self.event_names = event_names(env_id)
-        check_games(num_envs, held_out)
-        if max_steps is not None and not is_whole(max_steps, 1):
-            raise ValueError(
-                f"max_steps={shown(max_steps)}: take 1 or more, or None for OGBench's own."
-            )
-        if not is_whole(workers, 1, num_envs):
-            raise ValueError(f"workers={shown(workers)}: take 1 to num_envs ({num_envs}).")
-        check_seed(seed)
-        device = None if device is None else checked_device(device)
-        super().__init__(device=device, batch_size=torch.Size([num_envs]))
-        self.env_id, self.num_envs, self.workers = env_id, num_envs, workers
-        self.held_out = held_out
+        limited = max_steps is None or is_whole(max_steps, 1)
+        require(limited, "max_steps", max_steps, "take 1 or more, or None for OGBench's own")
+        super().__init__(num_envs, seed=seed, held_out=held_out, device=device)
+        most = f"take 1 to num_envs ({num_envs})"
+        require(is_whole(workers, 1, num_envs), "workers", workers, most)
+        self.env_id, self.workers = env_id, workers
         first = self._open()
-        self.max_steps = self._time_limit() if max_steps is None else max_steps
-        self._set_seed(seed)
-        self._make_specs(first)
+        if max_steps is None:
+            import gymnasium
+
+            max_steps = gymnasium.spec(env_id).max_episode_steps
+        assert max_steps is not None
+        self.max_steps = max_steps
+        observation = Unbounded(first.observation.shape, dtype=torch.float32)
+        self._observe(observation, Bounded(0, 255, first.render_state.shape, dtype=torch.uint8))
+        self.action_spec = Bounded(-1, 1, (num_envs, 5), dtype=torch.float32)
 
     def renderer(
         self,
@@ -178,10 +207,9 @@ class OGBenchEnv(SeededEpisodes):
         simulator()  # refuses here, not in a process
         self._shares = np.array_split(np.arange(self.num_envs), self.workers)
         self._ended = np.zeros((self.num_envs, 2), bool)  # terminated, truncated
-        self._steps = np.zeros(self.num_envs, np.int64)
         self._begun = [0] * self.num_envs  # seeds of the episodes in progress
         self._played: list[list[NDArray[np.float32]]] = [[] for _ in self._begun]  # their actions
-        mine, *others = (partial(build_games, self.env_id, len(share)) for share in self._shares)
+        mine, *others = (partial(_games, self.env_id, len(share)) for share in self._shares)
         try:
             for theirs in others:
                 self._remote.append(RemoteGames(theirs))
@@ -190,11 +218,6 @@ class OGBenchEnv(SeededEpisodes):
         except BaseException:
             self._end_remote()
             raise
-
-    def _time_limit(self) -> int:
-        import gymnasium
-
-        return int(gymnasium.spec(self.env_id).max_episode_steps or 0)
 
     def _ask(self, method: str, arguments: Mapping[int, Any]) -> Outcome:
         """Call a method of all games, with an argument for each game that it concerns."""
@@ -209,56 +232,29 @@ class OGBenchEnv(SeededEpisodes):
         answers = [local, *(remote.receive() for remote in self._remote)]
         return type(local)(*(np.concatenate(parts) for parts in zip(*answers, strict=True)))
 
-    def _make_specs(self, first: Outcome) -> None:
-        N, device = self.num_envs, self.device
-        flag = Categorical(2, shape=(N, 1), dtype=torch.bool, device=device)
-        state, E = first.render_state.shape, len(self.event_names)
-        self.observation_spec = Composite(
-            {
-                "observation": Unbounded(first.observation.shape, device, torch.float32),
-                keys.RENDER_STATE: Bounded(0, 255, state, device, torch.uint8),
-                keys.EVENTS: Binary(E, (N, E), device, torch.bool),
-            },
-            shape=(N,),
-            device=device,
-        )
-        self.action_spec = Bounded(-1, 1, (N, 5), device, torch.float32)
-        self.reward_spec = Unbounded((N, 1), device, torch.float32)
-        self.done_spec = Composite(
-            {name: flag.clone() for name in ("done", "terminated", "truncated")},
-            shape=(N,),
-            device=device,
-        )
-
     def _reset(self, tensordict: TensorDictBase | None = None, **_: Any) -> TensorDictBase:
-        games = self._concerned(tensordict, "_reset")
-        seeds = {i: self.episode_seed(i, self._episodes[i]) for i in games}
+        games = self._asked(tensordict, "_reset")
         for i in games:
+            self._begun[i], self._played[i] = self.episode_seed(i, self._episodes[i]), []
             self._episodes[i] += 1
-        self._ended[games], self._steps[games] = False, 0
-        for i, seed in seeds.items():
-            self._begun[i], self._played[i] = seed, []
-        outcome = self._ask("begin", seeds)
-        return self._pack(outcome, np.zeros_like(outcome.events))
+        self._ended[games] = False
+        seen = self._ask("begin", {i: self._begun[i] for i in games})
+        nothing = np.zeros_like(seen.events)
+        return self._outcome(seen.observation, seen.render_state, nothing, self._ended, None)
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        games = self._concerned(tensordict, "_step")
         action = tensordict.get("action")
-        if action.shape != (self.num_envs, 5) or not bool((action.abs() <= 1).all()):
-            raise ValueError(
-                f"action is {shown(action)} or outside [-1, 1]: pass float32 [{self.num_envs}, 5] "
-                "within."
-            )
+        within = action.shape == (self.num_envs, 5) and bool((action.abs() <= 1).all())
+        got = f"pass float32 [{self.num_envs}, 5] within [-1, 1]"
+        require(within, "action", action, got)
         actions = action.detach().cpu().numpy()
-        outcome = self._ask("play", {i: actions[i] for i in games})
+        games = self._asked(tensordict, "_step")
+        seen = self._ask("play", {i: actions[i] for i in games})
         for i in games:
             self._played[i].append(actions[i].copy())
-        self._steps[games] += 1
-        self._ended[games, 0] = outcome.terminated[games]
-        self._ended[games, 1] = self._steps[games] >= self.max_steps
-        packed = self._pack(outcome, outcome.events)
-        packed.set("reward", torch.from_numpy(outcome.reward[:, None]).to(self.device))
-        return packed
+            self._ended[i] = seen.terminated[i], len(self._played[i]) >= self.max_steps
+        reward = seen.reward[:, None]
+        return self._outcome(seen.observation, seen.render_state, seen.events, self._ended, reward)
 
     def games_state_dict(self) -> dict[str, Any]:
         """The games as they stand: the seed of each episode, and what was done in it.
@@ -279,31 +275,84 @@ class OGBenchEnv(SeededEpisodes):
         self.set_extra_state(state["stream"])
         self._begun = list(state["begun"])
         self._played = [list(actions.numpy()) for actions in state["played"]]
-        self._steps[:] = [len(actions) for actions in self._played]
         self._ended[:] = state["ended"].numpy()
         self._ask("begin", dict(enumerate(self._begun)))
-        for step in range(self._steps.max()):
+        for step in range(max(map(len, self._played))):
             self._ask("play", {i: a[step] for i, a in enumerate(self._played) if step < len(a)})
 
-    def _concerned(self, tensordict: TensorDictBase | None, mask: str) -> list[int]:
-        asked = None if tensordict is None else tensordict.get(mask, None)
-        if asked is None:
-            return list(range(self.num_envs))
-        games: list[int] = asked.reshape(-1).nonzero().flatten().tolist()
-        return games
 
-    def _pack(self, outcome: Outcome, events: NDArray[np.bool_]) -> TensorDict:
-        terminated, truncated = self._ended[:, :1].copy(), self._ended[:, 1:].copy()
-        arrays = {
-            "observation": outcome.observation,
-            keys.RENDER_STATE: outcome.render_state,
-            keys.EVENTS: events,
-            "done": terminated | truncated,
-            "terminated": terminated,
-            "truncated": truncated,
-        }
-        return TensorDict(
-            {name: torch.from_numpy(array) for name, array in arrays.items()},
-            batch_size=self.batch_size,
-            device=self.device,
+_GOODBYE_SECONDS = 5.0
+_GRACE_SECONDS = 10
+"""How long a process asked to end by SIGTERM still answers: where a whole job is asked, whoever
+plays finishes a step and saves."""
+
+
+class RemoteGames:
+    """`Games` in a process of its own: `send` returns at once, `receive` waits for the answer.
+
+    Args:
+        build: Builds the games, in that process; it is pickled.
+    """
+
+    def __init__(self, build: Callable[[], Any]) -> None:
+        # Never by a fork: this process has threads, and a picture's context, maybe.
+        context = get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(theirs, build), name="games", daemon=True
         )
+        self._process.start()
+        theirs.close()
+        self._calls = 0
+
+    def send(self, method: str, argument: Any) -> None:
+        """Call a method of the games."""
+        self._calls += 1
+        with self._alive():
+            self._connection.send((self._calls, method, argument))
+
+    def receive(self) -> Any:
+        """What the method called last returned; answers nobody waited for are passed over.
+
+        Raises:
+            RuntimeError: The process has died; what it wrote says why.
+        """
+        call, answer = 0, None
+        with self._alive():
+            while call != self._calls:
+                call, answer = self._connection.recv()
+        return answer
+
+    @contextmanager
+    def _alive(self) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, OSError):
+            self._process.join(_GOODBYE_SECONDS)
+            code = self._process.exitcode
+            raise RuntimeError(
+                f"A process of games has died (exit code {code}): its last words are above; "
+                "with workers=1 the games run in this process."
+            ) from None
+
+    def close(self) -> None:
+        """End the process."""
+        self._connection.close()
+        self._process.join(_GOODBYE_SECONDS)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join(_GOODBYE_SECONDS)
+
+
+def _serve(connection: Connection, build: Callable[[], Any]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever asks ends it, by closing
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS))
+    games = build()
+    while True:
+        try:
+            call, method, argument = connection.recv()
+        except (EOFError, OSError):  # closed, maybe before the last answer was read
+            return
+        answer = getattr(games, method)(argument)
+        with suppress(OSError):
+            connection.send((call, answer))

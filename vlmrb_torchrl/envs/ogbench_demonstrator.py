@@ -26,8 +26,10 @@ _CENTRE, _SCALE = np.array([0.425, 0.0, 0.0]), 10.0  # of positions in the obser
 _OPEN = -0.16  # position of the open drawer
 # Where a cube is let down into the open drawer, so that closing it brings the cube to its goal.
 _INTO_DRAWER = np.array([0.33, -0.23, 0.066])
+_LOCKS = {"drawer": "button_0", "window": "button_1"}  # pressed, they lock and unlock
 
 Info = dict[str, Any]
+Place = NDArray[np.float64]  # x, y, z in metres
 
 
 class _Oracle(NamedTuple):
@@ -38,16 +40,23 @@ class _Oracle(NamedTuple):
     tight: float  # metres: it goes on until its object is this close to the target
 
 
-class _Slide(NamedTuple):
-    """A handle on a rail."""
+class _Slide:
+    """A handle on a rail, measured by moving it."""
 
-    origin: NDArray[np.float64]  # of the handle at position 0, [3]
-    axis: NDArray[np.float64]  # metres per unit of position, [3]
-    yaw: float
+    def __init__(self, scene: Any, name: str) -> None:
+        site, rail = scene._data.site(f"{name}_handle_center"), scene._data.joint(f"{name}_slide")
+        places = []
+        for position in (0.0, 0.1):
+            rail.qpos[0] = position
+            mujoco.mj_kinematics(scene.model, scene.data)
+            places.append(site.xpos.copy())
+        self._origin, self._axis = places[0], (places[1] - places[0]) / 0.1
+        self.yaw = np.array([float(np.arctan2(site.xmat[3], site.xmat[0]))])
 
-    def at(self, position: float) -> NDArray[np.float64]:
+    def at(self, position: float) -> Place:
         """Where the handle is."""
-        return self.origin + position * self.axis
+        place: Place = self._origin + position * self._axis
+        return place
 
 
 class OGBenchDemonstrator(TensorDictModuleBase):
@@ -79,20 +88,25 @@ class OGBenchDemonstrator(TensorDictModuleBase):
     def __init__(self, env_id: str) -> None:
         super().__init__()
         scene = game(env_id)
-        goal = scene.cur_task_info.get("goal", {})
+        goal = scene.cur_task_info.get("goal", {})  # the single cube has none
         self._goal = goal
         self._cube_goal = goal["block_xyzs"][0] if goal else scene.cur_task_info["goal_xyzs"][0]
+        button = _Oracle(ButtonMarkovOracle(env=None), 0.16, 0.0)
         self._oracles = {
             "cube": _Oracle(CubeMarkovOracle(env=None, min_norm=_GENTLE), 0.16, 0.02),
             "drawer": _Oracle(DrawerMarkovOracle(env=None), 0.18, 0.02),
             "window": _Oracle(WindowMarkovOracle(env=None), 0.28, 0.02),
-            "button": _Oracle(ButtonMarkovOracle(env=None), 0.16, 0.0),
+            "button_0": button,
+            "button_1": button,
         }
         for oracle in self._oracles.values():  # what their reset draws at random
             oracle.act._final_pos, oracle.act._final_yaw, oracle.act._step = _REST, 0.0, 0
         if goal:
-            self._slides = {name: _slide(scene, name) for name in ("drawer", "window")}
-            self._tops = [scene._data.site(f"btntop_{i}").xpos.copy() for i in range(2)]
+            self._slides = {name: _Slide(scene, name) for name in _LOCKS}
+            self._tops = {
+                button: scene._data.site(f"btntop_{button[-1]}").xpos.copy()
+                for button in _LOCKS.values()
+            }
             self._stow = self._in_drawer(self._cube_goal, goal["drawer_pos"], held=False)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -107,101 +121,81 @@ class OGBenchDemonstrator(TensorDictModuleBase):
         info = _info(row)
         if not self._goal:
             return self._move("cube", self._cube_goal, info)
+        # Where the hand has to go first.
+        places = {"cube": info["privileged/block_0_pos"]}
         for name, slide in self._slides.items():
-            info[f"privileged/{name}_handle_pos"] = slide.at(info[f"privileged/{name}_pos"][0])
-            info[f"privileged/{name}_handle_yaw"] = np.array([slide.yaw])
-        name, target = self._next(info)
+            places[name] = slide.at(info[f"privileged/{name}_pos"][0])
+            info[f"privileged/{name}_handle_pos"] = places[name]
+            info[f"privileged/{name}_handle_yaw"] = slide.yaw
+        places |= self._tops
+        name, target = self._next(info, places)
         hand = info["proprio/effector_pos"]
-        if _flat_distance(self._place(name, target, info), hand) > _ALIGNED:
-            for other, at in self._objects(info):
-                place = self._place(other, at, info)
+        if _flat_distance(places[name], hand) > _ALIGNED:
+            for other, place in places.items():
                 if _flat_distance(place, hand) <= _CLOSE and hand[2] < self._oracles[other].safe:
-                    return self._move(other, at, info, leave=True)
+                    return self._move(other, place, info, leave=True)
         return self._move(name, target, info)
 
-    def _next(self, info: Info) -> tuple[str, Any]:
-        """What is to be done now: an oracle's name, and its target."""
-        goal, cube = self._goal, info["privileged/block_0_pos"]
-        drawer = info["privileged/drawer_pos"][0]
-        if self._stow and not self._in_drawer(cube, drawer, self._held(cube, info)):
-            return self._slid("drawer", _OPEN, info) or ("cube", _INTO_DRAWER)
-        if not self._stow and self._far("cube", cube, self._cube_goal, info):
+    def _next(self, info: Info, places: dict[str, Place]) -> tuple[str, Place]:
+        """What is to be done now: an object's name, and its target (of a button, itself)."""
+        hand = info["proprio/effector_pos"]
+
+        def held(name: str) -> bool:
+            return bool(np.linalg.norm(places[name] - hand) <= _CLOSE)
+
+        def far(name: str, target: Place) -> bool:
+            """Whether it is not there yet: measured closer while the hand is at it."""
+            within = self._oracles[name].tight if held(name) else _LOOSE
+            return bool(np.linalg.norm(places[name] - target) > within)
+
+        def slid(name: str, position: float) -> tuple[str, Place] | None:
+            """Bring a handle to its position, unlocked; None if it is there."""
+            target, lock = self._slides[name].at(position), _LOCKS[name]
+            if not far(name, target):
+                return None
+            return (name, target) if info[f"privileged/{lock}_state"] else (lock, places[lock])
+
+        goal, cube, drawer = self._goal, places["cube"], info["privileged/drawer_pos"][0]
+        if self._stow and not self._in_drawer(cube, drawer, held("cube")):
+            return slid("drawer", _OPEN) or ("cube", _INTO_DRAWER)
+        if not self._stow and far("cube", self._cube_goal):
             return "cube", self._cube_goal
-        for name in ("drawer", "window"):
-            if task := self._slid(name, goal[f"{name}_pos"], info):
+        for name in self._slides:
+            if task := slid(name, goal[f"{name}_pos"]):
                 return task
-        for i in range(2):
-            if info[f"privileged/button_{i}_state"] != goal["button_states"][i]:
-                return "button", i
+        for button, state in zip(self._tops, goal["button_states"], strict=True):
+            if info[f"privileged/{button}_state"] != state:
+                return button, places[button]
         return "cube", cube
 
-    def _slid(self, name: str, position: float, info: Info) -> tuple[str, Any] | None:
-        """Bring a handle to its position, unlocked; None if it is there."""
-        slide, lock = self._slides[name], ("drawer", "window").index(name)
-        handle = info[f"privileged/{name}_handle_pos"]
-        if not self._far(name, handle, slide.at(position), info):
-            return None
-        if info[f"privileged/button_{lock}_state"] == 0:
-            return "button", lock
-        return name, slide.at(position)
-
-    def _held(self, where: NDArray[np.float64], info: Info) -> bool:
-        return bool(np.linalg.norm(where - info["proprio/effector_pos"]) <= _CLOSE)
-
-    def _far(self, name: str, where: Any, target: Any, info: Info) -> bool:
-        """Whether an object is not there yet: measured closer while the hand is at it."""
-        within = self._oracles[name].tight if self._held(where, info) else _LOOSE
-        return bool(np.linalg.norm(where - target) > within)
-
-    def _in_drawer(self, cube: NDArray[np.float64], drawer: float, held: bool) -> bool:
+    def _in_drawer(self, cube: Place, drawer: float, held: bool) -> bool:
         """OGBench's own ``_is_in_drawer``, for a cube that is let down in the middle."""
         x, y = _INTO_DRAWER[0], self._slides["drawer"].at(drawer)[1]
         aside = 0.02 if held else 0.037
         low, high = np.array([x - aside, y - 0.27, 0.0]), np.array([x + aside, y - 0.07, 0.09])
         return bool((low <= cube).all() and (cube <= high).all())
 
-    def _objects(self, info: Info) -> list[tuple[str, Any]]:
-        handles = [(name, info[f"privileged/{name}_handle_pos"]) for name in self._slides]
-        tops = [("button", i) for i in range(2)]
-        return [("cube", info["privileged/block_0_pos"]), *handles, *tops]
-
-    def _place(self, name: str, target: Any, info: Info) -> Any:
-        """Where the hand has to go first."""
-        if name == "button":
-            return self._tops[target]
-        return info["privileged/block_0_pos" if name == "cube" else f"privileged/{name}_handle_pos"]
-
-    def _move(self, name: str, target: Any, info: Info, leave: bool = False) -> NDArray[np.float64]:
+    def _move(
+        self, name: str, target: Place, info: Info, leave: bool = False
+    ) -> NDArray[np.float64]:
         """What the oracle does; where its object is in its place, it lets go of it and rises."""
-        if name == "button":
-            state = info[f"privileged/button_{target}_state"]
-            info["privileged/target_button"] = target
-            info["privileged/target_button_top_pos"] = self._tops[target]
-            info["privileged/target_button_state"] = state if leave else 1 - state
-        elif name == "cube":
+        if name == "cube":
             info["privileged/target_block"] = 0
             info["privileged/target_block_pos"] = target
             info["privileged/target_block_yaw"] = np.zeros(1)
-        else:
+        elif name in self._slides:
             info[f"privileged/target_{name}_handle_pos"] = target
+        else:
+            state = info[f"privileged/{name}_state"]
+            info["privileged/target_button"] = int(name[-1])
+            info["privileged/target_button_top_pos"] = target
+            info["privileged/target_button_state"] = state if leave else 1 - state
         action: NDArray[np.float64] = self._oracles[name].act.select_action(None, info)
         return action
 
 
-def _flat_distance(a: Any, b: Any) -> float:
+def _flat_distance(a: Place, b: Place) -> float:
     return float(np.linalg.norm(a[:2] - b[:2]))
-
-
-def _slide(scene: Any, name: str) -> _Slide:
-    """Measure a rail by moving its handle."""
-    site, rail = scene._data.site(f"{name}_handle_center"), scene._data.joint(f"{name}_slide")
-    places = []
-    for position in (0.0, 0.1):
-        rail.qpos[0] = position
-        mujoco.mj_kinematics(scene.model, scene.data)
-        places.append(site.xpos.copy())
-    yaw = np.arctan2(site.xmat[3], site.xmat[0])
-    return _Slide(places[0], (places[1] - places[0]) / 0.1, float(yaw))
 
 
 def _info(row: NDArray[np.float64]) -> Info:

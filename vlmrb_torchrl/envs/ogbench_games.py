@@ -1,8 +1,8 @@
 """OGBench's simulators, as `OGBenchEnv` plays them: compiled once, many games on one model.
 
 The dynamics are OGBench's own code. Added is what a batch of games needs: they share a compiled
-model, what OGBench computes again and again in a step is kept, and
-the actions that OGBench itself draws at a reset follow the seed.
+model, what OGBench computes again and again in a step is kept, and the actions that OGBench itself
+draws at a reset follow the seed.
 
 N: games, D: numbers observed, S: bytes of a render state, E: events.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from functools import lru_cache
-from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 
 import gymnasium
@@ -20,7 +19,10 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 from ogbench.manipspace.envs.cube_env import CubeEnv
+from ogbench.manipspace.envs.manipspace_env import ManipSpaceEnv
 from ogbench.manipspace.envs.scene_env import SceneEnv
+
+from vlmrb_torchrl.checks import require
 
 
 class Outcome(NamedTuple):
@@ -33,32 +35,21 @@ class Outcome(NamedTuple):
     terminated: NDArray[np.bool_]  # [N]
 
 
-class _Game:
+class _Game(ManipSpaceEnv):  # type: ignore[misc]
     """What is added to OGBench's environments, by inheritance before them."""
 
-    first_task: str
-    detours: Mapping[int, NDArray[np.bool_]] = MappingProxyType({})  # of the tasks that have any
-    _actions = gymnasium.spaces.Box(-1.0, 1.0, (5,), np.float32)
-    _damping: NDArray[np.float64]
-    _done: NDArray[np.bool_]  # subtasks
-    _due: NDArray[np.bool_]  # subtasks whose event can still come
-    _detours: NDArray[np.bool_] | np.bool_ = np.False_  # subtasks that are to be undone and redone
+    # One space for all: OGBench makes a new one, unseeded, for each action that it draws.
+    action_space = gymnasium.spaces.Box(-1.0, 1.0, (5,), np.float32)
+    detours: NDArray[np.bool_] | np.bool_ = np.False_  # subtasks that are to be undone and redone
     _info: dict[str, Any] | None = None  # of the observation
     _found: Any = None  # OGBench's verdict on the subtasks
-    _model: Any
-    _data: Any
-
-    @property
-    def action_space(self) -> gymnasium.spaces.Box:
-        """One space for all: OGBench makes a new one, unseeded, for each action that it draws."""
-        return self._actions
 
     def begin(self, seed: int) -> None:
         """Reset to the episode that belongs to ``seed``."""
-        self._actions.seed(seed)
-        self.observed, _ = self.reset(seed=seed)  # type: ignore[attr-defined]
+        self.action_space.seed(seed)
+        self.observed, _ = self.reset(seed=seed)
         self._done = self.subtasks()
-        self._due = ~self._done | self._detours
+        self._due = ~self._done | self.detours  # subtasks whose event can still come
         self.events = np.zeros(1 + len(self._done), bool)
         self.reward, self.terminated = 0.0, False
         self._damping = self._model.dof_damping.copy()
@@ -71,7 +62,7 @@ class _Game:
         """
         # Locks are joints with a large damping, in the model that all games share.
         self._model.dof_damping[:] = self._damping
-        self.observed, self.reward, self.terminated, _, info = self.step(action)  # type: ignore[attr-defined]
+        self.observed, self.reward, self.terminated, _, info = self.step(action)
         self._damping = self._model.dof_damping.copy()
         before, self._done = self._done, self.subtasks()
         completed = self._due & self._done & ~before
@@ -88,7 +79,7 @@ class _Game:
 
     def subtasks(self) -> NDArray[np.bool_]:
         """Which subtasks are done, bool ``[E - 1]``."""
-        raise NotImplementedError
+        return np.array(self._compute_successes(), bool)
 
     def pack(self) -> NDArray[np.uint8]:
         """The render state, uint8 ``[S]``: see `OGBenchEnv`."""
@@ -99,77 +90,67 @@ class _Game:
         """Put the scene into a render state, as OGBench would have drawn it."""
         cuts = 8 * self._model.nq, 8 * self._model.nq + 4 * self._model.nv
         length = cuts[1] + len(self._buttons())
-        if state.dtype != np.uint8 or state.shape != (length,):
-            got = f"{state.dtype} {list(state.shape)}"
-            raise ValueError(f"render_state is {got}: pass uint8 [*B, {length}].")
+        fits = state.dtype == np.uint8 and state.shape == (length,)
+        got = f"{state.dtype} {list(state.shape)}"
+        require(fits, "render_state", got, f"pass uint8 [*B, {length}]")
         qpos, qvel, buttons = np.split(state, cuts)
         self._found = None
-        self._restore(qpos.view(np.float64), qvel.view(np.float32), buttons)
-        colours: Any = self._cube_colors  # type: ignore[attr-defined]
-        if self.subtasks()[0]:
-            colours = self._cube_success_colors  # type: ignore[attr-defined]
-        for geom in self._cube_geom_ids_list[0]:  # type: ignore[attr-defined]
+        self.set_state(
+            qpos.view(np.float64), qvel.view(np.float32), *([buttons] if len(buttons) else [])
+        )
+        colours = self._cube_success_colors if self.subtasks()[0] else self._cube_colors
+        for geom in self._cube_geom_ids_list[0]:
             self._model.geom_rgba[geom, :3] = colours[0, :3]
 
     def _buttons(self) -> NDArray[np.uint8]:
-        return np.zeros(0, np.uint8)
-
-    def _restore(self, qpos: Any, qvel: Any, buttons: Any) -> None:
-        self.set_state(qpos, qvel)  # type: ignore[attr-defined]
+        return np.asarray(getattr(self, "_cur_button_states", ()), np.uint8)
 
     # What OGBench computes before, in and after a step does not change in between: kept here.
 
     def compute_ob_info(self) -> dict[str, Any]:
         if self._info is None:
-            self._info = super().compute_ob_info()  # type: ignore[misc]
+            self._info = super().compute_ob_info()
         return self._info
 
     def _compute_successes(self) -> Any:
         if self._found is None:
-            self._found = super()._compute_successes()  # type: ignore[misc]
+            self._found = super()._compute_successes()
         return self._found
 
     def pre_step(self) -> None:
-        super().pre_step()  # type: ignore[misc]
+        super().pre_step()
         self._info = self._found = None
 
     def initialize_arm(self) -> None:
         self._info = self._found = None
-        super().initialize_arm()  # type: ignore[misc]
+        super().initialize_arm()
+
+
+class _SceneGame(_Game, SceneEnv):  # type: ignore[misc]
+    def subtasks(self) -> NDArray[np.bool_]:
+        cubes, buttons, drawer, window = self._compute_successes()
+        return np.array([*cubes, *buttons, drawer, window], bool)
+
+
+class _CubeGame(_Game, CubeEnv):  # type: ignore[misc]
+    pass
 
 
 # Of cube, drawer_lock, window_lock, drawer, window. What is locked has to be unlocked before it
 # moves (tasks 2 and 5), and the drawer opened before the cube goes into it (4 and 5).
 _LOCKS = np.array([False, True, True, False, False])
 _DRAWER = np.array([False, False, False, True, False])
-
-
-class _SceneGame(_Game, SceneEnv):  # type: ignore[misc]
-    first_task = "scene-singletask-task1-v0"
-    detours = MappingProxyType({2: _LOCKS, 4: _DRAWER, 5: _LOCKS | _DRAWER})
-
-    def subtasks(self) -> NDArray[np.bool_]:
-        cubes, buttons, drawer, window = self._compute_successes()
-        return np.array([*cubes, *buttons, drawer, window], bool)
-
-    def _buttons(self) -> NDArray[np.uint8]:
-        return np.asarray(self._cur_button_states, np.uint8)
-
-    def _restore(self, qpos: Any, qvel: Any, buttons: Any) -> None:
-        self.set_state(qpos, qvel, buttons)
-
-
-class _CubeGame(_Game, CubeEnv):  # type: ignore[misc]
-    first_task = "cube-single-singletask-task1-v0"
-
-    def subtasks(self) -> NDArray[np.bool_]:
-        return np.array(self._compute_successes(), bool)
+_DETOURS = {("scene", 2): _LOCKS, ("scene", 4): _DRAWER, ("scene", 5): _LOCKS | _DRAWER}
 
 
 @lru_cache
-def _prototype(kind: type[_Game]) -> _Game:
+def _prototype(family: str) -> _Game:
     """A compiled scene, which is slow and large: once in a process for all its tasks."""
-    compiled: _Game = kind(**gymnasium.spec(kind.first_task).kwargs)  # type: ignore[call-arg]
+    kind, env_id = {
+        "scene": (_SceneGame, "scene-singletask-task1-v0"),
+        "single": (_CubeGame, "cube-single-singletask-task1-v0"),
+    }[family]
+    compiled: _Game = kind(**gymnasium.spec(env_id).kwargs)
     compiled.begin(0)
     return compiled
 
@@ -177,10 +158,9 @@ def _prototype(kind: type[_Game]) -> _Game:
 def game(env_id: str) -> Any:
     """One game of a task, with a model of its own."""
     arguments = gymnasium.spec(env_id).kwargs
-    kind = {"scene": _SceneGame, "single": _CubeGame}[arguments["env_type"]]
-    first: Any = _prototype(kind).twin(own_model=True)
-    first._reward_task_id = task = arguments["reward_task_id"]
-    first._detours = kind.detours.get(task, np.False_)
+    family, task = arguments["env_type"], arguments["reward_task_id"]
+    first = _prototype(family).twin(own_model=True)
+    first._reward_task_id, first.detours = task, _DETOURS.get((family, task), np.False_)
     first.begin(0)
     return first
 
@@ -200,9 +180,8 @@ class Games:
 
     def begin(self, seeds: Mapping[int, int]) -> Outcome:
         """Reset games to the episodes that belong to their seeds; the others wait."""
-        for i, game in enumerate(self._games):
-            if i in seeds:
-                game.begin(seeds[i])
+        for i, seed in seeds.items():
+            self._games[i].begin(seed)
         return self._outcome()
 
     def play(self, actions: Mapping[int, NDArray[np.float32]]) -> Outcome:

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vlmrb_torchrl.checks import is_whole, quoted, shown
+from vlmrb_torchrl.checks import is_whole, require, shown
 
 _OUTSIDE = 0  # slot of the black tile, shown beyond the grid's border
 # A cell is four bytes, read as one little-endian integer; these bits of them can be set.
@@ -79,12 +79,12 @@ def stock_sprites(cell: Cell, tile_size: int) -> NDArray[np.uint8]:
     from minigrid.core.world_object import Goal, WorldObj
 
     kind, colour = IDX_TO_OBJECT.get(cell.kind), IDX_TO_COLOR.get(cell.colour)
-    if kind is None or colour is None or cell.state > 2 or cell.agent > 4:
-        raise ValueError(f"{cell} is no MiniGrid cell: render states are [*B, W, H, 4] uint8.")
+    known = kind is not None and colour is not None and cell.state <= 2 and cell.agent <= 4
+    require(known, "render_state", cell, "it is no MiniGrid cell, pass uint8 [*B, W, H, 4]")
     # WorldObj.decode forgets a goal's colour.
-    shown = Goal(colour) if kind == "goal" else WorldObj.decode(cell.kind, cell.colour, cell.state)
+    thing = Goal(colour) if kind == "goal" else WorldObj.decode(cell.kind, cell.colour, cell.state)
     direction = cell.agent - 1 if cell.agent else None
-    tile = Grid.render_tile(shown, agent_dir=direction, tile_size=tile_size)
+    tile = Grid.render_tile(thing, agent_dir=direction, tile_size=tile_size)
     # Averages of sub-pixels, in floats: MiniGrid truncates them when it fills its frame.
     return np.asarray(tile, np.uint8)
 
@@ -105,8 +105,7 @@ class SwappedSprites:
         VLM-RB, arXiv 2602.01915, ablation "modified game" (the sprites are not published).
 
     Example:
-        >>> SwappedSprites({"goal": "yellow key", "key": "green goal"}).drawn_as("key", "yellow")
-        ('goal', 'green')
+        >>> MiniGridRenderer(sprites=SwappedSprites({"goal": "yellow key", "key": "green goal"}))
     """
 
     swaps: Mapping[str, str] = field(
@@ -118,29 +117,24 @@ class SwappedSprites:
 
         if not isinstance(self.swaps, Mapping):
             raise TypeError(f'swaps={shown(self.swaps)}: pass a dict such as {{"goal": "wall"}}.')
+        objects, colours = ", ".join(OBJECT_TO_IDX), ", ".join(COLOR_TO_IDX)
+        drawings = {*OBJECT_TO_IDX, *(f"{c} {o}" for c in COLOR_TO_IDX for o in OBJECT_TO_IDX)}
         for name, drawn in self.swaps.items():
-            words = drawn.split() if isinstance(drawn, str) else []
-            known = name in OBJECT_TO_IDX and words and words[-1] in OBJECT_TO_IDX
-            if not known or any(word not in COLOR_TO_IDX for word in words[:-1]) or len(words) > 2:
-                raise ValueError(
-                    f"swaps draws {quoted(name)} as {quoted(drawn)}: say an object, of "
-                    f"{', '.join(OBJECT_TO_IDX)}, with one of {', '.join(COLOR_TO_IDX)} before it."
-                )
-
-    def drawn_as(self, kind: str, colour: str) -> tuple[str, str]:
-        """Type and colour that are drawn for an object of ``kind`` and ``colour``."""
-        *colours, kind = self.swaps.get(kind, kind).split()
-        return kind, (colours[0] if colours else colour)
+            require(name in OBJECT_TO_IDX, "swaps", repr(name), f"swap one of {objects}")
+            known = isinstance(drawn, str) and drawn in drawings
+            remedy = f"draw one of {objects}, with one of {colours} before it"
+            require(known, f"swaps[{name!r}]", repr(drawn), remedy)
 
     def __call__(self, cell: Cell, tile_size: int) -> NDArray[np.uint8]:
         """Draw the tile of what ``cell`` is swapped for."""
-        from minigrid.core import constants
+        from minigrid.core.constants import COLOR_TO_IDX, IDX_TO_OBJECT, OBJECT_TO_IDX
 
-        kind, colour = self.drawn_as(
-            constants.IDX_TO_OBJECT[cell.kind], constants.IDX_TO_COLOR[cell.colour]
-        )
-        drawn = {"kind": constants.OBJECT_TO_IDX[kind], "colour": constants.COLOR_TO_IDX[colour]}
-        return stock_sprites(cell._replace(**drawn), tile_size)
+        if drawn := self.swaps.get(IDX_TO_OBJECT.get(cell.kind, "")):
+            *colour, kind = drawn.split()
+            cell = cell._replace(kind=OBJECT_TO_IDX[kind])
+            if colour:
+                cell = cell._replace(colour=COLOR_TO_IDX[colour[0]])
+        return stock_sprites(cell, tile_size)
 
 
 @dataclass(frozen=True)
@@ -151,17 +145,13 @@ class AbstractSprites:
     meaning is gone.
 
     Args:
-        seed: Chooses the textures.
-
-    Raises:
-        ValueError: The seed is no whole number from 0 on.
+        seed: Chooses the textures, from 0 on.
     """
 
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not is_whole(self.seed, 0):
-            raise ValueError(f"seed={shown(self.seed)}: take a whole number >= 0.")
+        require(is_whole(self.seed, 0), "seed", self.seed, "take a whole number, 0 or more")
 
     def __call__(self, cell: Cell, tile_size: int) -> NDArray[np.uint8]:
         """Draw the texture of ``cell``."""
@@ -195,23 +185,21 @@ class MiniGridRenderer:
         torch.Size([5, 3, 32, 32])
     """
 
-    def __init__(
-        self, tile_size: int = 8, window: int | None = None, sprites: Sprites | None = None
-    ) -> None:
-        if not is_whole(tile_size, 1, _MOST):
-            raise ValueError(f"tile_size={shown(tile_size)}: a tile has 1 to {_MOST} pixels.")
-        if window is not None and not is_whole(window, 1, _MOST):
-            raise ValueError(f"window={shown(window)}: show 1 to {_MOST} cells, or None for all.")
-        if sprites is not None and not callable(sprites):
-            raise TypeError(f"sprites={shown(sprites)}: pass a function that draws a tile.")
-        self.tile_size = tile_size
-        self.window = window
-        self.sprites = stock_sprites if sprites is None else sprites
-        self._clear()
-
     device = torch.device("cpu")
     """Where states are read: their codes are looked up on the host."""
     _on: torch.device | None = None
+
+    def __init__(
+        self, tile_size: int = 8, window: int | None = None, sprites: Sprites | None = None
+    ) -> None:
+        require(is_whole(tile_size, 1, _MOST), "tile_size", tile_size, f"take 1 to {_MOST} pixels")
+        seen = window is None or is_whole(window, 1, _MOST)
+        require(seen, "window", window, f"show 1 to {_MOST} cells, or None for all")
+        if sprites is not None and not callable(sprites):
+            raise TypeError(f"sprites={shown(sprites)}: pass a function that draws a tile.")
+        self.tile_size, self.window = tile_size, window
+        self.sprites = stock_sprites if sprites is None else sprites
+        self._clear()
 
     def on(self, device: torch.device) -> Self:
         """A renderer alike that draws on ``device``, wherever its states lie."""
@@ -231,8 +219,7 @@ class MiniGridRenderer:
         """Draw every state.
 
         Args:
-            render_state: Cell codes, uint8 ``[*B, W, H, 4]``: type, colour and state of the
-                cell as MiniGrid encodes them, and 1 + the agent's direction in its cell.
+            render_state: Cell codes, uint8 ``[*B, W, H, 4]``: see `minigrid_render_state`.
 
         Returns:
             RGB frames, uint8 ``[*B, 3, H t, W t]``, on the device of ``render_state``, or that of
@@ -241,9 +228,13 @@ class MiniGridRenderer:
         Raises:
             ValueError: Another dtype or shape, or a cell that MiniGrid does not know.
         """
-        tensor = isinstance(render_state, Tensor) and render_state.ndim >= 3
-        if not tensor or render_state.dtype != torch.uint8 or render_state.shape[-1] != 4:
-            raise ValueError(f"render_state is {shown(render_state)}: pass uint8 [*B, W, H, 4].")
+        fits = (
+            isinstance(render_state, Tensor)
+            and render_state.dtype == torch.uint8
+            and render_state.ndim >= 3
+            and render_state.shape[-1] == 4
+        )
+        require(fits, "render_state", render_state, "pass uint8 [*B, W, H, 4]")
         batch, (across, down) = render_state.shape[:-3], render_state.shape[-3:-1]
         cells = render_state.reshape(batch.numel(), across, down, 4).contiguous().cpu().numpy()
         slots = self._slots(cells.view(np.uint32)[..., 0]).swapaxes(1, 2)  # [N, H, W]
@@ -258,8 +249,9 @@ class MiniGridRenderer:
 
     def _slots(self, cells: NDArray[np.uint32]) -> NDArray[np.intp]:
         """Where the tile of each cell lies in the atlas; draws those that never occurred."""
-        if (cells & ~_USED_BITS).any():
-            raise ValueError("render_state holds a value that no MiniGrid cell has; was it cast?")
+        known = not (cells & ~_USED_BITS).any()
+        remedy = "it holds a value that no MiniGrid cell has, was it cast?"
+        require(known, "render_state", cells.view(np.uint8), remedy)
         codes = cells & 0xF | cells >> 4 & 0x70 | cells >> 9 & 0x180 | cells >> 15 & 0xE00
         slots = self._slot_of_code.take(codes)
         if slots.min(initial=0) < 0:
@@ -270,16 +262,14 @@ class MiniGridRenderer:
     def _draw(self, codes: NDArray[np.uint32]) -> None:
         with self._lock:
             new = [int(code) for code in codes if self._slot_of_code[code] < 0]
-            tiles = [self._tile(Cell(c & 0xF, c >> 4 & 7, c >> 7 & 3, c >> 9)) for c in new]
-            if tiles:
+            if new:
+                cells = [Cell(c & 0xF, c >> 4 & 7, c >> 7 & 3, c >> 9) for c in new]
+                pixels = np.stack([self.sprites(cell, self.tile_size) for cell in cells])
+                tiles = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).view(self._tiles.dtype)
                 first = len(self._tiles)
                 # The tiles first: another thread that sees a slot finds its tile.
-                self._tiles = np.concatenate([self._tiles, np.stack(tiles)])
+                self._tiles = np.concatenate([self._tiles, tiles])
                 self._slot_of_code[new] = np.arange(first, first + len(new))
-
-    def _tile(self, cell: Cell) -> NDArray[Any]:
-        pixels = self.sprites(cell, self.tile_size).transpose(2, 0, 1)
-        return np.ascontiguousarray(pixels).view(self._tiles.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         kept = "tile_size", "window", "sprites", "_on"
@@ -318,19 +308,18 @@ def _crop(slots: NDArray[np.intp], agent: NDArray[np.uint8], window: int) -> NDA
     flat = agent.reshape(N, H * W)
     # A state without an agent (a spec's zeros) is shown from its middle.
     at = np.where(flat.any(1), flat.argmax(1), H // 2 * W + W // 2)
-    rows = _span(at // W, H, window)[:, :, None]
-    columns = _span(at % W, W, window)[:, None, :]
-    inside = (rows >= 0) & (rows < H) & (columns >= 0) & (columns < W)
-    cropped = slots[np.arange(N)[:, None, None], rows.clip(0, H - 1), columns.clip(0, W - 1)]
-    padded: NDArray[np.intp] = np.where(inside, cropped, _OUTSIDE)
-    return padded
+    rows = _first(at // W, H, window)[:, None] + np.arange(window)
+    columns = _first(at % W, W, window)[:, None] + np.arange(window)
+    margin = max(window - H, window - W, 0)  # more than is ever shown beyond a border
+    padded = np.pad(slots, ((0, 0), (margin, margin), (margin, margin)), constant_values=_OUTSIDE)
+    where = np.arange(N)[:, None, None], margin + rows[:, :, None], margin + columns[:, None, :]
+    cropped: NDArray[np.intp] = padded[where]
+    return cropped
 
 
-def _span(at: NDArray[np.intp], length: int, window: int) -> NDArray[np.intp]:
-    """Cells shown along one axis, ``[N, window]``; those outside [0, length) are padding."""
+def _first(at: NDArray[np.intp], length: int, window: int) -> NDArray[np.intp]:
+    """The first cell shown along one axis, ``[N]``; below 0 where the grid is the smaller one."""
     if length <= window:
-        first = np.full_like(at, -((window - length) // 2))
-    else:
-        first = (at - window // 2).clip(0, length - window)
-    span: NDArray[np.intp] = first[:, None] + np.arange(window)
-    return span
+        return np.full_like(at, -((window - length) // 2))
+    first: NDArray[np.intp] = (at - window // 2).clip(0, length - window)
+    return first

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vlmrb_torchrl.checks import is_whole, quoted, shown
+from vlmrb_torchrl.checks import is_whole, require, shown
 
 _MOST = 1 << 13  # pixels of an edge; graphics libraries draw no more
 _MAX_GEOMS = 10_000  # as in mujoco.Renderer
@@ -96,19 +96,14 @@ class MuJoCoRenderer:
         shadows: bool = False,
         samples: int = 0,
     ) -> None:
-        for name, value, least in (
-            ("width", width, 1),
-            ("height", height, 1),
-            ("samples", samples, 0),
-        ):
-            if not is_whole(value, least, _MOST):
-                raise ValueError(f"{name}={shown(value)}: take {least} to {_MOST}.")
         if not callable(stage):
             raise TypeError(f"stage={shown(stage)}: pass a function that builds the world.")
-        if camera is not None and (not isinstance(camera, str) or not camera):
-            raise ValueError(f"camera={shown(camera)}: name one of the model's, or None.")
-        if not isinstance(shadows, bool):
-            raise ValueError(f"shadows={quoted(shadows)}: say True or False.")
+        for name, value in (("width", width), ("height", height)):
+            require(is_whole(value, 1, _MOST), name, value, f"take 1 to {_MOST} pixels")
+        require(is_whole(samples, 0, _MOST), "samples", samples, f"take 0 to {_MOST}")
+        named = camera is None or (isinstance(camera, str) and bool(camera))
+        require(named, "camera", camera, "name one of the model's, or None")
+        require(isinstance(shadows, bool), "shadows", shadows, "say True or False")
         self.stage, self.width, self.height = stage, width, height
         self.camera, self.shadows, self.samples = camera, shadows, samples
         self._forget()
@@ -127,8 +122,8 @@ class MuJoCoRenderer:
             RuntimeError: No graphics library works here; the text names what to install, or which
             variable to unset.
         """
-        if not isinstance(render_state, Tensor) or not render_state.ndim:
-            raise ValueError(f"render_state is {shown(render_state)}: pass a tensor [*B, S].")
+        states = isinstance(render_state, Tensor) and render_state.ndim > 0
+        require(states, "render_state", render_state, "pass a tensor [*B, S]")
         states = render_state.reshape(-1, render_state.shape[-1]).contiguous().cpu().numpy()
         frames = np.empty((len(states), self.height, self.width, 3), np.uint8)
         with self._lock:
@@ -211,8 +206,7 @@ class _Canvas:
 
 def _camera(model: Any, name: str) -> int:
     cameras = [model.camera(i).name for i in range(model.ncam)]
-    if name not in cameras:
-        raise ValueError(f"camera={name!r}: the model has {', '.join(cameras)}.")
+    require(name in cameras, "camera", name, f"the model has {', '.join(cameras)}")
     return cameras.index(name)
 
 
@@ -223,48 +217,38 @@ def _graphics() -> str:
         RuntimeError: None does; the text says what to unset or to install.
     """
     settings = {name: value for name in _VARIABLES if (value := os.environ.get(name))}
-    works, problems = _tried(settings)
-    if works is not None:
-        return works
-    remedy = _REMEDY
-    for unset in (*((name,) for name in settings), tuple(settings)):
-        without = {name: value for name, value in settings.items() if name not in unset}
-        works, _ = _tried(without)
-        if works is not None:
-            names = " and ".join(f"{name}={settings[name]}" for name in unset)
-            remedy = f"unset {names}, without which {works} works"
-            break
-    raise RuntimeError(f"MuJoCo cannot draw here ({problems}): {remedy}.")
-
-
-def _tried(settings: dict[str, str]) -> tuple[str | None, str]:
-    """The first library that works under ``settings``, or what is wrong with each."""
-    asked = settings.get("MUJOCO_GL", "").lower()
     problems = []
-    for backend in (asked,) if asked in ("egl", "osmesa", "glfw") else ("egl", "osmesa"):
-        # A variable that names the library itself, as its import leaves one, changes nothing.
-        problem = _problem(backend, tuple(s for s in settings.items() if s[1].lower() != backend))
-        if problem is None:
-            return backend, ""
-        problems.append(f"{backend}: {problem}")
-    return None, "; ".join(problems)
+    for unset in ((), *((name,) for name in settings), tuple(settings)):
+        kept = {name: value for name, value in settings.items() if name not in unset}
+        asked = kept.get("MUJOCO_GL", "").lower()
+        for library in (asked,) if asked in ("egl", "osmesa", "glfw") else ("egl", "osmesa"):
+            # A variable that names the library itself, as its import leaves one, changes nothing.
+            problem = _problem(library, tuple(s for s in kept.items() if s[1].lower() != library))
+            if problem is None and not unset:
+                return library
+            if problem is None:
+                names = " and ".join(f"{name}={settings[name]}" for name in unset)
+                remedy = f"unset {names}, without which {library} works"
+                raise RuntimeError(f"MuJoCo cannot draw here ({'; '.join(problems)}): {remedy}.")
+            if not unset:
+                problems.append(f"{library}: {problem}")
+    raise RuntimeError(f"MuJoCo cannot draw here ({'; '.join(problems)}): {_REMEDY}.")
 
 
 @lru_cache
-def _problem(backend: str, settings: tuple[tuple[str, str], ...]) -> str | None:
+def _problem(library: str, settings: tuple[tuple[str, str], ...]) -> str | None:
     """Why a graphics library does not work here, in one line; None if it does.
 
     It is tried once, in a process of its own: what fails leaves behind what no other works with.
     """
-    command = [sys.executable, "-c", _TRIAL.format(backend)]
-    others = {name: value for name, value in os.environ.items() if name not in _VARIABLES}
+    environment = {name: value for name, value in os.environ.items() if name not in _VARIABLES}
     try:
         trial = subprocess.run(
-            command,
+            [sys.executable, "-c", _TRIAL.format(library)],
             capture_output=True,
             text=True,
             check=False,
-            env={**others, **dict(settings)},
+            env=environment | dict(settings),
             timeout=_TRIAL_SECONDS,
         )
     except subprocess.TimeoutExpired:
