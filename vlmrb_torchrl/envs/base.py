@@ -99,7 +99,7 @@ class SeededEpisodes(EnvBase):  # type: ignore[misc]
         device = None if device is None else checked_device(device)
         super().__init__(device=device, batch_size=torch.Size([num_envs]))
         self.num_envs, self.held_out = num_envs, held_out
-        self._set_seed(seed)
+        self._restart(seed)
         flag = Categorical(2, shape=(num_envs, 1), dtype=torch.bool)
         flags = {name: flag.clone() for name in ("done", "terminated", "truncated")}
         self.done_spec = Composite(flags, shape=(num_envs,))
@@ -122,11 +122,13 @@ class SeededEpisodes(EnvBase):  # type: ignore[misc]
         episodes = list(state["episodes"])
         fits = len(episodes) == self.num_envs and all(is_whole(each, 0) for each in episodes)
         require(fits, "episodes", episodes, f"the state is not one of {self.num_envs} games")
-        self._set_seed(state["seed"])
+        self._restart(state["seed"])
         self._episodes = episodes
 
     def _set_seed(self, seed: int | None) -> None:
-        seed = int(torch.randint(2**31, ())) if seed is None else seed
+        self._restart(int(torch.randint(2**31, ())) if seed is None else seed)
+
+    def _restart(self, seed: int) -> None:
         require(is_whole(seed, 0, 2**63 - 1), "seed", seed, "take a whole number in [0, 2⁶³)")
         self._seed = seed
         self._episodes = [0] * self.num_envs  # begun so far, per game
