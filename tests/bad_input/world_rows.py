@@ -31,7 +31,7 @@ def doorkey_step() -> Case:
     start = env.reset()
 
     def state() -> Any:
-        return env._board, env._cell, env._facing, env._carries, env._ended, env._episodes
+        return env.games_state_dict()
 
     def step(action: Any) -> None:
         env.step(start.clone().set("action", action))
