@@ -1,23 +1,21 @@
-"""How fast DoorKeyEnv steps, against MiniGrid through TorchRL's ``GymWrapper``.
+"""How fast DoorKeyEnv steps, against MiniGrid through TorchRL's ``GymWrapper``, on one core.
 
 ``python -m recipes.benchmarks.environment --help``
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from jsonargparse import auto_cli
 from minigrid.envs.doorkey import DoorKeyEnv as MiniGridDoorKey
 from minigrid.wrappers import FullyObsWrapper, ImgObsWrapper
-from rich.console import Console
-from rich.table import Table
+from tensordict import TensorDictBase
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase, GymWrapper
 
-from recipes.benchmarks.timing import rates
+from recipes.benchmarks.timing import program, rates, show
 from vlmrb_torchrl.envs import DoorKeyEnv
 
 STOCK = "stock, 1 game"
@@ -45,15 +43,9 @@ def stepping(env: EnvBase) -> Callable[[], int]:
     return work
 
 
-def collecting(env: EnvBase, frames_per_batch: int) -> tuple[Collector, Callable[[], int]]:
-    """The same through a Collector with its random policy."""
-    collector = Collector(lambda: env, None, frames_per_batch=frames_per_batch, total_frames=-1)
-    batches = iter(collector)
-
-    def work() -> int:
-        return int(next(batches).numel())
-
-    return collector, work
+def collect(batches: Iterator[TensorDictBase]) -> int:
+    """A batch of the collector's; its env steps."""
+    return int(next(batches).numel())
 
 
 def main(
@@ -63,7 +55,7 @@ def main(
     rounds: int = 7,
     seconds: float = 0.5,
 ) -> None:
-    """Compare env steps/s of DoorKeyEnv with stock MiniGrid's, on one CPU core.
+    """Compare env steps/s of DoorKeyEnv with stock MiniGrid's, under a random policy.
 
     Args:
         size: Edge of the DoorKey grid, in cells, 5 or more.
@@ -73,27 +65,30 @@ def main(
         seconds: Least duration of each measurement.
     """
     torch.set_num_threads(1)
-    makers: dict[str, Callable[[], EnvBase]] = {STOCK: partial(stock_env, size)}
-    for games in num_envs:
-        makers[f"DoorKeyEnv, {games} games"] = partial(DoorKeyEnv, size, games)
-    by_hand = rates({n: stepping(make()) for n, make in makers.items()}, rounds, seconds)
-    collectors = {n: collecting(make(), frames_per_batch) for n, make in makers.items()}
-    collected = rates({n: work for n, (_, work) in collectors.items()}, rounds, seconds)
-    for collector, _ in collectors.values():
-        collector.shutdown()
 
-    table = Table(
-        title=f"DoorKey {size} x {size}, random policy, env steps/s: median (lowest to highest) "
-        f"of {rounds}. Stock: GymWrapper(FullyObsWrapper)."
+    def envs() -> dict[str, EnvBase]:
+        ours = {f"DoorKeyEnv, {n} games": DoorKeyEnv(size, n) for n in num_envs}
+        return {STOCK: stock_env(size), **ours}
+
+    by_hand = rates({name: stepping(env) for name, env in envs().items()}, rounds, seconds)
+    collectors = {
+        name: Collector(env, None, frames_per_batch=frames_per_batch, total_frames=-1)
+        for name, env in envs().items()
+    }
+    batches = {name: iter(collector) for name, collector in collectors.items()}
+    works = {name: partial(collect, batch) for name, batch in batches.items()}
+    collected = rates(works, rounds, seconds)
+    for collector in collectors.values():
+        collector.shutdown()
+    show(
+        f"DoorKey {size} x {size}, env steps/s. Stock: GymWrapper(FullyObsWrapper).",
+        ("environment", "stepped by hand", "x stock", "by a Collector", "x stock"),
+        [
+            (name, *(s for m in (by_hand, collected) for s in (m[name], m[name] / m[STOCK])))
+            for name in by_hand
+        ],
     )
-    table.add_column("environment")
-    for column in ("stepped by hand", "x stock", "by a Collector", "x stock"):
-        table.add_column(column, justify="right")
-    for name in makers:
-        row = [str(s) for m in (by_hand, collected) for s in (m[name], m[name] / m[STOCK])]
-        table.add_row(name, *row)
-    Console().print(table)
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    program(main)

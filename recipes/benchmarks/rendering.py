@@ -1,4 +1,4 @@
-"""How many times faster frames are drawn from render states than by ``env.render()``.
+"""How many times faster frames are drawn from render states than by ``env.render()``, on one core.
 
 ``python -m recipes.benchmarks.rendering --help``
 """
@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import torch
-from jsonargparse import auto_cli
 from minigrid.envs.doorkey import DoorKeyEnv
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from recipes.benchmarks.timing import Spread, rates
+from recipes.benchmarks.timing import Spread, program, rates, show
 from vlmrb_torchrl.renderers import MiniGridRenderer, minigrid_render_state
+
+STOCK = "env.render()"
 
 
 def visited_states(env: DoorKeyEnv, frames: int) -> Tensor:
@@ -34,22 +33,13 @@ def race(size: int, tile_size: int, frames: int, rounds: int, seconds: float) ->
     # The game without gymnasium's wrappers, whose checks would flatter us.
     env = DoorKeyEnv(size=size, render_mode="rgb_array", tile_size=tile_size)
     states = visited_states(env, frames)
-    whole = MiniGridRenderer(tile_size)
-    window = MiniGridRenderer(tile_size, window=min(size, 8))
-
-    def drawn_by_minigrid() -> int:
-        env.render()
-        return 1
-
-    return rates(
-        {
-            "env.render()": drawn_by_minigrid,
-            "MiniGridRenderer": lambda: len(whole(states)),
-            f"its {min(size, 8)} x {min(size, 8)} window": lambda: len(window(states)),
-        },
-        rounds,
-        seconds,
-    )
+    whole, window = MiniGridRenderer(tile_size), MiniGridRenderer(tile_size, min(size, 8))
+    contestants = {
+        STOCK: lambda: len([env.render()]),
+        "MiniGridRenderer": lambda: len(whole(states)),
+        f"its window of {min(size, 8)} x {min(size, 8)}": lambda: len(window(states)),
+    }
+    return rates(contestants, rounds, seconds)
 
 
 def main(
@@ -60,7 +50,7 @@ def main(
     rounds: int = 9,
     seconds: float = 0.2,
 ) -> None:
-    """Compare MiniGridRenderer with MiniGrid's own env.render(), on one CPU core.
+    """Compare MiniGridRenderer with MiniGrid's own env.render().
 
     Args:
         sizes: Edges of the DoorKey grids, in cells.
@@ -71,19 +61,18 @@ def main(
         seconds: Least duration of each measurement.
     """
     torch.set_num_threads(1)
-    table = Table(
-        title=f"MiniGrid, tiles of {tile_size} pixels, {clips * frames_per_clip} frames "
-        f"at once; median (lowest to highest) of {rounds}"
+    frames = clips * frames_per_clip
+    measured = {size: race(size, tile_size, frames, rounds, seconds) for size in sizes}
+    show(
+        f"MiniGrid, tiles of {tile_size} pixels, {frames} frames at once",
+        ("drawn by", "grid", "frames/s", f"x {STOCK}"),
+        [
+            (name, f"{size} x {size}", speed, speed / speeds[STOCK])
+            for size, speeds in measured.items()
+            for name, speed in speeds.items()
+        ],
     )
-    for column in ("grid", "drawn by", "frames/s", "x env.render()"):
-        table.add_column(column, justify="right" if "/" in column or "x" in column else "left")
-    for size in sizes:
-        measured = race(size, tile_size, clips * frames_per_clip, rounds, seconds)
-        for name, speed in measured.items():
-            ratio = speed / measured["env.render()"]
-            table.add_row(f"{size} x {size}", name, str(speed), str(ratio))
-    Console().print(table)
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    program(main)

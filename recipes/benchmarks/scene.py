@@ -7,18 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
-from jsonargparse import auto_cli
-from rich.console import Console
-from rich.table import Table
 
-from recipes.benchmarks.timing import Spread, rates
+from recipes.benchmarks.timing import program, rates, show
 from vlmrb_torchrl.envs import OGBenchEnv
+from vlmrb_torchrl.renderers import MuJoCoRenderer
 
-STOCK, DEFAULT = "stock, 1 game", "the defaults"
+STOCK, DEFAULT = "stock, 1 game", "the defaults: 200 x 200"
 
 
 def stepping_stock(env_id: str) -> Callable[[], int]:
@@ -53,12 +50,9 @@ def stepping(env: OGBenchEnv) -> Callable[[], int]:
     return work
 
 
-def show(title: str, kind: str, figures: dict[str, Spread], base: str) -> None:
-    """Print one table."""
-    table = Table(kind, "a second", f"x {base}", title=title)
-    for name, spread in figures.items():
-        table.add_row(name, str(spread), str(spread / figures[base]))
-    Console().print(table)
+def draw(renderer: MuJoCoRenderer, state: torch.Tensor) -> int:
+    """Draw a batch of states; how many."""
+    return len(renderer(state))
 
 
 def main(
@@ -81,32 +75,26 @@ def main(
     """
     torch.set_num_threads(1)
     envs = {f"{n} workers": OGBenchEnv(env_id, num_envs, workers=n) for n in workers}
-    stepped = rates(
-        {STOCK: stepping_stock(env_id), **{n: stepping(env) for n, env in envs.items()}},
-        rounds,
-        seconds,
-    )
-    show(f"{env_id}, {num_envs} games, env steps", "environment", stepped, STOCK)
+    steppers = {STOCK: stepping_stock(env_id), **{n: stepping(env) for n, env in envs.items()}}
+    stepped = rates(steppers, rounds, seconds)
     env = next(iter(envs.values()))
     state = env.rollout(4)["next", "render_state"][:1, -1]
     for each in envs.values():
         each.close()
-    options: dict[str, dict[str, Any]]
-    options = {f"{edge} x {edge}": {"width": edge, "height": edge} for edge in pixels}
-    options |= {
-        f"{DEFAULT}: 200 x 200": {},
-        "with shadows": {"shadows": True},
-        "with shadows, 4 samples: OGBench's": {"shadows": True, "samples": 4},
+    renderers = {
+        **{f"{edge} x {edge}": env.renderer(edge, edge) for edge in pixels},
+        DEFAULT: env.renderer(),
+        "with shadows": env.renderer(shadows=True),
+        "with shadows, 4 samples: OGBench's": env.renderer(shadows=True, samples=4),
     }
-    renderers = {name: env.renderer(**chosen) for name, chosen in options.items()}
-    works = {n: partial(_draw, renderer, state) for n, renderer in renderers.items()}
-    drawn = rates(works, rounds, seconds)
-    show(f"{env_id}, frames", "frames", drawn, f"{DEFAULT}: 200 x 200")
-
-
-def _draw(renderer: Callable[[torch.Tensor], torch.Tensor], state: torch.Tensor) -> int:
-    return len(renderer(state))
+    drawn = rates({n: partial(draw, r, state) for n, r in renderers.items()}, rounds, seconds)
+    for what, speeds, base in (
+        (f"{num_envs} games, env steps", stepped, STOCK),
+        ("frames", drawn, DEFAULT),
+    ):
+        rows = [(name, speed, speed / speeds[base]) for name, speed in speeds.items()]
+        show(f"{env_id}, {what}", ("", "a second", f"x {base}"), rows)
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    program(main)

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import auto_cli
+from rich.console import Console
+from rich.table import Table
+
+from vlmrb_torchrl.checks import ConfigError, require
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,7 @@ def rates(
     Returns:
         Units per second of each contestant, one sample a round.
     """
+    require(rounds >= 1, "rounds", rounds, "use at least 1")
     samples: dict[str, list[float]] = {name: [] for name in contestants}
     for i in range(rounds + 1):
         for name, work in contestants.items():
@@ -61,3 +71,21 @@ def rates(
             if i:  # the first round warms caches up
                 samples[name].append(units / elapsed)
     return {name: Spread(values) for name, values in samples.items()}
+
+
+def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table of names and figures."""
+    table = Table(title=f"{title}; median (lowest to highest)")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*map(str, row))
+    Console().print(table)
+
+
+def program(main: Callable[..., Any]) -> None:
+    """Call ``main`` with what the command line says; a refusal is one line."""
+    try:
+        auto_cli(main, as_positional=False)
+    except ConfigError as error:
+        sys.exit(f"{Path(sys.argv[0]).stem}: {error}")

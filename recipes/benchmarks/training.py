@@ -10,19 +10,15 @@ a pair does not see the machine's drift.  Evaluations are left out of the time.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from tempfile import mkdtemp
 
-import jsonargparse
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
-from recipes.benchmarks.timing import Spread
+from recipes.benchmarks.timing import Spread, program, show
 from recipes.compare import CONFIGS, Run, plan
 from recipes.running.metrics import last_row
-from vlmrb_torchrl.checks import ConfigError, require
+from vlmrb_torchrl.checks import require
 
 PEERS = Path(__file__).parent / "replay"
 
@@ -82,18 +78,14 @@ def training(
         speeds[run.method].append(row["env_steps"] / row["seconds"])
         updates[run.method].append(row["speed/updates_per_s"])
         unscored += row.get("scoring/clips_dropped", 0) + row.get("scoring/clips_failed", 0)
-    ours, theirs = Spread(speeds[method]), Spread(speeds[peer])
-    table = Table("", "median (lowest to highest)", title=f"{pairs} pairs of {env_steps} env steps")
+    rows: list[tuple[str, object]] = []
     for name in (method, peer):
-        table.add_row(f"{name}, env steps/s", str(Spread(speeds[name])))
-        table.add_row(f"{name}, updates/s, warm-up included", str(Spread(updates[name])))
-    table.add_row(f"{method} ÷ {peer}", str(ours / theirs))
-    table.add_row("clips dropped or failed", f"{unscored:.0f}")
-    Console().print(table)
+        rows.append((f"{name}, env steps/s", Spread(speeds[name])))
+        rows.append((f"{name}, updates/s, warm-up included", Spread(updates[name])))
+    rows.append((f"{method} ÷ {peer}", Spread(speeds[method]) / Spread(speeds[peer])))
+    rows.append(("clips dropped or failed", f"{unscored:.0f}"))
+    show(f"{pairs} pairs of {env_steps} env steps", ("", "figure"), rows)
 
 
 if __name__ == "__main__":
-    try:
-        jsonargparse.auto_cli(training, as_positional=False)
-    except ConfigError as error:
-        sys.exit(f"training: {error}")
+    program(training)

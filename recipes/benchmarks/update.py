@@ -11,27 +11,24 @@ of small networks, and the optimizers.  Sampling and priorities are left to
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack, closing
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
-from jsonargparse import Namespace, auto_cli
-from rich.console import Console
-from rich.table import Table
+from jsonargparse import Namespace
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
-from recipes.benchmarks.timing import Spread, rates
+from recipes.benchmarks.timing import Spread, program, rates, show
 from recipes.continuous_networks import ActionValue, DeterministicPolicy, GaussianPolicy
 from recipes.networks import GridQNetwork
 from recipes.running import cli
-from vlmrb_torchrl.checks import ConfigError, require
 
 GENERAL, OWN, RECIPE, COMPILED = (
     "networks in TensorDictModule, Adam as by default, a search for a GPU in each step",
@@ -59,14 +56,10 @@ class _Plain(nn.Module):
         return _FORWARD[type(self.own)](self.own, *inputs)
 
 
-def in_general_module(kind: type[Any]) -> Callable[..., TensorDictModule]:
-    """Build networks of a class within a ``TensorDictModule``."""
-
-    def build(*sizes: Any, **options: Any) -> TensorDictModule:
-        own = kind(*sizes, **options)
-        return TensorDictModule(_Plain(own), in_keys=own.in_keys, out_keys=own.out_keys)
-
-    return build
+def general_module(kind: type[Any], *sizes: Any, **options: Any) -> TensorDictModule:
+    """A network of a class within a ``TensorDictModule``."""
+    own = kind(*sizes, **options)
+    return TensorDictModule(_Plain(own), in_keys=own.in_keys, out_keys=own.out_keys)
 
 
 def drawn_batch(settings: Namespace, module: Any) -> TensorDictBase:
@@ -77,37 +70,28 @@ def drawn_batch(settings: Namespace, module: Any) -> TensorDictBase:
     return batch
 
 
-def update(
-    recipe: type[Any],
-    settings: Namespace,
-    *,
-    general: bool = False,
-    plain: bool = False,
-    compiled: bool = False,
-) -> Callable[[], int]:
+def update(recipe: type[Any], settings: Namespace, way: str) -> Callable[[], int]:
     """Build an algorithm and return its update: each optimizer's step, then the targets'.
 
     Args:
         recipe: LightningModule class.
         settings: Of a run.
-        general: Put its networks into ``TensorDictModule``.
-        plain: Step by torch's default Adam, with Lightning's search for a GPU.
-        compiled: Compile its losses.
+        way: Which of the above.
     """
+    plain = way in (GENERAL, OWN)
     with ExitStack() as patched:
         names = vars(import_module(recipe.__module__))
         for kind in _FORWARD:
-            if general and kind.__name__ in names:
+            if way == GENERAL and kind.__name__ in names:
                 where = f"{recipe.__module__}.{kind.__name__}"
-                patched.enter_context(patch(where, in_general_module(kind)))
+                patched.enter_context(patch(where, partial(general_module, kind)))
         module = cli.build_algorithm(recipe, settings)
     batch, optimizers = drawn_batch(settings, module), module.configure_optimizers()
-    if compiled:
+    if way == COMPILED:
         module.compile_losses()
-    if plain:
-        for optimizer in optimizers.values():
-            for group in optimizer.param_groups:
-                group["fused"] = None  # torch's default
+    for optimizer in optimizers.values() if plain else ():
+        for group in optimizer.param_groups:
+            group["fused"] = None  # torch's default
 
     def work() -> int:
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1" if plain else "0"  # 1: Lightning's
@@ -144,31 +128,22 @@ def main(
     """
     torch.set_num_threads(1)
     recipe = getattr(import_module(f"recipes.{algorithm}"), algorithm.upper())
-    require(rounds >= 1, "rounds", rounds, "use at least 1")
     settings = cli.rehearse(recipe, [f"--config={configs / algorithm}.yaml"])
-    ways = {
-        GENERAL: {"general": True, "plain": True},
-        OWN: {"plain": True},
-        RECIPE: {},
-        COMPILED: {"compiled": True},
-    }
-    if algorithm == "iqn":  # its network was never in a general module
-        del ways[GENERAL]
-    if not compile:
-        del ways[COMPILED]
-    contestants = {name: update(recipe, settings, **way) for name, way in ways.items()}
-    measured = rates(contestants, rounds, seconds)
-    first = next(iter(measured.values()))
-    title = f"{algorithm.upper()}, batch {settings.replay.batch_size}: median (lowest to highest)"
-    table = Table("", "ms/update", "time ÷ the first's", title=title)
-    for name, speed in measured.items():
-        millis = Spread([1e3 / sample for sample in speed.samples])
-        table.add_row(name, str(millis), str(first / speed))
-    Console().print(table)
+    # IQN's network was never in a general module.
+    ways = [
+        *([GENERAL] if algorithm != "iqn" else []),
+        OWN,
+        RECIPE,
+        *([COMPILED] if compile else []),
+    ]
+    measured = rates({way: update(recipe, settings, way) for way in ways}, rounds, seconds)
+    rows = [
+        (way, Spread([1e3 / sample for sample in speed.samples]), measured[ways[0]] / speed)
+        for way, speed in measured.items()
+    ]
+    title = f"{algorithm.upper()}, batch {settings.replay.batch_size}"
+    show(title, ("", "ms/update", "time ÷ the first's"), rows)
 
 
 if __name__ == "__main__":
-    try:
-        auto_cli(main)
-    except ConfigError as error:
-        sys.exit(f"update: {error}")
+    program(main)

@@ -43,7 +43,11 @@ def test_peers_are_torchrl_s_own_buffer_and_samplers(peer):
         (lambda _: rendering.main(sizes=(5,), clips=1, rounds=1, seconds=0.01), "env.render()"),
         (lambda _: environment.main(size=5, num_envs=(2,), rounds=1, seconds=0.01), "Collector"),
         (lambda _: sampler.main(slots=(100,), batch_sizes=(8,), rounds=1, seconds=0.01), "100"),
-        (lambda _: scene.main(SCENE, 1, (1,), (32,), rounds=1, seconds=0.0), "with shadows"),
+        pytest.param(
+            lambda _: scene.main(SCENE, 1, (1,), (32,), rounds=1, seconds=0.0),
+            "with shadows",
+            marks=pytest.mark.slow,
+        ),
         (lambda _: scoring.main(clips=8, rounds=1), "all embeddings kept"),
         pytest.param(
             lambda _: scoring.main(
@@ -120,7 +124,7 @@ def test_timed_run_goes_on_with_no_other(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "algorithm", ["dqn", "sac", "td3", pytest.param("iqn", marks=pytest.mark.slow)]
+    "algorithm", ["dqn", "sac", *(pytest.param(a, marks=pytest.mark.slow) for a in ("td3", "iqn"))]
 )
 def test_update_benchmark_times_each_mend(algorithm, capsys):
     """IQN, whose network was never a general module, with compiled losses."""
