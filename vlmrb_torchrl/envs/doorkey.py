@@ -194,7 +194,8 @@ class DoorKeyEnv(SeededEpisodes):
         self, events: NDArray[np.bool_], reward: NDArray[np.float32] | None = None
     ) -> TensorDict:
         N, S, reach, width, board = self.num_envs, self.size, self._reach, self._width, self._board
-        x, y, facing = np.array([(*g.agent_pos, g.agent_dir) for g in self._games], np.intp).T
+        x, y = np.array([(int(x), int(y)) for x, y in (g.agent_pos for g in self._games)]).T
+        facing = np.array([game.agent_dir for game in self._games])
         board[..., 3] = 0
         board[np.arange(N), x * S + y, 3] = facing + 1
         codes = np.zeros((N, width, width), np.uint8)

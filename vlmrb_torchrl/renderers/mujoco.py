@@ -34,7 +34,6 @@ mujoco.MjrContext(mujoco.MjModel.from_xml_string("<mujoco/>"), 100)
 _TRIAL_SECONDS = 60.0
 _VARIABLES = ("PYOPENGL_PLATFORM", "MUJOCO_EGL_DEVICE_ID", "MUJOCO_GL")
 """What may be set so that a library that is here does not work."""
-_REMEDY = "apt-get install libegl1 libgl1 libgl1-mesa-dri (or libosmesa6)"
 
 
 class Stage(Protocol):
@@ -122,8 +121,8 @@ class MuJoCoRenderer:
             RuntimeError: No graphics library works here; the text names what to install, or which
             variable to unset.
         """
-        states = isinstance(render_state, Tensor) and render_state.ndim > 0
-        require(states, "render_state", render_state, "pass a tensor [*B, S]")
+        batched = isinstance(render_state, Tensor) and render_state.ndim > 0
+        require(batched, "render_state", render_state, "pass a tensor [*B, S]")
         states = render_state.reshape(-1, render_state.shape[-1]).contiguous().cpu().numpy()
         frames = np.empty((len(states), self.height, self.width, 3), np.uint8)
         with self._lock:
@@ -217,7 +216,7 @@ def _graphics() -> str:
         RuntimeError: None does; the text says what to unset or to install.
     """
     settings = {name: value for name in _VARIABLES if (value := os.environ.get(name))}
-    problems = []
+    problems: list[str] = []
     for unset in ((), *((name,) for name in settings), tuple(settings)):
         kept = {name: value for name, value in settings.items() if name not in unset}
         asked = kept.get("MUJOCO_GL", "").lower()
@@ -228,11 +227,14 @@ def _graphics() -> str:
                 return library
             if problem is None:
                 names = " and ".join(f"{name}={settings[name]}" for name in unset)
-                remedy = f"unset {names}, without which {library} works"
-                raise RuntimeError(f"MuJoCo cannot draw here ({'; '.join(problems)}): {remedy}.")
+                raise _unable(problems, f"unset {names}, without which {library} works")
             if not unset:
                 problems.append(f"{library}: {problem}")
-    raise RuntimeError(f"MuJoCo cannot draw here ({'; '.join(problems)}): {_REMEDY}.")
+    raise _unable(problems, "apt-get install libegl1 libgl1 libgl1-mesa-dri (or libosmesa6)")
+
+
+def _unable(problems: list[str], remedy: str) -> RuntimeError:
+    return RuntimeError(f"MuJoCo cannot draw here ({'; '.join(problems)}): {remedy}.")
 
 
 @lru_cache
