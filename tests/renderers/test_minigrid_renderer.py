@@ -128,11 +128,11 @@ def test_window_is_the_crop_around_the_agent() -> None:
 
 def test_grid_smaller_than_its_window_is_centred_on_black() -> None:
     state = empty_state(5, 6, 2, 2)
-    shown = MiniGridRenderer(4, window=8)(state)
-    whole = MiniGridRenderer(4)(state)
-    assert shown.shape == (3, 32, 32)
-    assert torch.equal(shown[:, 4:28, 4:24], whole)
-    shown[:, 4:28, 4:24] = 0
+    shown = MiniGridRenderer(TILE, window=8)(state)
+    whole = MiniGridRenderer(TILE)(state)
+    assert shown.shape == (3, 64, 64)
+    assert torch.equal(shown[:, 8:56, 8:48], whole)
+    shown[:, 8:56, 8:48] = 0
     assert not shown.any()
 
 

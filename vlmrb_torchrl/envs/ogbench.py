@@ -26,11 +26,11 @@ from torchrl.data import Bounded, Unbounded
 from vlmrb_torchrl.checks import is_whole, require
 from vlmrb_torchrl.envs.base import SeededEpisodes
 from vlmrb_torchrl.prompts import OGBENCH
-from vlmrb_torchrl.renderers.mujoco import MuJoCoRenderer, Stage
+from vlmrb_torchrl.renderers.mujoco import MuJoCoRenderer
 
 if TYPE_CHECKING:
     from vlmrb_torchrl.envs.ogbench_demonstrator import OGBenchDemonstrator
-    from vlmrb_torchrl.envs.ogbench_games import Games, Outcome
+    from vlmrb_torchrl.envs.ogbench_games import Outcome
 
 SUBTASKS = {
     "scene": ("cube", "drawer_lock", "window_lock", "drawer", "window"),
@@ -55,17 +55,12 @@ def event_names(env_id: str) -> tuple[str, ...]:
 
 def ogbench_renderer(env_id: str, width: int, height: int, **options: Any) -> MuJoCoRenderer:
     """A renderer of a task's render states; see ``MuJoCoRenderer`` for the arguments."""
-    return MuJoCoRenderer(partial(_stage, env_id), width, height, **options)
+    return MuJoCoRenderer(partial(_simulated, "game", env_id), width, height, **options)
 
 
-def _stage(env_id: str) -> Stage:
-    stage: Stage = simulator().game(env_id)
-    return stage
-
-
-def _games(env_id: str, num_games: int) -> Games:
-    games: Games = simulator().Games(env_id, num_games)
-    return games
+def _simulated(name: str, *arguments: Any) -> Any:
+    """What the simulator's ``name`` makes, in whatever process this is called."""
+    return getattr(simulator(), name)(*arguments)
 
 
 def simulator() -> Any:
@@ -209,7 +204,9 @@ class OGBenchEnv(SeededEpisodes):
         self._ended = np.zeros((self.num_envs, 2), bool)  # terminated, truncated
         self._begun = [0] * self.num_envs  # seeds of the episodes in progress
         self._played: list[list[NDArray[np.float32]]] = [[] for _ in self._begun]  # their actions
-        mine, *others = (partial(_games, self.env_id, len(share)) for share in self._shares)
+        mine, *others = (
+            partial(_simulated, "Games", self.env_id, len(share)) for share in self._shares
+        )
         try:
             for theirs in others:
                 self._remote.append(RemoteGames(theirs))
