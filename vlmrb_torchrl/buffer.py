@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import partial
 from pathlib import Path
 from threading import RLock
@@ -27,7 +28,7 @@ from torchrl.data.replay_buffers.writers import RoundRobinWriter, TensorDictRoun
 
 from vlmrb_torchrl.checks import is_key, require
 from vlmrb_torchrl.keys import GENERATION, INDEX, TD_ERROR
-from vlmrb_torchrl.samplers.indices import as_index, as_tensor
+from vlmrb_torchrl.samplers.vlm import as_index, as_numbers
 
 
 class VLMReplayBuffer(TensorDictReplayBuffer):
@@ -271,14 +272,14 @@ class VLMReplayBuffer(TensorDictReplayBuffer):
             ValueError: The sampler is a ``VLMPrioritizedSampler`` and refuses its part; nothing
                 changed.
         """
-        if hasattr(self.sampler, "restored"):
-            self.sampler.restored(state_dict["_sampler"])  # before any row is replaced
+        if hasattr(self.sampler, "update_score"):
+            copy(self.sampler).load_state_dict(state_dict["_sampler"])  # before rows are replaced
         super().load_state_dict(state_dict)
 
     def loads(self, path: str | Path) -> None:
         """See :meth:`load_state_dict`; of what ``dumps`` wrote."""
-        if hasattr(self.sampler, "restored"):
-            self.sampler.restored(self.sampler.read(Path(path) / "sampler"))
+        if hasattr(self.sampler, "update_score"):
+            copy(self.sampler).loads(Path(path) / "sampler")
         super().loads(path)
 
     # ---------------------------------------------------------------- late writes
@@ -384,7 +385,7 @@ class VLMReplayBuffer(TensorDictReplayBuffer):
             )
         self._check_process()
         index, generation = as_index(index, "index"), as_index(generation, "generation")
-        value = as_tensor(value, "the values").detach()
+        value = as_numbers(value, "the values").detach()
         items = index.shape[0] if index.ndim else -1
         if generation.shape != (items,) or value.numel() != items:
             raise ValueError(

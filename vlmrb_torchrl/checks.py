@@ -67,28 +67,31 @@ def is_key(value: Any) -> bool:
 
 
 def checked_seconds(timeout_s: Any) -> float:
-    """Return ``timeout_s``.
-
-    Raises:
-        ValueError: It is no time that can be waited for.
-    """
-    if not is_real(timeout_s, 0, MOST_SECONDS):
-        raise ValueError(f"timeout_s is {shown(timeout_s)}; wait 0 to {MOST_SECONDS:g} seconds.")
+    """Return ``timeout_s``, refused if it is no time that can be waited for."""
+    fits = is_real(timeout_s, 0, MOST_SECONDS)
+    require(fits, "timeout_s", timeout_s, f"wait 0 to {MOST_SECONDS:g} seconds")
     return float(timeout_s)
 
 
-def checked_device(device: Any) -> torch.device:
-    """Return the device that ``device`` names.
+def checked_device(device: Any, *, here: bool = False) -> torch.device:
+    """Return the device that ``device`` names, refused if it names none.
 
-    Raises:
-        ValueError: It names none. Whether the device is here is not looked at.
+    Args:
+        device: As torch names it.
+        here: Refuse one that this machine lacks, too, and return it with its ordinal, as tensors
+            report it: "cuda" is not equal to "cuda:0".
     """
     try:
-        return torch.device(device)
+        named = torch.device(device)
     except (RuntimeError, TypeError, ValueError):
-        raise ValueError(
-            f"device is {shown(device)}: name one of torch's, such as cpu or cuda:0."
+        raise ConfigError(
+            f"device is {shown(device)}: name one of torch's, such as cpu or cuda:0"
         ) from None
+    try:
+        return torch.empty(0, device=named).device if here else named
+    except Exception as error:  # torch says it in a different one for each kind of device
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device is {named}: name one that is here ({reason})") from None
 
 
 def shown(value: object) -> str:

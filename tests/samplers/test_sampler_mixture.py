@@ -29,7 +29,7 @@ from vlmrb_torchrl.samplers.trees import CompiledSumTree, RadixSumTree
 
 @pytest.mark.parametrize("tree", [CompiledSumTree, RadixSumTree])
 @pytest.mark.parametrize("td_boost", [False, True])
-@pytest.mark.parametrize("lmbda", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("lmbda", [0.3, 1.0])
 @pytest.mark.parametrize(
     ("threshold", "unscored_priority", "dtype"),
     [(0.5, 0.0, torch.float64), (None, 0.2, torch.float32)],
@@ -147,16 +147,13 @@ def test_under_tiny_eps_a_slot_without_mass_is_never_drawn(eps: float) -> None:
     assert info["sampling_probability"].isfinite().all()
 
 
-@pytest.mark.parametrize(
-    ("eps", "share"), [(1e-12, 0.998), (1e-10, 0.97), (1e-8, 0.67), (1e-6, 0.11)]
-)
-def test_share_of_one_clip_among_a_million_zeros(eps: float, share: float) -> None:
+def test_share_of_one_clip_among_a_million_zeros() -> None:
     """32 powers of 1 against a million of ε: 32 / (32 + 1e6 ε^0.6), so 32 / 47.8 at 1e-8."""
     slots = 1_000_000
-    sampler = VLMPrioritizedSampler(slots, lmbda=1.0, eps=eps)
+    sampler = VLMPrioritizedSampler(slots, lmbda=1.0, eps=1e-8)
     sampler.extend(torch.arange(slots))
     sampler.update_score(torch.arange(slots), (torch.arange(slots) < 32).float())
-    assert float(sampler.probabilities(slots)[:32].sum()) == pytest.approx(share, abs=0.006)
+    assert float(sampler.probabilities(slots)[:32].sum()) == pytest.approx(32 / 47.8, abs=1e-3)
 
 
 def test_with_lambda_one_it_is_torchrls_prioritized_sampler() -> None:
@@ -192,30 +189,18 @@ def test_with_lambda_one_it_is_torchrls_prioritized_sampler() -> None:
 @pytest.mark.parametrize(
     ("name", "start", "end"), [("lmbda", 0.0, 0.5), ("lmbda", 0.5, 0.0), ("beta", 0.4, 1.0)]
 )
-@pytest.mark.parametrize("through_buffer", [False, True])
 def test_torchrls_linear_scheduler_drives_lambda_and_beta(
-    name: str, start: float, end: float, through_buffer: bool
+    name: str, start: float, end: float
 ) -> None:
     sampler = VLMPrioritizedSampler(8, **{name: start})
     buffer = ReplayBuffer(storage=LazyTensorStorage(8), sampler=sampler)
-    scheduler = LinearScheduler(buffer if through_buffer else sampler, name, end, 4)
+    scheduler = LinearScheduler(buffer, name, end, 4)
     seen = []
     for _ in range(6):
         scheduler.step()
         seen.append(getattr(sampler, name))
     expected = [start + (end - start) * min(step, 4) / 4 for step in range(1, 7)]
     assert seen == pytest.approx(expected)
-
-
-def test_a_new_alpha_holds_for_every_slot_at_once() -> None:
-    score, td_error = facts(SEED)
-    sampler = told(VLMPrioritizedSampler(SLOTS + 8, td_boost=True, alpha=0.0), score, td_error)
-    sampler.alpha = 0.9
-    sampler.check_valid()
-    assert sampler._sum_tree.leaves()[SLOTS:].eq(0).all()  # slots never written have no mass
-    sampler.alpha = 0.6
-    fresh = told(VLMPrioritizedSampler(SLOTS + 8, td_boost=True, alpha=0.6), score, td_error)
-    torch.testing.assert_close(sampler._sum_tree.leaves(), fresh._sum_tree.leaves())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -241,6 +226,7 @@ def test_a_setting_changed_later_is_as_one_from_the_start(
         setattr(sampler, name, value)
         assert getattr(sampler, name) == value
         sampler.check_valid()
+        assert sampler._sum_tree.leaves()[SLOTS:].eq(0).all()  # never written: no mass
         after = {**arguments, **before, name: value}
         q = mixture(*facts(SEED), **{k: v for k, v in after.items() if k != "dtype"})
         exact = 1e-12 if dtype == torch.float64 else 1e-5
@@ -248,16 +234,6 @@ def test_a_setting_changed_later_is_as_one_from_the_start(
         fresh = told(VLMPrioritizedSampler(SLOTS + 8, **after), *facts(SEED))
         assert sampler.statistics(SLOTS) == pytest.approx(fresh.statistics(SLOTS))
         sampler.load_state_dict(fresh.state_dict())  # of the same make now
-
-
-def test_half_the_draws_follow_the_judge_unless_told_otherwise() -> None:
-    """One positive of four, ε → 0: q is 1/2 + 1/8 there."""
-    sampler = VLMPrioritizedSampler(4)
-    sampler.extend(torch.arange(4))
-    sampler.update_score(torch.tensor([2]), 1.0)
-    assert sampler.probabilities(4).tolist() == pytest.approx(
-        [0.125, 0.125, 0.625, 0.125], abs=1e-6
-    )
 
 
 def test_draws_come_from_the_buffers_generator_and_from_no_other() -> None:

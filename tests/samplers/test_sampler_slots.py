@@ -159,7 +159,7 @@ def test_emptying_a_buffer_forgets_everything() -> None:
     sampler.update_score(index, 1.0)
     sampler.update_priority(index, 7.0)
     buffer.empty()
-    assert sampler._written == sampler._positive == sampler._scored == 0
+    assert sampler._written == sampler._positive == 0
     assert sampler._sum_tree.total() == 0.0
     assert sampler.default_priority == 1.0
     with pytest.raises(RuntimeError, match="Cannot sample from an empty storage"):

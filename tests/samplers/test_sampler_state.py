@@ -26,44 +26,35 @@ def unused(**arguments: Any) -> VLMPrioritizedSampler:
     return VLMPrioritizedSampler(SLOTS + 5, **arguments)
 
 
-def by_state_dict(source: VLMPrioritizedSampler, target: VLMPrioritizedSampler, _: Any) -> None:
-    target.load_state_dict(source.state_dict())
-
-
-def by_files(source: VLMPrioritizedSampler, target: VLMPrioritizedSampler, folder: Any) -> None:
-    source.dumps(folder / "new" / "folder")
-    target.loads(folder / "new" / "folder")
-
-
 @pytest.mark.parametrize("make", [used, unused])
-@pytest.mark.parametrize("travel", [by_state_dict, by_files])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("trees", product([CompiledSumTree, RadixSumTree], repeat=2))
 def test_a_restored_sampler_is_bit_equal_and_draws_the_same(
     make: Callable[..., VLMPrioritizedSampler],
-    travel: Callable[..., None],
     dtype: torch.dtype,
     trees: tuple[type, type],
     tmp_path: Any,
 ) -> None:
     source = on(trees[0], make(td_boost=True, dtype=dtype))
-    target = on(trees[1], VLMPrioritizedSampler(SLOTS + 5, td_boost=True, dtype=dtype))
-    target.extend(torch.arange(3))  # a past that the state replaces
-    travel(source, target, tmp_path)
-    assert snapshot(target) == snapshot(source)
-    target.check_valid()
-    if make is used:
-        draws = []
-        for sampler in (source, target):
-            sampler._rng = torch.Generator().manual_seed(SEED)
-            draws.append(sampler.sample(Slots(SLOTS), 256))
-        assert torch.equal(draws[0][0], draws[1][0])
-        torch.testing.assert_close(
-            draws[0][1]["sampling_probability"],
-            draws[1][1]["sampling_probability"],
-            rtol=1e-6,
-            atol=0.0,
-        )
+    source.dumps(tmp_path / "new" / "folder")
+    for load in (
+        lambda target: target.load_state_dict(source.state_dict()),
+        lambda target: target.loads(tmp_path / "new" / "folder"),
+    ):
+        target = on(trees[1], VLMPrioritizedSampler(SLOTS + 5, td_boost=True, dtype=dtype))
+        target.extend(torch.arange(3))  # a past that the state replaces
+        load(target)
+        assert snapshot(target) == snapshot(source)
+        target.check_valid()
+        assert (target._written, target._positive) == (source._written, source._positive)
+        if make is used:
+            draws = []
+            for sampler in (source, target):
+                sampler._rng = torch.Generator().manual_seed(SEED)
+                draws.append(sampler.sample(Slots(SLOTS), 256))
+            assert torch.equal(draws[0][0], draws[1][0])
+            q, q_loaded = (info["sampling_probability"] for _, info in draws)
+            torch.testing.assert_close(q, q_loaded, rtol=1e-6, atol=0.0)
     source.extend(torch.arange(SLOTS))  # the copy has a life of its own
     assert target._written == (SLOTS if make is used else 0)
 
@@ -71,44 +62,23 @@ def test_a_restored_sampler_is_bit_equal_and_draws_the_same(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"_version": 0}, "version 0"),
-        ({"_version": None}, "version None"),
-        ({"_max_capacity": 7}, "max_capacity=7"),
+        # of another make
+        ({"max_size": 7}, "max_size is 7"),
         ({"dtype": torch.float32}, "float32"),
-        ({"td_boost": True}, "td_boost=True"),
-        ({"threshold": None}, "threshold=None"),
-        ({"_eps": 0.5}, "eps=0.5"),
-        ({"unscored_priority": 1.0}, "unscored_priority=1.0"),
-    ],
-)
-def test_a_state_of_another_version_or_make_is_refused_in_one_line(
-    change: dict[str, Any], message: str
-) -> None:
-    target = used()
-    before = snapshot(target)
-    with pytest.raises(ValueError, match=message) as refusal:
-        target.load_state_dict({**unused().state_dict(), **change})
-    assert "\n" not in str(refusal.value)
-    assert snapshot(target) == before
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+        ({"td_boost": False}, "td_boost is False"),
+        ({"threshold": None}, "threshold is None"),
+        ({"_eps": 0.5}, "eps is 0.5"),
+        ({"unscored_priority": 1.0}, "unscored_priority is 1.0"),
+        # damaged
         ({"_max_priority": ("x", math.nan)}, "_max_priority"),
-        ({"_max_priority": (-1.0, 0)}, "_max_priority"),
         ({"_max_priority": (1e9, SLOTS + 5)}, "_max_priority"),
         ({"_max_priority": (None, None)}, "running maximum"),
-        ({"_max_priority": (0.5, 0)}, "running maximum"),
-        ({"_lmbda": 1.5}, "_lmbda=1.5"),
-        ({"_score": {0: 1.5}}, "a score is neither"),
+        ({"lmbda": 1.5}, "lmbda is 1.5"),
         ({"_score": {0: math.nan}}, "a score is neither"),
         ({"_score": {SLOTS: 0.5}}, "never written has a score"),
-        ({"_td_error": {0: math.nan}}, "not finite"),
         ({"_td_error": {0: math.inf}}, "not finite"),
         ({"_sum_tree": {0: 9.0}}, "a leaf is off"),
         ({"_sum_tree": {SLOTS: 0.1}}, "a leaf is off"),
-        ({"_sum_tree": {0: math.nan}}, "a leaf is off"),
     ],
 )
 def test_a_state_that_cannot_be_is_refused_in_one_line_and_changes_nothing(
@@ -130,12 +100,11 @@ def test_a_state_that_cannot_be_is_refused_in_one_line_and_changes_nothing(
 
 
 def test_what_follows_from_scores_and_settings_is_not_saved() -> None:
-    assert not {"_p", "_written", "_scored", "_positive"} & set(used().state_dict())
-    target = VLMPrioritizedSampler(SLOTS + 5)
+    assert not {"_p", "_written", "_positive"} & set(used().state_dict())
+    target = unused()
     target.load_state_dict(used().state_dict())
-    for name in ("_written", "_scored", "_positive"):
-        assert getattr(target, name) == getattr(used(), name) > 0
     assert torch.equal(target._p, used()._p)
+    assert target.statistics(SLOTS)["share_positive"] > 0
 
 
 def test_a_sampler_can_be_copied_and_pickled_and_the_copy_is_its_own() -> None:
@@ -173,7 +142,6 @@ def test_check_valid_names_what_is_off() -> None:
         ),
         "a p is off": lambda s: s._p.__setitem__(1, 0.3),
         "written slots is off": lambda s: setattr(s, "_written", 3),
-        "scored slots is off": lambda s: setattr(s, "_scored", 3),
         "positive slots is off": lambda s: setattr(s, "_positive", 3),
         "a leaf is off": lambda s: s._sum_tree.update(
             torch.tensor([2]), torch.tensor([9.0], dtype=s.dtype)

