@@ -83,7 +83,7 @@ def test_find_never_lands_on_a_zero_leaf(
     mass = torch.cat([mass, prefix, prefix.nextafter(prefix + 1)])
     assert (torch.as_tensor(tree[tree.find(mass)]) > 0).all()
     draw = (1.0 - mass.double() / total).clamp(0.0, 1.0 - 2**-53)
-    index, _ = tree.mix(draw, len(leaves), 1.0)
+    index, _ = tree.mix(draw, len(leaves), 1.0, total)
     assert (torch.as_tensor(tree[index]) > 0).all()
 
 
@@ -136,10 +136,13 @@ def test_every_slot_of_every_capacity_can_be_set_and_found(make: Maker, capacity
 def test_both_trees_draw_the_same_from_the_same_numbers(lmbda: float) -> None:
     leaves = torch.randint(0, 5, (300,), generator=torch.Generator().manual_seed(1)).tolist()
     draw = torch.rand(4000, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    drawn = [planted(tree, leaves, torch.float64).mix(draw, 300, lmbda) for tree in TREES]
+    drawn = [
+        planted(tree, leaves, torch.float64).mix(draw, 300, lmbda, float(sum(leaves)))
+        for tree in TREES
+    ]
     for index, leaf in drawn:
         assert torch.equal(index, drawn[0][0])
-        assert torch.equal(leaf, torch.tensor(leaves).double()[index])
+        assert torch.equal(torch.as_tensor(leaf), torch.tensor(leaves).double()[index])
 
 
 def test_a_compiled_tree_without_mass_raises_rather_than_looping() -> None:

@@ -34,6 +34,7 @@ _FIXED = ("max_size", "dtype", "_eps", "td_boost", "threshold", "unscored_priori
 # These a scheduler may have moved, and they are restored.
 _MOVING = ("lmbda", "alpha", "beta")
 _ARRAYS = ("_score", "_td_error", "_sum_tree")
+_BAD_VALUE = "nothing was written; pass scores from 0 to 1, |δ| of 0 or more and finite"
 
 
 class _Setting:
@@ -53,9 +54,7 @@ class _Setting:
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
-    def __get__(self, sampler: Any, owner: type | None = None) -> Any:
-        return self if sampler is None else sampler.__dict__[self._name]
-
+    # Without a __get__: what is read is the sampler's own attribute, as fast as any other.
     def __set__(self, sampler: Any, value: Any) -> None:
         if isinstance(value, Tensor) and value.numel() == 1:  # of a scheduler
             value = value.item()
@@ -118,17 +117,19 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         True
     """
 
-    lmbda = _Setting(lambda value: is_real(value, 0, 1), "use 0 to 1", moves_leaves=False)
+    lmbda: Any = _Setting(lambda value: is_real(value, 0, 1), "use 0 to 1", moves_leaves=False)
     # In TorchRL's words, for those who match them.
-    alpha = _Setting(lambda value: is_real(value, 0), "alpha must be greater or equal than 0")
-    beta = _Setting(
+    alpha: Any = _Setting(lambda value: is_real(value, 0), "alpha must be greater or equal than 0")
+    beta: Any = _Setting(
         lambda value: is_real(value, 0),
         "beta must be greater or equal to 0",
         moves_leaves=False,
     )
-    td_boost = _Setting(lambda value: isinstance(value, bool), "use True or False")
-    threshold = _Setting(lambda value: value is None or is_real(value, 0, 1), "use 0 to 1, or None")
-    unscored_priority = _Setting(lambda value: is_real(value, 0, 1), "use 0 to 1")
+    td_boost: Any = _Setting(lambda value: isinstance(value, bool), "use True or False")
+    threshold: Any = _Setting(
+        lambda value: value is None or is_real(value, 0, 1), "use 0 to 1, or None"
+    )
+    unscored_priority: Any = _Setting(lambda value: is_real(value, 0, 1), "use 0 to 1")
 
     def __init__(
         self,
@@ -274,8 +275,10 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         lmbda, total = self._mixture()
         if lmbda > 0.0:
             # q(i) = λ q^P(i) + (1 − λ)/N with q^P(i) = leaf(i) / Σ leaf. The density is N q.
-            index, leaf = self._sum_tree.mix(draw, slots, lmbda)
-            density = leaf.mul_(lmbda * slots / total).add_(1.0 - lmbda)
+            index, leaf = self._sum_tree.mix(draw, slots, lmbda, total)
+            leaf *= lmbda * slots / total
+            leaf += 1.0 - lmbda
+            density = leaf if isinstance(leaf, Tensor) else torch.from_numpy(leaf)
         else:
             index = (draw * slots).long().clamp_max_(slots - 1)
             density = torch.ones_like(draw)
@@ -283,8 +286,11 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         if home != index.device:
             home = "cpu" if home in (None, "auto") else home
             index, density = index.to(home), density.to(home)
-        weight = density.pow(-self.beta) if self.beta else torch.ones_like(density)
-        info = {WEIGHT: weight.float(), PROBABILITY: density.div_(slots)}
+        if self.beta:
+            weight = density.pow(-self.beta).float()
+        else:
+            weight = torch.ones_like(density, dtype=torch.float32)
+        info = {WEIGHT: weight, PROBABILITY: density.div_(slots)}
         if storage.ndim > 1:
             return unravel_index(index, storage.shape), info
         return index, info
@@ -403,7 +409,7 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         p_before, p_after = self._p[slot], self._judge(after)
         self._score[slot] = after
         self._p[slot] = p_after
-        self._positive += int((p_after > 0.0).sum()) - int((p_before > 0.0).sum())
+        self._positive += int((p_after > 0.0).count_nonzero() - (p_before > 0.0).count_nonzero())
         self._refresh(slot)
 
     def mark_update(self, index: Any, *, storage: Any = None) -> None:
@@ -454,9 +460,9 @@ class VLMPrioritizedSampler(PrioritizedSampler):
             return
         before = self._p.index_select(0, slot)
         if self._written < self._max_capacity:
-            self._written += int((before == EMPTY).sum())
+            self._written += int((before == EMPTY).count_nonzero())
         now_positive = slot.numel() if self.unscored_priority > 0.0 else 0
-        self._positive += now_positive - int((before > 0.0).sum())
+        self._positive += now_positive - int((before > 0.0).count_nonzero())
         # What stands in for |δ| must be above 0, since its minus sign says that it is none.
         stand_in = max(float(self.default_priority), torch.finfo(self.dtype).tiny)
         self._score.index_fill_(0, slot, UNSCORED)
@@ -496,16 +502,14 @@ class VLMPrioritizedSampler(PrioritizedSampler):
                 pass
         slot = as_index(index, "index").to(p.device)
         slot = _ravel(slot, storage) if slot.ndim > 1 else slot.reshape(-1)
-        outside = slot[(slot < -1) | (slot >= self._max_capacity)]
-        if outside.numel():
+        low, high = _bounds(slot) if slot.numel() else (0, 0)
+        if low < -1 or high >= self._max_capacity:
             raise IndexError(
-                f"index {int(outside[0])} is no slot of a sampler of capacity "
+                f"index {int(low if low < -1 else high)} is no slot of a sampler of capacity "
                 f"{self._max_capacity}: pass the indices that extend or sample returned."
             )
-        stored = slot >= 0
-        if stored.all():
-            return slot, p.index_select(0, slot), None
-        slot = slot[stored]
+        stored = slot >= 0 if low < 0 else None
+        slot = slot if stored is None else slot[stored]
         return slot, p.index_select(0, slot), stored
 
     def _values(
@@ -520,7 +524,9 @@ class VLMPrioritizedSampler(PrioritizedSampler):
             name: What the values are, for the message.
             most: Greatest value accepted, inclusive.
         """
-        values = as_numbers(values, name, dtype=self.dtype, device=index.device).detach()
+        values = as_numbers(values, name, dtype=self.dtype, device=index.device)
+        if values.requires_grad:
+            values = values.detach()
         items = index.numel() if stored is None else stored.numel()
         if values.numel() == items:
             values = values.reshape(-1)
@@ -532,15 +538,10 @@ class VLMPrioritizedSampler(PrioritizedSampler):
                 f"{name} should be a number or an iterable of the same length as index: "
                 f"got {name} of shape {tuple(values.shape)} for {items} indices."
             )
-        low, high = torch.aminmax(values)
-        if values.device.type == "cpu":
-            least, greatest = low.item(), high.item()
-        else:  # one device synchronisation
-            least, greatest = torch.stack((low, high)).tolist()
-        bad = least if not least >= 0.0 else greatest  # a NaN is both
-        fits = least >= 0.0 and greatest <= most
-        require(fits, name, bad, f"nothing was written; pass finite numbers from 0 to {most:g}")
-        return values, greatest
+        low, high = _bounds(values)
+        bad = low if not low >= 0.0 else high  # a NaN is both
+        require(low >= 0.0 and high <= most, name, bad, _BAD_VALUE)
+        return values, high
 
     # ---------------------------------------------------------------- saving and moving
 
@@ -706,6 +707,15 @@ def as_index(index: Any, name: str) -> Tensor:
     if whole.numel() and (whole.is_floating_point() or whole.dtype == torch.bool):
         raise IndexError(f"{name} is {shown(whole)}: slots and stamps are whole numbers.")
     return whole.long()
+
+
+def _bounds(values: Tensor) -> tuple[float, float]:
+    """Least and greatest value; both NaN where one value is. One device synchronisation."""
+    low, high = torch.aminmax(values)
+    if values.device.type == "cpu":
+        return low.item(), high.item()
+    low, high = torch.stack((low, high)).tolist()
+    return low, high
 
 
 def _ravel(index: Tensor, storage: Any) -> Tensor:
