@@ -18,6 +18,7 @@ from pathlib import Path
 from threading import RLock
 from typing import Any
 
+import numpy as np
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
@@ -28,7 +29,7 @@ from torchrl.data.replay_buffers.writers import RoundRobinWriter, TensorDictRoun
 
 from vlmrb_torchrl.checks import is_key, require
 from vlmrb_torchrl.keys import GENERATION, INDEX, TD_ERROR
-from vlmrb_torchrl.samplers.vlm import as_index, as_numbers
+from vlmrb_torchrl.samplers.vlm import VLMPrioritizedSampler, as_index, as_numbers
 
 
 class VLMReplayBuffer(TensorDictReplayBuffer):
@@ -139,12 +140,8 @@ class VLMReplayBuffer(TensorDictReplayBuffer):
         with self._replay_lock:
             index: Tensor = super().extend(_unstamped(tensordicts), **kwargs)
             # Under the lock that the write was made under: no other thread has written since.
-            if self._may_stamp(tensordicts):
-                batch, dim = list(tensordicts.shape), self.dim_extend
-                batch[0], batch[dim] = batch[dim], batch[0]  # the buffer extends along dim 0
-                if stamp := self._stamp(index, batch):
-                    stamp = stamp if dim == 0 else [part.transpose(0, dim) for part in stamp]
-                    _set_stamp(tensordicts, *stamp)
+            if self._holds_rows_of(tensordicts):
+                self._stamp(tensordicts, index, tensordicts.shape, self.dim_extend)
         return index
 
     def add(self, data: TensorDictBase) -> Any:
@@ -152,10 +149,8 @@ class VLMReplayBuffer(TensorDictReplayBuffer):
         self._check_process()
         with self._replay_lock:
             index = super().add(_unstamped(data))
-            if self._may_stamp(data) and index is not None:
-                stamp = self._stamp(torch.as_tensor(index).reshape(1), [1, *data.shape])
-                if stamp:
-                    _set_stamp(data, *(part.squeeze(0) for part in stamp))
+            if self._holds_rows_of(data) and index is not None:
+                self._stamp(data, torch.as_tensor(index), [1, *data.shape])
         return index
 
     def insert(self, data: TensorDictBase) -> TensorDictBase | None:
@@ -181,37 +176,53 @@ class VLMReplayBuffer(TensorDictReplayBuffer):
             index = self._extend(rows)
             if (priority := rows.get(self.priority_key, None)) is not None:
                 self.update_priority(index, priority)
-            if stamp := self._stamp(index, [len(index)]):
-                _set_stamp(stored, *(part.reshape(stored.shape) for part in stamp))
+            self._stamp(stored, index, index.shape)
         return stored
 
     def _set_index_in_td(self, tensordict: TensorDictBase, index: Any) -> None:
         super()._set_index_in_td(tensordict, index)
         self._stored = tensordict  # TorchRL says here alone what the transforms made of the data
 
-    def _may_stamp(self, data: Any) -> bool:
+    def _holds_rows_of(self, data: Any) -> bool:
+        """Whether ``data`` can be stamped, and what was just stored has its very rows.
+
+        Their number does not tell: ``MultiStepTransform`` stores as many, but earlier ones. A
+        transform that left the rows alone left an entry alone.
+        """
         stored, self._stored = self._stored, None
         if not isinstance(data, TensorDictBase) or data.is_locked:
             return False
-        own = not len(self._transform) or _same_rows(data, stored)
-        return own and bool(self._writer.tracks_generations)
+        if len(self._transform):
+            entries = data.items(include_nested=True, leaves_only=True)
+            if stored is None or all(stored.get(key, None) is not each for key, each in entries):
+                return False
+        return bool(self._writer.tracks_generations)
 
-    def _stamp(self, index: Tensor, batch: list[int]) -> Sequence[Tensor] | None:
-        """Slots and generations of a batch just written, laid out as ``batch``, its shape."""
-        dims = self._storage.ndim
-        slots = batch[:dims]
-        if index.shape[0] != math.prod(slots):
-            return None  # a transform changed the batch: its rows are not the caller's
-        generation: Tensor = self._writer.generations_of(index)
-        rows: int = self._storage._max_size_along_dim0()
-        if slots[0] > rows:  # a batch longer than the ring overwrote its own start
-            generation.reshape(slots)[:-rows] = -1
-        if len(batch) == 1:
-            return index, generation
-        if dims > 1:
-            return index.reshape(*slots, dims), generation.reshape(slots)
+    def _stamp(
+        self, data: TensorDictBase, index: Tensor, shape: Sequence[int], dim: int = 0
+    ) -> None:
+        """Writes slots and generations of what was just stored into ``data``.
+
+        Args:
+            data: Gets them.
+            index: The slots, of a writer.
+            shape: What ``data`` was stored as.
+            dim: Along which of its dimensions.
+        """
+        stored = list(shape)
+        stored[0], stored[dim] = stored[dim], stored[0]
         # A storage of one dimension keeps a whole trajectory in a slot: each step names the slot.
-        return _expand(index, batch), _expand(generation, batch)
+        dims = self._storage.ndim
+        slots, steps = stored[:dims], [1] * len(stored[dims:])
+        coordinates = [dims] if dims > 1 else []
+        generation: Tensor = self._writer.generations_of(index).reshape(slots)
+        rows = self._storage._max_size_along_dim0()
+        if slots[0] > rows:  # a batch longer than the ring overwrote its own start
+            generation[:-rows] = -1
+        for key, stamp, last in ((INDEX, index, coordinates), (GENERATION, generation, [])):
+            laid_out = stamp.reshape([*slots, *steps, *last]).expand([*stored, *last])
+            laid_out = laid_out.transpose(0, dim).reshape([*data.shape, *last])
+            data.set(key, laid_out if data.device is None else laid_out.to(data.device))
 
     def _check_process(self) -> None:
         if os.getpid() != self._process and isinstance(self.sampler, PrioritizedSampler):
@@ -226,35 +237,30 @@ class VLMReplayBuffer(TensorDictReplayBuffer):
         """Replaces rows, which are unscored and unvisited then, or sets an entry of all rows."""
         if isinstance(index, tuple) and len(index) == 1:
             index = index[0]  # here: TorchRL would come back for it, and the lock is taken by then
+        parts = index if isinstance(index, tuple) else (index,)
         with self._replay_lock, self._write_lock:
             self._check_process()
             super().__setitem__(index, value)
-            if not isinstance(index, str) and not (
-                isinstance(index, tuple) and all(isinstance(part, str) for part in index)
-            ):
-                self._replaced(index, value)
+            if not all(isinstance(part, str) for part in parts):
+                self._replaced(parts, value)
 
-    def _replaced(self, index: Any, value: Any) -> None:
+    def _replaced(self, index: tuple[Any, ...], value: Any) -> None:
         """Voids what is known of the slots that ``self[index]`` names."""
         storage = self._storage
         shape = getattr(storage, "_total_shape", None) or [len(storage)]
-        slots = torch.arange(math.prod(shape)).reshape(shape)
+        slots = np.arange(math.prod(shape)).reshape(shape)
         if self.dim_extend < slots.ndim:  # else each row is a part of every slot
-            index = index if isinstance(index, tuple) else (index,)
-            slots = slots.transpose(0, self.dim_extend)[
-                tuple(
-                    part
-                    if isinstance(part, (int, slice)) or part is ...
-                    else torch.as_tensor(part).cpu()
-                    for part in index[: slots.ndim]
-                )
+            slots = slots.swapaxes(0, self.dim_extend)[
+                tuple(p.numpy(force=True) if isinstance(p, Tensor) else p for p in index)[
+                    : slots.ndim
+                ]
             ]
-        slots = slots[slots < len(storage)].unique()
-        if slots.numel():
+        replaced = torch.from_numpy(np.unique(slots[slots < len(storage)]))
+        if replaced.numel():
             if isinstance(self._writer, RoundRobinWriter):
-                self._writer._bump_generation((slots // math.prod(shape[1:])).unique(), value)
+                self._writer._bump_generation((replaced // math.prod(shape[1:])).unique(), value)
             for buffer in storage._attached_entities:
-                buffer.mark_update(slots)
+                buffer.mark_update(replaced)
 
     def empty(self, empty_write_count: bool = True) -> None:
         """Empties the buffer; stamps taken before are void.
@@ -272,13 +278,13 @@ class VLMReplayBuffer(TensorDictReplayBuffer):
             ValueError: The sampler is a ``VLMPrioritizedSampler`` and refuses its part; nothing
                 changed.
         """
-        if hasattr(self.sampler, "update_score"):
-            copy(self.sampler).load_state_dict(state_dict["_sampler"])  # before rows are replaced
+        if isinstance(self.sampler, VLMPrioritizedSampler):
+            copy(self.sampler).load_state_dict(state_dict["_sampler"])  # before a row is replaced
         super().load_state_dict(state_dict)
 
     def loads(self, path: str | Path) -> None:
         """See :meth:`load_state_dict`; of what ``dumps`` wrote."""
-        if hasattr(self.sampler, "update_score"):
+        if isinstance(self.sampler, VLMPrioritizedSampler):
             copy(self.sampler).loads(Path(path) / "sampler")
         super().loads(path)
 
@@ -291,7 +297,8 @@ class VLMReplayBuffer(TensorDictReplayBuffer):
         thread may have written between that call and this one.
         """
         with self._replay_lock, self._write_lock:
-            return self._generations(index)
+            generation: Tensor = self._writer.generations_of(index)
+        return generation
 
     def write_scores(self, index: Any, generation: Any, score: Any) -> Tensor:
         """Gives the judge's scores to the transitions that they were computed for.
@@ -318,21 +325,18 @@ class VLMReplayBuffer(TensorDictReplayBuffer):
         return self._write_live(self.sampler.update_score, index, generation, score)
 
     def write_td_errors(self, index: Any, generation: Any, td_error: Any) -> Tensor:
-        """Gives |δ| to the transitions that it was computed for; see :meth:`write_scores`.
+        """Gives |δ| to the transitions that it was computed for.
 
         Args:
-            index: Slots, int64 ``[B]`` (or ``[B, storage.ndim]``).
-            generation: The stamps that came with them, int64 ``[B]``.
-            td_error: |δ|, ``[B]`` or ``[B, 1]``, in units of return.
+            index: As of :meth:`write_scores`.
+            generation: As of :meth:`write_scores`.
+            td_error: |δ|, ``[B]`` or ``[B, 1]``, in units of return, finite and not negative.
 
         Returns:
             bool ``[B]``: which slots still held their transition and got the TD error.
 
         Raises:
-            TypeError: The sampler is not prioritized, the writer keeps no generations, or an
-                argument is nothing that a tensor can be made of.
-            ValueError: A TD error to be written is NaN, infinite or negative; nothing was written.
-            IndexError: An index is no slot; nothing was written.
+            TypeError: The sampler is not prioritized; else as :meth:`write_scores`.
         """
         if not isinstance(self.sampler, PrioritizedSampler):
             raise TypeError(
@@ -387,39 +391,29 @@ class VLMReplayBuffer(TensorDictReplayBuffer):
         index, generation = as_index(index, "index"), as_index(generation, "generation")
         value = as_numbers(value, "the values").detach()
         items = index.shape[0] if index.ndim else -1
-        if generation.shape != (items,) or value.numel() != items:
-            raise ValueError(
-                f"index of shape {tuple(index.shape)} came with stamps of shape "
-                f"{tuple(generation.shape)} and values of shape {tuple(value.shape)}: pass one of "
-                "each per transition."
-            )
+        fits = generation.shape == (items,) and value.numel() == items
+        shapes = [tuple(each.shape) for each in (index, generation, value)]
+        require(fits, "index, generation, values", shapes, "pass one of each per transition")
         value = value.reshape(-1)
         # In this order, as everywhere in TorchRL. The sampler is called itself: with shared=True
         # the write lock is not re-entrant, and buffer.update_priority would wait for itself.
         with self._replay_lock, self._write_lock:
-            current = self._generations(index)
+            current = self._writer.generations_of(index)
             live: Tensor = (generation.to(current.device) == current) & (current >= 0)
             if bool(live.all()):
                 write(index, value, storage=self._storage)
                 return live
-            self._check_slots(index)
+            # What is no slot was never one's own; -1 is what was not stored.
+            slots = self._storage.max_size
+            outside = index[(index < -1) | (index >= slots)]
+            if len(outside):
+                raise IndexError(
+                    f"index {int(outside[0])} is no slot of a buffer of {slots}: pass the indices "
+                    "that extend or sample returned."
+                )
             if bool(live.any()):
                 write(index[live], value[live.to(value.device)], storage=self._storage)
         return live
-
-    def _check_slots(self, index: Tensor) -> None:
-        """Refuses what is no slot, and so was never one's own; -1 is what was not stored."""
-        slots = self._storage.max_size
-        outside = index[(index < -1) | (index >= slots)]
-        if len(outside):
-            raise IndexError(
-                f"index {int(outside[0])} is no slot of a buffer of {slots}: pass the indices that "
-                "extend or sample returned."
-            )
-
-    def _generations(self, index: Any) -> Tensor:
-        stamps: Tensor = self._writer.generations_of(index)
-        return stamps
 
 
 class _StampingWriter(TensorDictRoundRobinWriter):
@@ -480,24 +474,23 @@ class _StampingWriter(TensorDictRoundRobinWriter):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores a state, also one without generations, and voids the stamps given before."""
-        given = self._generation
-        super().load_state_dict(state_dict)
-        self._void(given)
+        self._load(super().load_state_dict, state_dict)
 
     def loads(self, path: Any) -> None:
         """See :meth:`load_state_dict`."""
-        given = self._generation
-        super().loads(path)
-        self._void(given)
+        self._load(super().loads, path)
 
-    def _void(self, given: Tensor | None) -> None:
+    def _load(self, load: Callable[[Any], None], saved: Any) -> None:
+        given = self._generation
+        load(saved)
         self._seen = 0
-        if given is None:
-            return
-        loaded, most = self._generation, max(len(self._generation), len(given))
-        loaded, given = (pad(of, (0, most - len(of)), value=-1) for of in (loaded, given))
-        # A stamp of the state that was never given here can only mean the state's row.
-        self._generation = torch.maximum(loaded, given.to(loaded.device) + 1)
+        if given is not None:
+            most = max(len(self._generation), len(given))
+            loaded, given = (
+                pad(of, (0, most - len(of)), value=-1) for of in (self._generation, given)
+            )
+            # A stamp of the state that was never given here can only mean the state's row.
+            self._generation = torch.maximum(loaded, given.to(loaded.device) + 1)
 
 
 class _StreamLock:
@@ -532,23 +525,3 @@ def _unstamped(data: Any) -> Any:
     if isinstance(data, TensorDictBase) and GENERATION in data:
         return data.exclude(GENERATION)
     return data
-
-
-def _same_rows(data: TensorDictBase, stored: TensorDictBase | None) -> bool:
-    """Whether a transform made ``stored`` of ``data`` and left the rows, and so an entry, alone.
-
-    Their number does not tell: ``MultiStepTransform`` stores as many, but earlier ones.
-    """
-    entries = data.items(include_nested=True, leaves_only=True)
-    return stored is not None and any(stored.get(key, None) is each for key, each in entries)
-
-
-def _expand(values: Tensor, batch: list[int]) -> Tensor:
-    """Values ``[B]`` repeated over the dimensions of ``batch`` after the first."""
-    return values.reshape(-1, *[1] * (len(batch) - 1)).expand(batch)
-
-
-def _set_stamp(data: TensorDictBase, index: Tensor, generation: Tensor) -> None:
-    if data.device is not None:
-        index, generation = index.to(data.device), generation.to(data.device)
-    data.set(INDEX, index).set(GENERATION, generation)
