@@ -271,7 +271,9 @@ class VLMPrioritizedSampler(PrioritizedSampler):
             raise RuntimeError("Cannot sample from an empty storage.")
         if self._written != slots:
             self.match_storage(storage)
-        draw = self._uniform(batch_size)
+        rng, device = self._rng, self._p.device
+        source = device if rng is None else rng.device
+        draw = torch.rand(batch_size, dtype=torch.float64, device=source, generator=rng).to(device)
         lmbda, total = self._mixture()
         if lmbda > 0.0:
             # q(i) = λ q^P(i) + (1 − λ)/N with q^P(i) = leaf(i) / Σ leaf. The density is N q.
@@ -300,12 +302,6 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         total = self._sum_tree.total() if self._positive and self.lmbda > 0.0 else 0.0
         return (self.lmbda, total) if total > 0.0 else (0.0, 0.0)  # 0 under eps=0, all |δ| 0
 
-    def _uniform(self, batch_size: int) -> Tensor:
-        rng, device = self._rng, self._p.device
-        source = device if rng is None else rng.device
-        draw = torch.rand(batch_size, dtype=torch.float64, device=source, generator=rng)
-        return draw.to(device)
-
     def probabilities(self, length: int) -> Tensor:
         """The probability q of every slot, float64 ``[length]``, in closed form.
 
@@ -313,9 +309,9 @@ class VLMPrioritizedSampler(PrioritizedSampler):
             length: Slots written, N = ``len(buffer)``.
 
         Raises:
-            ValueError: The sampler does not have that many slots, or none is asked for.
+            ValueError: ``length`` is 0 or more than the sampler has slots.
         """
-        self._check_length(length, 1)
+        require(is_whole(length, 1, self._max_capacity), "length", length, "use len(buffer)")
         lmbda, total = self._mixture()
         uniform = torch.full((length,), (1.0 - lmbda) / length, dtype=torch.float64)
         uniform = uniform.to(self._p.device)
@@ -333,8 +329,7 @@ class VLMPrioritizedSampler(PrioritizedSampler):
             ``share_scored``: slots with a score; ``share_positive``: slots with a score and p > 0;
             ``effective_sample_size``: 1 / Σ q²; each as a share of N, in [0, 1].
         """
-        self._check_length(length, 0)
-        if length == 0:
+        if is_whole(length, 0, 0):
             return {"share_scored": 0.0, "share_positive": 0.0, "effective_sample_size": 0.0}
         density = self.probabilities(length).mul_(length)
         return {
@@ -342,10 +337,6 @@ class VLMPrioritizedSampler(PrioritizedSampler):
             "share_positive": int(self.positive.sum()) / length,
             "effective_sample_size": 1.0 / float(density.square_().mean()),
         }
-
-    def _check_length(self, length: int, least: int) -> None:
-        most = self._max_capacity
-        require(is_whole(length, least, most), "length", length, f"use {least} to {most} slots")
 
     def __repr__(self) -> str:
         names = "lmbda", "alpha", "beta", "td_boost", "threshold", "unscored_priority"
@@ -391,9 +382,9 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         """Stores the judge's scores; a slot that has one keeps the greater.
 
         Args:
-            index: int64 ``[B]``, or ``[B, storage.ndim]``; items with index -1 are skipped.
+            index: As of :meth:`update_priority`.
             score: ``[B]``, ``[B, 1]`` or one number, in [0, 1].
-            storage: Needed for indices of several dimensions.
+            storage: As of :meth:`update_priority`.
 
         Raises:
             ValueError: A score is NaN or outside [0, 1]; nothing was written.
@@ -415,12 +406,7 @@ class VLMPrioritizedSampler(PrioritizedSampler):
     def mark_update(self, index: Any, *, storage: Any = None) -> None:
         """Makes slots that were (over)written unscored and unvisited.
 
-        Args:
-            index: int or int64 ``[B]``, or ``[B, storage.ndim]``; items with index -1 are skipped.
-            storage: Needed for indices of several dimensions.
-
-        Raises:
-            IndexError: An index is out of range; nothing was written.
+        Index, storage and IndexError are as of :meth:`update_priority`.
         """
         slot = self._slots(index, storage)[0]
         self._reset(slot.unique() if slot.numel() > 1 else slot)
@@ -517,12 +503,7 @@ class VLMPrioritizedSampler(PrioritizedSampler):
     ) -> tuple[Tensor, float]:
         """One finite value in [0, ``most``] per slot, rounded to ``dtype``, and the greatest.
 
-        Args:
-            values: A number for all, or B numbers, also as ``[B, 1]``.
-            index: Slots ``[K]``, one at least, of :meth:`_slots`.
-            stored: Which of B items they are.
-            name: What the values are, for the message.
-            most: Greatest value accepted, inclusive.
+        ``values`` is a number for all or B of them; ``index`` and ``stored`` are :meth:`_slots`'.
         """
         values = as_numbers(values, name, dtype=self.dtype, device=index.device)
         if values.requires_grad:
