@@ -186,7 +186,7 @@ class VLMPrioritizedSampler(PrioritizedSampler):
             require(False, "max_capacity", slots, "use what fits the memory, 50 bytes a slot")
         self._written = 0  # slots that hold a row
         self._positive = 0  # of them: slots with p > 0
-        self._max_priority = None  # TorchRL's: (greatest |δ|, its slot)
+        self._max_priority = None
         self._just_marked: Any = None
 
     # What is known of each slot. Score and |δ| are told; all else follows from them and the
@@ -196,6 +196,7 @@ class VLMPrioritizedSampler(PrioritizedSampler):
     _td_error: Tensor  # |δ| of a visited slot; of another one minus what stands in for it
     _p: Tensor
     _sum_tree: SumTree
+    _max_priority: Any  # TorchRL's: the greatest |δ| and its slot
 
     @property
     def scored(self) -> Tensor:
@@ -221,7 +222,8 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         """The p of scores ``[B]``, none of them missing."""
         if self.threshold is None:
             return score
-        return (score >= self.threshold).to(self.dtype)
+        passes: Tensor = score >= self.threshold
+        return passes.to(self.dtype)
 
     def _leaf(self, p: Tensor, td_error: Tensor) -> Tensor:
         """The leaf of p and |δ|, ``[B]`` each; overwrites p."""
