@@ -176,7 +176,7 @@ class VLMReplayBuffer(TensorDictReplayBuffer):
             index = self._extend(rows)
             if (priority := rows.get(self.priority_key, None)) is not None:
                 self.update_priority(index, priority)
-            self._stamp(stored, index, index.shape)
+            self._stamp(stored, index, [len(index)])
         return stored
 
     def _set_index_in_td(self, tensordict: TensorDictBase, index: Any) -> None:

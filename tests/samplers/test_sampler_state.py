@@ -72,13 +72,13 @@ def test_a_restored_sampler_is_bit_equal_and_draws_the_same(
         # damaged
         ({"_max_priority": ("x", math.nan)}, "_max_priority"),
         ({"_max_priority": (1e9, SLOTS + 5)}, "_max_priority"),
-        ({"_max_priority": (None, None)}, "running maximum"),
+        ({"_max_priority": (None, None)}, "above the running maximum"),
         ({"lmbda": 1.5}, "lmbda is 1.5"),
-        ({"_score": {0: math.nan}}, "a score is neither"),
-        ({"_score": {SLOTS: 0.5}}, "never written has a score"),
+        ({"_score": {0: math.nan}}, "score outside"),
+        ({"_score": {SLOTS: 0.5}}, "score of a slot never written"),
         ({"_td_error": {0: math.inf}}, "not finite"),
-        ({"_sum_tree": {0: 9.0}}, "a leaf is off"),
-        ({"_sum_tree": {SLOTS: 0.1}}, "a leaf is off"),
+        ({"_sum_tree": {0: 9.0}}, "a leaf off"),
+        ({"_sum_tree": {SLOTS: 0.1}}, "a leaf off"),
     ],
 )
 def test_a_state_that_cannot_be_is_refused_in_one_line_and_changes_nothing(
@@ -135,24 +135,24 @@ def test_statistics_in_closed_form() -> None:
 
 def test_check_valid_names_what_is_off() -> None:
     breaks: dict[str, Callable[[VLMPrioritizedSampler], Any]] = {
-        "a score is neither": lambda s: s._score.__setitem__(0, 1.5),
+        "a score outside": lambda s: s._score.__setitem__(0, 1.5),
         "not finite": lambda s: s._td_error.__setitem__(0, torch.nan),
-        "of no slot that holds it": lambda s: s.__dict__.update(
+        "of a slot without it": lambda s: s.__dict__.update(
             _max_priority=(9.0, 0), _max_priority_within_buffer=True
         ),
-        "a p is off": lambda s: s._p.__setitem__(1, 0.3),
-        "written slots is off": lambda s: setattr(s, "_written", 3),
-        "positive slots is off": lambda s: setattr(s, "_positive", 3),
-        "a leaf is off": lambda s: s._sum_tree.update(
+        "_p is": lambda s: s._p.__setitem__(1, 0.3),
+        "_written is 3": lambda s: setattr(s, "_written", 3),
+        "_positive is 3": lambda s: setattr(s, "_positive", 3),
+        "a leaf off": lambda s: s._sum_tree.update(
             torch.tensor([2]), torch.tensor([9.0], dtype=s.dtype)
         ),
-        "running maximum": lambda s: setattr(s, "_max_priority", (0.0, 0)),
+        "above the running maximum": lambda s: setattr(s, "_max_priority", (0.0, 0)),
         "never written": lambda s: s._score.__setitem__(SLOTS + 1, 0.5),
     }
     for message, damage in breaks.items():
         sampler = used(td_boost=True)
         damage(sampler)
-        with pytest.raises(AssertionError, match=message):
+        with pytest.raises(ValueError, match=message):
             sampler.check_valid()
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -581,14 +582,27 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         loaded = object.__new__(type(self))
         loaded.__dict__.update(self.__dict__, _just_marked=None)
         loaded.__dict__.update({name: state[name] for name in (*_MOVING, "_max_priority")})
-        loaded._score = state["_score"].to(device, copy=True)
-        loaded._td_error = state["_td_error"].to(device, copy=True)
+        loaded._score = score = state["_score"].to(device, copy=True)
+        loaded._td_error = td_error = state["_td_error"].to(device, copy=True)
         loaded.__dict__.update(loaded._derived())
+        leaves, scored, visited = state["_sum_tree"].to(device), loaded.scored, loaded.visited
         loaded._sum_tree = make_sum_tree(self._max_capacity, self.dtype, device)
-        every = torch.arange(self._max_capacity, device=device)
-        loaded._sum_tree.update(every, state["_sum_tree"].to(device))
-        broken = loaded._broken()
-        require(broken is None, of, broken, damaged)
+        loaded._sum_tree.update(torch.arange(self._max_capacity, device=device), leaves)
+
+        written, ulps = td_error != NO_ROW, 64.0 * torch.finfo(self.dtype).eps
+        leaf = loaded._leaf(loaded._p.clone(), td_error.abs()).masked_fill_(~written, 0.0)
+        greatest = float(td_error[visited].max()) if visited.any() else -1.0
+        value, holder = (-1.0, None) if maximum[0] is None else maximum
+        held = holder is None or not self._max_priority_within_buffer
+        for holds, fault in (
+            ((scored & (score <= 1.0) | (score == UNSCORED)).all(), "a score outside [0, 1]"),
+            ((td_error.isfinite() | ~written).all(), "a TD error that is not finite"),
+            (not (scored & ~written).any(), "a score of a slot never written"),
+            (torch.allclose(leaves, leaf, rtol=ulps, atol=0.0), "a leaf off its formula"),
+            (greatest <= value, "a TD error above the running maximum"),
+            (held or td_error[holder] == value, "a running maximum of a slot without it"),
+        ):
+            require(bool(holds), of, f"with {fault}", damaged)
         self.__dict__.update(loaded.__dict__)
 
     def _maybe_init_from_storage(self, storage: Any) -> None:
@@ -616,46 +630,20 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         self.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
 
     def check_valid(self) -> None:
-        """Looks at the invariants between arrays, counts and tree, in one O(N) pass.
+        """Looks whether scores, |δ| and all that follows from them agree, in one O(N) pass.
 
         Raises:
-            AssertionError: One does not hold; the message names it.
+            ValueError: They do not; the message names what is off.
         """
-        if broken := self._broken():
-            raise AssertionError(broken)
-
-    def _broken(self) -> str | None:
-        """The first invariant that does not hold."""
-        score, td_error, derived = self._score, self._td_error, self._derived()
-        written, visited = td_error != NO_ROW, self.visited
-        greatest = float(td_error[visited].max()) if visited.any() else -1.0
-        maximum, holder = self._max_priority
-        leaves, ulps = self._sum_tree.leaves(), 64.0 * torch.finfo(self.dtype).eps
-        leaf = self._leaf(self._p.clone(), td_error.abs()).masked_fill_(~written, 0.0)
-        summed = float(leaves.double().sum())
-        invariants = {
-            "a score is neither in [0, 1] nor missing": (
-                self.scored & (score <= 1.0) | (score == UNSCORED)
-            ).all(),
-            "a TD error is not finite": (td_error.isfinite() | ~written).all(),
-            "a slot never written has a score": not (self.scored & ~written).any(),
-            "a p is off its score": torch.equal(self._p, derived["_p"]),
-            "the count of written slots is off": self._written == derived["_written"],
-            "the count of positive slots is off": self._positive == derived["_positive"],
-            "a leaf is off its formula": torch.allclose(leaves, leaf, rtol=ulps, atol=0.0),
-            "the tree's total is off its leaves": (
-                abs(self._sum_tree.total() - summed) <= ulps * summed
-            ),
-            "the running maximum is below a TD error": (
-                greatest <= (-1.0 if maximum is None else maximum)
-            ),
-            "the running maximum is of no slot that holds it": (
-                not self._max_priority_within_buffer
-                or maximum is None
-                or float(td_error[holder]) == maximum
-            ),
-        }
-        return next((text for text, holds in invariants.items() if not holds), None)
+        twin = copy(self)
+        twin.load_state_dict(self.state_dict())
+        for name in ("_p", "_written", "_positive"):
+            mine, derived = getattr(self, name), getattr(twin, name)
+            same = torch.equal(torch.as_tensor(mine), torch.as_tensor(derived))
+            require(same, name, mine, "it is off what the scores give")
+        total, ulps = self._sum_tree.total(), 64.0 * torch.finfo(self.dtype).eps
+        summed = float(self._sum_tree.leaves().double().sum())
+        require(abs(total - summed) <= ulps * summed, "the tree's total", total, f"sum is {summed}")
 
 
 # ---------------------------------------------------------------- reading arguments
