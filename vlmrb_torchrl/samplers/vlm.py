@@ -53,15 +53,17 @@ class _Setting:
         self.fits, self._remedy, self._moves_leaves = fits, remedy, moves_leaves
 
     def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
+        self._name, self._kept = name, f"_{name}"
 
-    # Without a __get__: what is read is the sampler's own attribute, as fast as any other.
+    def __get__(self, sampler: Any, owner: type | None = None) -> Any:
+        return self if sampler is None else sampler.__dict__[self._kept]
+
     def __set__(self, sampler: Any, value: Any) -> None:
         if isinstance(value, Tensor) and value.numel() == 1:  # of a scheduler
             value = value.item()
         require(self.fits(value), self._name, value, self._remedy)
-        changed = sampler.__dict__.get(self._name, value) != value
-        sampler.__dict__[self._name] = value
+        changed = sampler.__dict__.get(self._kept, value) != value
+        sampler.__dict__[self._kept] = value
         if changed and self._moves_leaves:
             sampler._rejudge()
 
@@ -118,19 +120,17 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         True
     """
 
-    lmbda: Any = _Setting(lambda value: is_real(value, 0, 1), "use 0 to 1", moves_leaves=False)
+    lmbda = _Setting(lambda value: is_real(value, 0, 1), "use 0 to 1", moves_leaves=False)
     # In TorchRL's words, for those who match them.
-    alpha: Any = _Setting(lambda value: is_real(value, 0), "alpha must be greater or equal than 0")
-    beta: Any = _Setting(
+    alpha = _Setting(lambda value: is_real(value, 0), "alpha must be greater or equal than 0")
+    beta = _Setting(
         lambda value: is_real(value, 0),
         "beta must be greater or equal to 0",
         moves_leaves=False,
     )
-    td_boost: Any = _Setting(lambda value: isinstance(value, bool), "use True or False")
-    threshold: Any = _Setting(
-        lambda value: value is None or is_real(value, 0, 1), "use 0 to 1, or None"
-    )
-    unscored_priority: Any = _Setting(lambda value: is_real(value, 0, 1), "use 0 to 1")
+    td_boost = _Setting(lambda value: isinstance(value, bool), "use True or False")
+    threshold = _Setting(lambda value: value is None or is_real(value, 0, 1), "use 0 to 1, or None")
+    unscored_priority = _Setting(lambda value: is_real(value, 0, 1), "use 0 to 1")
 
     def __init__(
         self,
@@ -199,6 +199,14 @@ class VLMPrioritizedSampler(PrioritizedSampler):
     _sum_tree: SumTree
     _max_priority: Any  # TorchRL's: the greatest |δ| and its slot
 
+    # The settings; TorchRL reads some of them by these names.
+    _lmbda: float
+    _alpha: float
+    _beta: float
+    _td_boost: bool
+    _threshold: float | None
+    _unscored_priority: float
+
     @property
     def scored(self) -> Tensor:
         """Which slots have a score, bool ``[N]``."""
@@ -217,20 +225,20 @@ class VLMPrioritizedSampler(PrioritizedSampler):
     @property
     def uses_td_error(self) -> bool:
         """Whether draws depend on the TD errors passed to :meth:`update_priority`."""
-        return bool(self.td_boost)
+        return self._td_boost
 
     def _judge(self, score: Tensor) -> Tensor:
         """The p of scores ``[B]``, none of them missing."""
-        if self.threshold is None:
+        if self._threshold is None:
             return score
-        passes: Tensor = score >= self.threshold
+        passes: Tensor = score >= self._threshold
         return passes.to(self.dtype)
 
     def _leaf(self, p: Tensor, td_error: Tensor) -> Tensor:
         """The leaf of p and |δ|, ``[B]`` each; overwrites p."""
-        if self.td_boost:
+        if self._td_boost:
             p.mul_(td_error)
-        return p.add_(self._eps).pow_(self.alpha)
+        return p.add_(self._eps).pow_(self._alpha)
 
     def _refresh(self, index: Tensor) -> None:
         """Brings the leaves of the slots ``index`` ``[B]`` up to date with the arrays."""
@@ -239,7 +247,7 @@ class VLMPrioritizedSampler(PrioritizedSampler):
     def _derived(self) -> dict[str, Any]:
         """Every p and the counts, from the scores and from which slots hold a row."""
         written = self._td_error > NO_ROW
-        p = torch.where(self.scored, self._judge(self._score), self.unscored_priority)
+        p = torch.where(self.scored, self._judge(self._score), self._unscored_priority)
         p = p.masked_fill(~written, EMPTY)
         return {"_p": p, "_written": int(written.sum()), "_positive": int((p > 0.0).sum())}
 
@@ -291,8 +299,8 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         if home != index.device:
             home = "cpu" if home in (None, "auto") else home
             index, density = index.to(home), density.to(home)
-        if self.beta:
-            weight = density.pow(-self.beta).float()
+        if self._beta:
+            weight = density.pow(-self._beta).float()
         else:
             weight = torch.ones_like(density, dtype=torch.float32)
         info = {WEIGHT: weight, PROBABILITY: density.div_(slots)}
@@ -302,8 +310,8 @@ class VLMPrioritizedSampler(PrioritizedSampler):
 
     def _mixture(self) -> tuple[float, float]:
         """The λ to draw with, 0 while there is nothing to prefer, and the tree's total."""
-        total = self._sum_tree.total() if self._positive and self.lmbda > 0.0 else 0.0
-        return (self.lmbda, total) if total > 0.0 else (0.0, 0.0)  # 0 under eps=0, all |δ| 0
+        total = self._sum_tree.total() if self._positive and self._lmbda > 0.0 else 0.0
+        return (self._lmbda, total) if total > 0.0 else (0.0, 0.0)  # 0 under eps=0, all |δ| 0
 
     def probabilities(self, length: int) -> Tensor:
         """The probability q of every slot, float64 ``[length]``, in closed form.
@@ -367,7 +375,7 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         if index.numel() == 0:
             return
         # Even with all N slots at this priority the tree's total is finite.
-        most = (torch.finfo(self.dtype).max / self._max_capacity) ** (1.0 / max(self.alpha, 1.0))
+        most = (torch.finfo(self.dtype).max / self._max_capacity) ** (1.0 / max(self._alpha, 1.0))
         values, high = self._values(priority, index, stored, "priority", most)
         p = self._claim(index, p)
         greatest = self._max_priority[0]
@@ -377,7 +385,7 @@ class VLMPrioritizedSampler(PrioritizedSampler):
             index, values = last_of_duplicates(index, values)
             p = self._p[index]
         self._td_error.scatter_(0, index, values)
-        if self.td_boost:
+        if self._td_boost:
             self._sum_tree.update(index, self._leaf(p, values))
         self._restore_maximum(index)
 
@@ -450,15 +458,15 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         before = self._p.index_select(0, slot)
         if self._written < self._max_capacity:
             self._written += int((before == EMPTY).count_nonzero())
-        now_positive = slot.numel() if self.unscored_priority > 0.0 else 0
+        now_positive = slot.numel() if self._unscored_priority > 0.0 else 0
         self._positive += now_positive - int((before > 0.0).count_nonzero())
         # What stands in for |δ| must be above 0, since its minus sign says that it is none.
         stand_in = max(float(self.default_priority), torch.finfo(self.dtype).tiny)
         self._score.index_fill_(0, slot, UNSCORED)
-        self._p.index_fill_(0, slot, self.unscored_priority)
+        self._p.index_fill_(0, slot, self._unscored_priority)
         self._td_error.index_fill_(0, slot, -stand_in)
-        mass = self.unscored_priority * (stand_in if self.td_boost else 1.0) + self._eps
-        self._sum_tree.update(slot, torch.full_like(slot, mass**self.alpha, dtype=self.dtype))
+        mass = self._unscored_priority * (stand_in if self._td_boost else 1.0) + self._eps
+        self._sum_tree.update(slot, torch.full_like(slot, mass**self._alpha, dtype=self.dtype))
         self._restore_maximum(slot)
 
     def _claim(self, index: Tensor, p: Tensor) -> Tensor:
@@ -581,7 +589,8 @@ class VLMPrioritizedSampler(PrioritizedSampler):
 
         loaded = object.__new__(type(self))
         loaded.__dict__.update(self.__dict__, _just_marked=None)
-        loaded.__dict__.update({name: state[name] for name in (*_MOVING, "_max_priority")})
+        loaded.__dict__.update({f"_{name}": state[name] for name in _MOVING})
+        loaded._max_priority = maximum
         loaded._score = score = state["_score"].to(device, copy=True)
         loaded._td_error = td_error = state["_td_error"].to(device, copy=True)
         loaded.__dict__.update(loaded._derived())
