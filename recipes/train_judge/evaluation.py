@@ -15,7 +15,7 @@ from tensordict import TensorDict
 from recipes.train_judge.data import EVENT_NAMES, VIEW, Clip, Episode, FrameTable, happened, visible
 from recipes.train_judge.policies import play
 from recipes.train_judge.rooms import ENDLESS, random_world
-from vlmrb_torchrl.judge.figures import area_under_curve, wilson
+from vlmrb_torchrl.judge.statistics import area_under_curve, wilson
 from vlmrb_torchrl.prompts import MINIGRID
 from vlmrb_torchrl.renderers.minigrid import AbstractSprites, MiniGridRenderer, SwappedSprites
 from vlmrb_torchrl.scorers.huggingface import HuggingFaceScorer

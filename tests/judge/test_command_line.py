@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 
 import pytest
 import torch
+from jsonargparse.typing import Path_fr
 from tensordict.nn import TensorDictModuleBase
 
-from recipes.dqn import DQN
-from recipes.running import cli
-from recipes.running.policies import TrainedPolicy
-from vlmrb_torchrl import judge
+from tests.judge.worlds import Counter
 from vlmrb_torchrl.checks import ConfigError
 from vlmrb_torchrl.envs import DoorKeyEnv
 from vlmrb_torchrl.judge import __main__ as command_line
-from vlmrb_torchrl.judge import arguments, dataset
+from vlmrb_torchrl.judge import clips
 from vlmrb_torchrl.judge.settings import Settings
+from vlmrb_torchrl.scorers import ConstantScorer
 
 REFUSED = {
     "--env.size=4": ("size=4", "5 or more"),
@@ -28,27 +28,21 @@ REFUSED = {
     "--policy=scriptd": ("scriptd", "scripted", "policy.ckpt"),
     "--policy=no_such_module.Policy": ("no_such_module",),
     "--policy=nowhere/policy.ckpt": ("nowhere/policy.ckpt", "policy.yaml"),
-    "--random_share=1.5": ("random_share", "1.5", "0 to 1"),
+    "--random_share=1.5": ("random_share", "1.5", "v<=1"),
     "--scorers=EmbeddedJudge": ("EmbeddedJudge", "'[EmbeddedJudge]'"),
     "--scorers=[NoSuchJudge]": ("NoSuchJudge",),
     "--scorers=[]": ("scorers", "at least one"),
     "--scorers=[{class_path: EmbeddedJudge, init_args: {questions: [banana]}}]": ("banana", "goal"),
     "--scorers=[{class_path: EmbeddedJudge, init_args: {qestions: [goal]}}]": ("qestions",),
-    "--scorers=[{class_path: HuggingFaceScorer, init_args: {model: ./nope}}]": ("./nope",),
     "--prompts=[gaol]": ("gaol", "goal, door, key"),
     "--prompts=[]": ("prompts", "null"),
     "--event=gaol": ("gaol", "goal, door, key"),
     "--renderer={tile_size: 16}": ("(128, 128)", "EmbeddedJudge knows (64, 64)", "renderer"),
     "--renderer={tile: 16}": ("tile", "tile_size, window"),
-    "--renderer=large": ("large",),
-    "--clips=0": ("clips is 0", "at least 1"),
+    "--clips=0": ("clips: ", "0", "v>0"),
     "--clips=many": ("clips", "many"),
-    "--clip_transitions=0": ("clip_transitions is 0",),
     "--stride=33": ("stride is 33", "clip_transitions (32)"),
-    "--threshold=-1": ("threshold", "0 to 1"),
-    "--batch_clips=0": ("batch_clips is 0",),
-    "--gallery=-1": ("gallery is -1",),
-    "--torch_threads=0": ("torch_threads is 0",),
+    "--gallery=-1": ("gallery", "-1", "v>=0"),
     "--no_such_argument=1": ("no_such_argument", "--help"),
     "--load=nowhere": ("nowhere", "--save"),
     "--config=nowhere.yaml": ("nowhere.yaml",),
@@ -90,15 +84,13 @@ def test_a_file_in_the_reports_place_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_missing_package_is_named_with_what_to_install(monkeypatch):
-    monkeypatch.delitem(sys.modules, arguments.__name__)
-    monkeypatch.delattr(judge, "arguments")
     monkeypatch.setitem(sys.modules, "jsonargparse", None)
     with pytest.raises(SystemExit, match=r"jsonargparse.*pip install 'vlmrb-torchrl\[judge\]'"):
-        command_line.main([])
+        importlib.reload(command_line)
 
 
 def test_without_arguments_the_embedded_judge_is_judged_on_doorkey():
-    settings, _ = arguments.parse([])
+    settings, _ = command_line.parse([])
     assert isinstance(settings.env, DoorKeyEnv)
     assert [type(scorer).__name__ for scorer in settings.scorers] == ["EmbeddedJudge"]
     assert settings.env.size == 8
@@ -125,8 +117,9 @@ def test_help_of_a_class_shows_its_arguments(capsys):
 def test_the_whole_way_from_arguments_to_report_and_back_from_saved_clips(tmp_path, capsys):
     """Clips kept by one call, judged again by the next, which knows what they were made with."""
     kept = tmp_path / "kept"
+    judge = "{class_path: PrivilegedScorer, init_args: {event_names: [goal, door, key]}}"
     collecting = ["--env.size=5", "--clips=12", "--frames_per_clip=4", f"--save={kept}"]
-    rest = ["--gallery=2", "--resamples=20", "--prompts=[goal, door]"]
+    rest = ["--gallery=2", "--resamples=20", f"--scorers=[{judge}]"]
     command_line.main([*collecting, *rest, f"--out={tmp_path / 'first'}"])
     assert f"report: {tmp_path / 'first' / 'report.html'}" in capsys.readouterr().out
     command_line.main([*rest, f"--load={kept}", f"--out={tmp_path / 'again'}"])
@@ -155,26 +148,35 @@ def test_a_folder_of_clips_names_no_class_to_import(tmp_path):
 
 def test_pickled_clips_are_refused(tmp_path):
     torch.save({"events": torch.zeros(1)}, tmp_path / "clips.safetensors")
+    settings = Settings(Counter(), [ConstantScorer()], policy="random", load=tmp_path)
     with pytest.raises(ConfigError, match="cannot be read"):
-        dataset.load(tmp_path)
+        clips.load(settings)
 
 
-def test_what_a_run_learned_plays_by_its_checkpoints_path(tmp_path, capsys):
-    """The policy read back acts as the one that was trained, judged or refused by its env."""
-    short = {"total_env_steps": 400, "warmup_env_steps": 200, "eval_every_env_steps": 0}
-    training = [f"--training.{name}={value}" for name, value in short.items()]
-    run = ["--env.size=5", "--replay=Uniform", "--training.progress=false", "--training.name=run"]
-    cli.run(DQN, [*run, *training, f"--training.log_dir={tmp_path}"])
-    checkpoint = tmp_path / "run" / "policy.ckpt"
-    settings, _ = arguments.parse(["--env.size=5", f"--policy={checkpoint}"])
-    assert isinstance(settings.policy, TensorDictModuleBase)
-    saved = torch.load(checkpoint, weights_only=True)["algorithm"]
-    state = settings.env.reset()
-    played = settings.policy(state.clone())
-    module = TrainedPolicy(str(checkpoint)).policy
-    for name, weight in module.state_dict().items():
-        torch.testing.assert_close(weight, saved[f"actor.{name}"])
-    assert torch.equal(played["action"], played["action_value"].argmax(-1))
-    with pytest.raises(SystemExit, match="cannot act in DoorKeyEnv"):
-        command_line.main(["--env.size=8", f"--policy={checkpoint}", f"--out={tmp_path / 'out'}"])
-    assert not (tmp_path / "out").exists()
+class Still(TensorDictModuleBase):
+    """Turns left for ever.
+
+    Args:
+        weights: A file that it wants.
+    """
+
+    in_keys, out_keys = (), ("action",)
+
+    def __init__(self, weights: Path_fr) -> None:
+        super().__init__()
+        self.weights = weights
+
+    def forward(self, tensordict):
+        return tensordict.set("action", torch.zeros(tensordict.shape, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("form", ["--policy={}", "--policy {}"])
+def test_a_checkpoint_is_played_by_the_class_that_the_file_beside_it_names(form, tmp_path):
+    """As recipes write it: a path in ``policy.yaml`` is relative to its folder."""
+    checkpoint = tmp_path / "policy.ckpt"
+    checkpoint.touch()
+    named = {"class_path": f"{__name__}.Still", "init_args": {"weights": "policy.ckpt"}}
+    (tmp_path / "policy.yaml").write_text(json.dumps(named))
+    settings, _ = command_line.parse(form.format(checkpoint).split())
+    assert type(settings.policy).__name__ == "Still"
+    assert settings.policy.weights.absolute == str(checkpoint)

@@ -13,9 +13,9 @@ from tensordict.nn import TensorDictModule
 from tests.judge.worlds import Counter, examined
 from vlmrb_torchrl.checks import ConfigError
 from vlmrb_torchrl.envs import DoorKeyEnv
-from vlmrb_torchrl.judge.asking import judges
-from vlmrb_torchrl.judge.collection import collect
-from vlmrb_torchrl.judge.examination import keep, write
+from vlmrb_torchrl.judge.clips import collect
+from vlmrb_torchrl.judge.judging import asked_scorers
+from vlmrb_torchrl.judge.report import keep, write
 from vlmrb_torchrl.judge.settings import Settings
 from vlmrb_torchrl.scorers import ClipScorer, ConstantScorer, NoisyScorer, PrivilegedScorer
 from vlmrb_torchrl.scorers.base import PromptedScorer
@@ -183,7 +183,7 @@ class Named(ConstantScorer):
 def test_models_whose_folders_look_numbered_keep_names_of_their_own() -> None:
     scorers = [Named() for _ in range(4)]
     scorers[0].model = scorers[3].model = "run #2"
-    asked = judges(counted(scorers=[*scorers, NoisyScorer(Named())]))
+    asked = asked_scorers(counted(scorers=[*scorers, NoisyScorer(Named())]))
     assert [judge.name for judge in asked] == [
         *("Named run #2", "Named run", "Named run #3", "Named run #2 #2"),
         "NoisyScorer run",
@@ -253,7 +253,7 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kept") / "clips"
     result = examined(doorkey(save=folder, policy="scripted"))
     arguments = {"env": {"class_path": "vlmrb_torchrl.envs.DoorKeyEnv"}, "policy": "scripted"}
-    keep(result, arguments)
+    keep(result, folder, arguments)
     return result
 
 

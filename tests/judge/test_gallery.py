@@ -10,11 +10,10 @@ import torch
 from PIL import Image
 
 from tests.judge.worlds import Counter
-from vlmrb_torchrl.judge.asking import Question
-from vlmrb_torchrl.judge.figures import Answers
-from vlmrb_torchrl.judge.gallery import LARGEST, choose, outcomes, sprite_sheet
-from vlmrb_torchrl.judge.report import Verdict
+from vlmrb_torchrl.judge.judging import Question, Verdict
+from vlmrb_torchrl.judge.report import LARGEST, choose, sprite_sheet
 from vlmrb_torchrl.judge.settings import Settings
+from vlmrb_torchrl.judge.statistics import Answers
 from vlmrb_torchrl.scorers import ConstantScorer
 
 
@@ -46,23 +45,23 @@ def test_large_frames_are_shrunk_to_a_bound_in_their_own_shape() -> None:
     assert (played(sprites) == 7).all()
 
 
+def chosen(score, label, gallery):
+    answers = Answers(score, label, label, np.arange(len(score)))
+    settings = Settings(Counter(), [ConstantScorer()], policy="random", gallery=gallery)
+    return choose(Verdict(Question("judge", "end", (), ("end",)), answers, {}, None), settings)
+
+
 def test_outcomes_are_named_by_the_answer_given() -> None:
     score, label = np.array([0.9, 0.9, 0.1, 0.5]), np.array([True, False, True, True])
+    outcomes = {entry["clip"]: entry["outcome"] for entry in chosen(score, label, gallery=4)}
     expected = ["true positive", "false positive", "false negative", "true positive"]
-    assert outcomes(score, label, 0.5) == expected
+    assert [outcomes[k] for k in range(4)] == expected
 
 
 def test_the_surest_mistakes_come_first_and_no_outcome_floods_the_page() -> None:
     random = np.random.default_rng(0)
     score, label = random.random(200), random.random(200) < 0.5
-    verdict = Verdict(
-        Question("judge", "end", (), ("end",)),
-        Answers(score, label, label, np.arange(200)),
-        {},
-        None,
-    )
-    settings = Settings(Counter(), [ConstantScorer()], policy="random", gallery=7)
-    entries = choose(verdict, settings)
+    entries = chosen(score, label, gallery=7)
     by_outcome = {e["outcome"]: [] for e in entries}
     for entry in entries:
         by_outcome[entry["outcome"]].append(entry["score"])
@@ -71,5 +70,4 @@ def test_the_surest_mistakes_come_first_and_no_outcome_floods_the_page() -> None
     assert [len(scores) for scores in by_outcome.values()] == [7] * 4
     assert by_outcome["false positive"] == sorted(score[~label], reverse=True)[:7]
     assert by_outcome["false negative"] == sorted(score[label])[:7]
-    again = choose(verdict, settings)
-    assert again == entries
+    assert chosen(score, label, gallery=7) == entries

@@ -12,7 +12,7 @@ from itertools import pairwise
 import pytest
 
 from tests.judge.worlds import Counter, examined
-from vlmrb_torchrl.judge.examination import write
+from vlmrb_torchrl.judge.report import write
 from vlmrb_torchrl.judge.settings import Settings
 from vlmrb_torchrl.scorers import NoisyScorer, PrivilegedScorer
 

@@ -10,7 +10,7 @@ from tensordict import TensorDict
 from torchrl.data import Binary, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
-from vlmrb_torchrl.judge.examination import Examination, examine
+from vlmrb_torchrl.judge.judging import Examination, examine
 from vlmrb_torchrl.judge.settings import Settings
 
 

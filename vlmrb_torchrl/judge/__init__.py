@@ -1,5 +1,5 @@
-"""Is this VLM any good here? ``python -m vlmrb_torchrl.judge --help``.
+"""Is this VLM any good here? ``python -m vlmrb_torchrl.judge --help``; see ``README.md``.
 
-Collects clips of an environment, has judges score them, holds the scores against the simulator's
-events and writes a report.
+The report on a judge: clips of an environment are collected, scored, and held against what the
+simulator says happened in them.
 """

@@ -1,50 +1,142 @@
-"""The report: tables, what they mean, and every number as JSON."""
+"""What an examination leaves: tables, what they mean, pictures, clips to look at, every number.
+
+N: clips, F: frames of a clip, U: distinct frames among them.
+"""
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import math
 import platform
+import textwrap
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from tensordict import TensorDict
+from torch import Tensor
 
-from vlmrb_torchrl.judge.asking import Cost, Question
-from vlmrb_torchrl.judge.figures import Answers, Estimate, Threshold, reliability
+from vlmrb_torchrl.clips import ClipRenderTransform
+from vlmrb_torchrl.frames import frame_digests
+from vlmrb_torchrl.judge import clips as kept_clips
+from vlmrb_torchrl.judge.judging import Cost, Examination, Verdict
 from vlmrb_torchrl.judge.settings import Settings
+from vlmrb_torchrl.judge.statistics import by_threshold, reliability
+from vlmrb_torchrl.keys import CLIP, EVENTS
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 PAPER_STRIDE = 32
 """Transitions from clip to clip in VLM-RB: each is covered once by a clip of 32."""
 VERSIONED = ("vlmrb-torchrl", "torch", "torchrl", "tensordict", "transformers", "minigrid")
+OUTCOMES = ("false positive", "false negative", "true positive", "true negative")
+LARGEST = 192
+"""Pixels along a frame's longer edge, at most: a hundred clips stay a few megabytes."""
+POSITIVE, NEGATIVE = "#2a9d8f", "#e76f51"
+ROW_INCHES = 2.5
 
 Rows = list[list[str]]
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What is known about one scorer's answers to one question."""
+def write(result: Examination, arguments: dict[str, Any], command: str) -> Path:
+    """Write ``report.html``, ``report.md``, ``report.png`` and ``figures.json``.
 
-    question: Question
-    answers: Answers
-    estimates: dict[str, Estimate]
-    best: Threshold | None
+    Args:
+        result: What came out.
+        arguments: What it was made from, as plain data.
+        command: What was typed.
 
-    @property
-    def positives(self) -> int:
-        """Clips in which it happened."""
-        return int(self.answers.label.sum())
+    Returns:
+        The page to open.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    @property
-    def unshown(self) -> int:
-        """Of them, those in which it happened no later than in the first frame shown."""
-        return int((self.answers.label & ~self.answers.shown).sum())
+    settings, verdicts, out = result.settings, result.verdicts, result.settings.out
+    out.mkdir(parents=True, exist_ok=True)
+    title, told = type(settings.env).__name__, tables(result)
+    said = notes(verdicts, result.clips, settings)
+    (out / "figures.json").write_text(every_number(result, arguments))
+    parts = [f"# Judges of {title}\n\n`{command}`\n"]
+    parts += [f"## {name}\n\n{markdown(rows)}" for name, rows in told.items()]
+    (out / "report.md").write_text("\n".join([*parts, *(f"- {line}" for line in said)]) + "\n")
+    figure = draw(verdicts, settings.threshold)
+    (out / "report.png").write_bytes(figure)
+    scorers = {asked.name: repr(asked.scorer) for asked in result.scorers}
+    made = {"command": command, **scorers, **versions(), **arguments}
+    # All text is escaped, and the page fetches nothing from anywhere.
+    jinja = Environment(
+        loader=PackageLoader("vlmrb_torchrl.judge", "page"),
+        autoescape=True,
+        undefined=StrictUndefined,
+    )
+    html = jinja.get_template("report.html").render(
+        title=title,
+        subtitle=f"{datetime.now():%Y-%m-%d}, {len(result.clips)} clips",
+        tables=[{"title": name, "rows": rows} for name, rows in told.items()],
+        notes=said,
+        figure=data_uri(figure),
+        dark_figure=data_uri(draw(verdicts, settings.threshold, dark=True)),
+        gallery=gallery(verdicts, result.clips, settings),
+        made="\n".join(f"{name}: {value}" for name, value in made.items()),
+    )
+    (out / "report.html").write_text(html)
+    return out / "report.html"
+
+
+def show(result: Examination, console: Console) -> None:
+    """Print the tables on their side, which a terminal is wide enough for."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    for title, rows in tables(result).items():
+        header, *rest = zip(*rows, strict=True)
+        table = Table(*map(escape, header), title=title, title_justify="left")
+        for line in rest:
+            table.add_row(*(escape(cell.replace(" [", "\n[")) for cell in line))
+        console.print(table)
+    for warning in warnings(result.verdicts):
+        console.print(warning, markup=False, soft_wrap=True)
+
+
+def keep(result: Examination, folder: Path, arguments: dict[str, Any]) -> None:
+    """Write the scored clips to ``folder``, with what they were made from."""
+    answers, clips = [verdict.answers for verdict in result.verdicts], result.clips.copy()
+    clips["scores"] = torch.from_numpy(np.stack([each.score for each in answers], -1))
+    clips["labels"] = torch.from_numpy(np.stack([each.label for each in answers], -1))
+    columns = [
+        {
+            "scorer": repr(asked.scorer),
+            "fingerprint": asked.scorer.fingerprint,
+            "prompts": question.prompts,
+            "events": question.events,
+        }
+        for asked in result.scorers
+        for question in asked.questions
+    ]
+    names = list(result.settings.env.event_names)
+    meta = {"arguments": arguments, "versions": versions()}
+    kept_clips.save(folder, clips, {**meta, "event_names": names, "columns": columns})
+
+
+def tables(result: Examination) -> dict[str, Rows]:
+    """The report's tables by title, each with its header first."""
+    stride = result.settings.stride or result.settings.clip_transitions
+    return {
+        "Answers against the simulator": accuracy_rows(result.verdicts),
+        "Cost": cost_rows(result.costs, stride),
+    }
 
 
 def accuracy_rows(verdicts: Sequence[Verdict]) -> Rows:
-    """The table of answers, header first, one row for each scorer and question."""
+    """The table of answers: one row for each scorer and question."""
     measures = {
         "precision": "precision",
         "recall": "recall",
@@ -70,7 +162,7 @@ def accuracy_rows(verdicts: Sequence[Verdict]) -> Rows:
 
 
 def cost_rows(costs: Sequence[Cost], stride: int) -> Rows:
-    """The table of costs, header first, one row for each scorer."""
+    """The table of costs: one row for each scorer."""
     strides = list(dict.fromkeys((PAPER_STRIDE, stride)))
     rows = [["judge", "questions", "no score", "on", "clips/s", "clips/s, seen again"]]
     rows[0] += [f"env steps/s at stride {s}" for s in strides]
@@ -147,32 +239,28 @@ def versions() -> dict[str, str]:
     return found
 
 
-def every_number(
-    verdicts: Sequence[Verdict],
-    costs: Sequence[Cost],
-    clips: TensorDict,
-    settings: Settings,
-    arguments: dict[str, Any],
-) -> str:
+def every_number(result: Examination, arguments: dict[str, Any]) -> str:
     """All of the report's numbers as JSON."""
+    settings, clips = result.settings, result.clips
     strides = (PAPER_STRIDE, settings.stride or settings.clip_transitions)
+    costs = [
+        {
+            **asdict(cost),
+            "env_steps_per_s": {s: cost.env_steps_per_s(s) for s in strides},
+            "hours_per_million_env_steps": {
+                s: cost.hours_per_million_env_steps(s) for s in strides
+            },
+        }
+        for cost in result.costs
+    ]
     whole = {
         "arguments": arguments,
         "versions": versions(),
         "clips": len(clips),
         "episodes": len(clips["episode"].unique()),
         "transitions_per_clip": clips["transitions"].double().mean().item(),
-        "verdicts": [_numbers(verdict, settings.threshold) for verdict in verdicts],
-        "costs": [
-            {
-                **asdict(cost),
-                "env_steps_per_s": {s: cost.env_steps_per_s(s) for s in strides},
-                "hours_per_million_env_steps": {
-                    s: cost.hours_per_million_env_steps(s) for s in strides
-                },
-            }
-            for cost in costs
-        ],
+        "verdicts": [_numbers(verdict, settings.threshold) for verdict in result.verdicts],
+        "costs": costs,
     }
     return json.dumps(whole, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
@@ -197,3 +285,156 @@ def _numbers(verdict: Verdict, threshold: float) -> dict[str, Any]:
             "negatives": np.histogram(score[~label], 20, (0, 1))[0].tolist(),
         },
     }
+
+
+def gallery(verdicts: Sequence[Verdict], clips: TensorDict, settings: Settings) -> dict[str, Any]:
+    """What the page's script is given: judges with their entries, and each clip once."""
+    judges: list[dict[str, Any]] = [
+        {"name": v.question.name, "prompts": v.question.prompts, "entries": choose(v, settings)}
+        for v in verdicts
+    ]
+    names, render = settings.env.event_names, ClipRenderTransform(settings.draw)
+    shown = {}
+    for k in sorted({entry["clip"] for judge in judges for entry in judge["entries"]}):
+        clip = clips[k]
+        shown[k] = {
+            **sprite_sheet(render(clip.select("render_state").copy())[CLIP]),
+            **{name: int(clip[name]) for name in ("episode", "first", "transitions")},
+            "events": [name for name, seen in zip(names, clips[EVENTS][k], strict=True) if seen],
+        }
+    return {"judges": judges, "clips": shown, "outcomes": OUTCOMES}
+
+
+def choose(verdict: Verdict, settings: Settings) -> list[dict[str, Any]]:
+    """The clips shown of one verdict: of each outcome ``settings.gallery`` at most.
+
+    Mistakes come in the order of how sure the judge was, right answers are drawn at random.
+    """
+    score, label = verdict.answers.score, verdict.answers.label
+    yes = score >= settings.threshold
+    random = np.random.default_rng(settings.seed)
+    entries = []
+    for outcome in OUTCOMES:
+        right, said = outcome.startswith("true"), outcome.endswith("positive")
+        found = np.flatnonzero((yes == said) & ((yes == label) == right))
+        if right:
+            found = random.permutation(found)
+        else:
+            found = found[np.argsort(-score[found] if said else score[found], kind="stable")]
+        entries += [
+            {"clip": int(k), "score": float(score[k]), "label": bool(label[k]), "outcome": outcome}
+            for k in found[: settings.gallery]
+        ]
+    return entries
+
+
+def sprite_sheet(frames: Tensor) -> dict[str, Any]:
+    """Frames uint8 ``[F, 3, H, W]`` as one picture of the U distinct ones.
+
+    Returns:
+        ``sheet``: a PNG as a data URI, the frames in reading order; ``columns`` of it; ``size``
+        of a frame (width, height); ``order``: which of the U frames is shown when.
+    """
+    from PIL import Image
+
+    place: dict[bytes, int] = {}
+    order = [place.setdefault(digest, len(place)) for digest in frame_digests(frames)]
+    distinct = frames[[order.index(k) for k in range(len(place))]]
+    if (longest := max(distinct.shape[-2:])) > LARGEST:
+        height, width = (max(1, edge * LARGEST // longest) for edge in distinct.shape[-2:])
+        resized = torch.nn.functional.interpolate(distinct.float(), (height, width), mode="area")
+        distinct = resized.round().byte()
+    U, channels, height, width = distinct.shape
+    columns = math.ceil(math.sqrt(U))
+    sheet = np.zeros((-(-U // columns) * columns, height, width, channels), np.uint8)
+    sheet[:U] = distinct.permute(0, 2, 3, 1).cpu().numpy()
+    rows = sheet.reshape(-1, columns, height, width, channels).transpose(0, 2, 1, 3, 4)
+    file = io.BytesIO()
+    picture = Image.fromarray(rows.reshape(-1, columns * width, channels))
+    picture.save(file, "PNG", optimize=True)
+    uri = data_uri(file.getvalue())
+    return {"sheet": uri, "columns": columns, "size": (width, height), "order": order}
+
+
+def data_uri(png: bytes) -> str:
+    """A picture inside the page."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def draw(verdicts: Sequence[Verdict], threshold: float, *, dark: bool = False) -> bytes:
+    """Draw one row of pictures for each verdict; return a PNG.
+
+    Args:
+        verdicts: In the order of the rows.
+        threshold: From which a score is a Yes.
+        dark: Light lines for a dark page.
+    """
+    from matplotlib import rc_context, style
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    paper = "#20242b" if dark else "white"
+    settings = {"font.size": 9, "axes.facecolor": paper, "figure.facecolor": paper}
+    with style.context("dark_background" if dark else "default"), rc_context(settings):
+        figure = Figure(figsize=(10.5, ROW_INCHES * len(verdicts) + 0.3), layout="constrained")
+        grid = figure.subplots(len(verdicts), 3, squeeze=False)
+        for row, verdict in zip(grid, verdicts, strict=True):
+            _curve(row[0], verdict, threshold)
+            _reliability(row[1], verdict)
+            _scores(row[2], verdict, threshold)
+            name = textwrap.shorten(verdict.question.name, 70, placeholder=" …")
+            row[0].set_title(name, loc="left", fontsize=10, fontweight="bold")
+        drawn, small = io.BytesIO(), io.BytesIO()
+        figure.savefig(drawn, dpi=110)
+    Image.open(drawn).convert("RGB").quantize(128).save(small, "PNG", optimize=True)
+    return small.getvalue()
+
+
+def _curve(axes: Any, verdict: Verdict, threshold: float) -> None:
+    score, label = verdict.answers.score, verdict.answers.label
+    axes.set(xlabel="recall", ylabel="precision", xlim=(-0.02, 1.02), ylim=(-0.02, 1.05))
+    axes.grid(alpha=0.25)
+    if not label.any():
+        axes.text(0.5, 0.5, "no positive clip", ha="center")
+        return
+    _, said, right = by_threshold(score, label)
+    axes.plot(right / label.sum(), right / said, color=POSITIVE, marker=".", markersize=3)
+    axes.axhline(label.mean(), color="gray", linestyle=":", label="every clip a Yes")
+    if (score >= threshold).any():
+        at = verdict.estimates["recall"].value, verdict.estimates["precision"].value
+        axes.plot(*at, "o", color=NEGATIVE, label=f"threshold {threshold:g}")
+    if verdict.best is not None:
+        best = verdict.best
+        label_ = f"best threshold {best.value:.2f}"
+        axes.plot(best.recall, best.precision, "*", color="goldenrod", markersize=9, label=label_)
+    axes.legend(loc="lower left", fontsize=7)
+
+
+def _reliability(axes: Any, verdict: Verdict) -> None:
+    rows = reliability(verdict.answers)
+    mean = np.array([row["mean_score"] for row in rows])
+    share = np.array([row["share_positive"] for row in rows])
+    # A single extra 1e-16 of rounding would make an error bar negative.
+    below = (share - [row["low"] for row in rows]).clip(0)
+    above = ([row["high"] for row in rows] - share).clip(0)
+    axes.plot([0, 1], [0, 1], color="gray", linestyle=":")
+    axes.errorbar(mean, share, [below, above], fmt="o", color=POSITIVE, capsize=2, markersize=4)
+    for x, y, row in zip(mean, share, rows, strict=True):
+        axes.annotate(str(row["clips"]), (x, y), (5, -9), textcoords="offset points", fontsize=7)
+    axes.set(xlabel="mean score", ylabel="share of positives", xlim=(-0.06, 1.18))
+    axes.set(ylim=(-0.08, 1.05))
+    axes.grid(alpha=0.25)
+
+
+def _scores(axes: Any, verdict: Verdict, threshold: float) -> None:
+    score, label = verdict.answers.score, verdict.answers.label
+    bins = np.linspace(0, 1, 21)
+    for clips, colour, name in (
+        (score[label], POSITIVE, f"it happened ({label.sum()})"),
+        (score[~label], NEGATIVE, f"it did not ({(~label).sum()})"),
+    ):
+        axes.hist(clips, bins, color=colour, alpha=0.65, label=name)
+    axes.axvline(threshold, color="gray", linestyle=":")
+    axes.set(xlabel="score", ylabel="clips", yscale="symlog", xlim=(0, 1))
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="upper center", fontsize=7)

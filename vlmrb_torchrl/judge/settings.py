@@ -1,4 +1,4 @@
-"""What a judging is made of, refused where it cannot work."""
+"""What is examined and how; what cannot work is refused."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import EnvBase
 
 from vlmrb_torchrl.checks import ConfigError, require
-from vlmrb_torchrl.envs import DemonstratedEnv, JudgedEnv
+from vlmrb_torchrl.envs import DemonstratedEnv
 from vlmrb_torchrl.keys import RENDER_STATE
 from vlmrb_torchrl.renderers import Renderer
 from vlmrb_torchrl.scorers import ClipScorer
@@ -27,8 +28,9 @@ class Settings:
 
     Args:
         env: Any TorchRL environment class with a render state, events, prompts and a renderer
-            (``vlmrb_torchrl.envs.JudgedEnv``).
-        scorers: The judges.
+            (``vlmrb_torchrl.envs.JudgedEnv``). Its arguments: --env.size 8.
+        scorers: The judges, a list: '[EmbeddedJudge, {class_path: HuggingFaceScorer, init_args:
+            {model: facebook/Perception-LM-1B}}]'.
         policy: Who plays. mixed: half of the games at random, half by script; scripted: the
             environment's own demonstrator; random; a policy's class path with its arguments, as
             --policy my_module.MyPolicy --policy.path x; or a recipe's run, as
@@ -61,43 +63,34 @@ class Settings:
     env: EnvBase
     scorers: list[ClipScorer]
     policy: Literal["mixed", "scripted", "random"] | TensorDictModuleBase = "mixed"
-    random_share: float = 0.5
+    random_share: ClosedUnitInterval = 0.5
     prompts: list[str] | None = None
     event: str | None = None
     renderer: dict[str, Any] | None = None
-    clips: int = 400
-    clip_transitions: int = 32
-    frames_per_clip: int = 32
-    stride: int | None = None
-    threshold: float = 0.5
-    batch_clips: int = 16
-    gallery: int = 12
-    resamples: int = 2000
-    seed: int = 0
-    torch_threads: int = 1
+    clips: PositiveInt = 400
+    clip_transitions: PositiveInt = 32
+    frames_per_clip: PositiveInt = 32
+    stride: PositiveInt | None = None
+    threshold: ClosedUnitInterval = 0.5
+    batch_clips: PositiveInt = 16
+    gallery: NonNegativeInt = 12
+    resamples: PositiveInt = 2000
+    seed: NonNegativeInt = 0
+    torch_threads: PositiveInt = 1
     out: Path = Path("runs/judge")
     save: Path | None = None
     load: Path | None = None
     draw: Renderer = field(init=False)
 
     def __post_init__(self) -> None:
-        for name in ("clips", "clip_transitions", "frames_per_clip", "batch_clips", "resamples"):
-            require((n := getattr(self, name)) >= 1, name, n, "use at least 1")
-        require(self.torch_threads >= 1, "torch_threads", self.torch_threads, "use at least 1")
-        for name in ("gallery", "seed"):
-            require((n := getattr(self, name)) >= 0, name, n, "use 0 or more")
-        for name in ("random_share", "threshold"):
-            require(0 <= (x := getattr(self, name)) <= 1, name, x, "use a number from 0 to 1")
         longest = self.clip_transitions
-        require(
-            self.stride is None or 1 <= self.stride <= longest,
-            "stride",
-            self.stride,
-            f"use 1 to clip_transitions ({longest}), or null for no overlap",
-        )
+        stride = longest if self.stride is None else self.stride
+        remedy = f"use 1 to clip_transitions ({longest}), or null for no overlap"
+        require(stride <= longest, "stride", stride, remedy)
         require(bool(self.scorers), "scorers", [], "name at least one, --scorers '[EmbeddedJudge]'")
         self._check_env()
-        self._check_policy()
+        if self.load is None and self.policy in SCRIPTED:
+            self._check_script()
         for name in ("out", "save"):
             folder = getattr(self, name)
             require(folder is None or not folder.is_file(), name, folder, "it is a file")
@@ -107,10 +100,11 @@ class Settings:
             require(here, f"{type(scorer).__name__}.device", "cuda", "no GPU is here: use cpu")
 
     def _check_env(self) -> None:
+        """Refuse an environment that no judge can be shown, and what it cannot be asked."""
         env, name = self.env, type(self.env).__name__
         asked = ("event_names", "success_event", "prompts", "renderer")
         lacks = ", ".join(attribute for attribute in asked if not hasattr(env, attribute))
-        require(isinstance(env, JudgedEnv), "env", name, f"it has no {lacks}; see JudgedEnv")
+        require(not lacks, "env", name, f"it has no {lacks}; see JudgedEnv")
         self.event = env.success_event if self.event is None else self.event
         known = ", ".join(env.event_names)
         require(self.event in env.event_names, "event", self.event, f"{name} reports {known}")
@@ -121,14 +115,13 @@ class Settings:
             understood = prompt in env.prompts or " " in prompt.strip()
             require(understood, "prompts", repr(prompt), remedy)
 
-    def _check_policy(self) -> None:
-        if self.load is not None or self.policy not in SCRIPTED:
-            return
+    def _check_script(self) -> None:
+        """Refuse a script that no environment has, or half of a single game."""
         remedy = f"{type(self.env).__name__} has no demonstrator(): use random, or a class path"
         require(isinstance(self.env, DemonstratedEnv), "policy", self.policy, remedy)
-        alone = self.env.batch_size.numel() < 2
+        several = self.env.batch_size.numel() > 1
         remedy = "there is one game, of which half is none: use scripted, or play more games"
-        require(not (alone and self.policy == "mixed"), "policy", self.policy, remedy)
+        require(several or self.policy == "scripted", "policy", self.policy, remedy)
 
     def _renderer(self) -> Renderer:
         """Build the renderer; draw one frame to see its size."""
@@ -152,8 +145,3 @@ class Settings:
                 f"{type(scorer).__name__} knows {scorer.frame_size} only: set renderer",
             )
         return renderer
-
-    @property
-    def texts(self) -> list[str]:
-        """The prompts word for word."""
-        return [self.env.prompts.get(prompt, prompt) for prompt in self.prompts or []]

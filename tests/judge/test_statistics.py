@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from vlmrb_torchrl.judge.figures import (
+from vlmrb_torchrl.judge.statistics import (
     CONFIDENCE_Z,
     Answers,
     area_interval,

@@ -1,4 +1,4 @@
-"""Judges asked about clips, and how long they take.
+"""Scorers asked about clips, how long they take, and how right they are.
 
 N: clips, E: events, Q: questions put to one scorer.
 """
@@ -8,8 +8,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,10 +21,15 @@ from torch import Tensor
 
 from vlmrb_torchrl.checks import ConfigError, one_line
 from vlmrb_torchrl.clips import ClipRenderTransform
+from vlmrb_torchrl.judge.clips import behaviour, collect, load
 from vlmrb_torchrl.judge.settings import Settings
-from vlmrb_torchrl.keys import CLIP, SCORE
+from vlmrb_torchrl.judge.statistics import Answers, Estimate, Threshold, best_threshold, estimate
+from vlmrb_torchrl.keys import CLIP, EVENTS, SCORE
 from vlmrb_torchrl.scorers import ClipScorer, PromptedScorer
 from vlmrb_torchrl.scorers.base import check_scores
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 _AGAIN_BATCHES, _AGAIN_SECONDS = 4, 2.0
 """As much is scored twice, to time frames that were seen before."""
@@ -88,7 +95,27 @@ class Cost:
         return 1e6 / stride * self.busy_s_per_clip / 3600
 
 
-class Judge:
+@dataclass(frozen=True)
+class Verdict:
+    """What is known about one scorer's answers to one question."""
+
+    question: Question
+    answers: Answers
+    estimates: dict[str, Estimate]
+    best: Threshold | None
+
+    @property
+    def positives(self) -> int:
+        """Clips in which it happened."""
+        return int(self.answers.label.sum())
+
+    @property
+    def unshown(self) -> int:
+        """Of them, those in which it happened no later than in the first frame shown."""
+        return int((self.answers.label & ~self.answers.shown).sum())
+
+
+class AskedScorer:
     """One scorer and what it is asked.
 
     Args:
@@ -102,7 +129,8 @@ class Judge:
         words: list[tuple[str, ...]] = [getattr(scorer, "prompts", ())]
         self._each: PromptedScorer | None = None  # judged by each of its prompts
         if isinstance(scorer, PromptedScorer) and settings.prompts:
-            scorer = self._each = scorer.asking(settings.texts)
+            known = settings.env.prompts
+            scorer = self._each = scorer.asking([known.get(p, p) for p in settings.prompts])
             words = [(text,) for text in scorer.prompts]
         self.scorer: ClipScorer = scorer
         self.questions = [self._question(prompts) for prompts in words]
@@ -127,17 +155,7 @@ class Judge:
             self.scorer.load()
         except (ImportError, OSError, ValueError, RuntimeError) as error:
             raise ConfigError(f"scorer {self.name} does not load: {one_line(error)}") from error
-        self._load_s += time.perf_counter() - begun
-
-    def answer(self, batch: TensorDictBase) -> Tensor:
-        """Scores of a batch of B clips to every question, float32 ``[B, Q]``, NaN for none."""
-        if self._each is None:
-            scores: Tensor = self.scorer(batch.copy())[SCORE][:, None]
-        else:
-            with torch.no_grad():
-                asked = self._each.score_prompts(batch).unbind(-1)
-            scores = torch.stack([check_scores(one, len(batch), self.name) for one in asked], -1)
-        return scores.cpu()
+        self._load_s = time.perf_counter() - begun
 
     def answers(
         self, clips: TensorDict, advance: Callable[[int], object]
@@ -149,12 +167,12 @@ class Judge:
         Raises:
             ConfigError: The scorer failed, or gave no score at all.
         """
-        self.load()
         drawing, again, scoring = 0.0, 0.0, np.zeros(2)
         seen_again, scores = 0, []
+        draw = ClipRenderTransform(self._settings.draw)
         for number, part in enumerate(clips.split(self._settings.batch_clips)):
             begun = time.perf_counter()
-            batch = self._drawn(part)
+            batch = draw(part.copy()) if self.scorer.needs_frames else part
             drawing += time.perf_counter() - begun
             if number == 0:
                 self._timed(_noise(batch))  # kernels and memory are made at the first batch
@@ -184,22 +202,26 @@ class Judge:
         )
         return answers.nan_to_num(0.0).numpy(), cost
 
-    def _drawn(self, part: TensorDict) -> TensorDict:
-        if not self.scorer.needs_frames:
-            return part
-        return ClipRenderTransform(self._settings.draw)(part.copy())
-
     def _timed(self, batch: TensorDict) -> tuple[Tensor, NDArray[np.float64]]:
-        """Scores, and the seconds they took: of wall clock, of processor time."""
+        """Scores ``[B, Q]``, and the seconds they took: of wall clock, of processor time."""
         begun = np.array([time.perf_counter(), time.process_time()])
         try:
-            score = self.answer(batch)
+            score = self._answer(batch)
         except Exception as error:
             kind = type(error).__name__
             raise ConfigError(
                 f"scorer {self.name} failed on {len(batch)} clips: {kind}: {one_line(error)}"
             ) from error
         return score, np.array([time.perf_counter(), time.process_time()]) - begun
+
+    def _answer(self, batch: TensorDictBase) -> Tensor:
+        if self._each is None:
+            scores: Tensor = self.scorer(batch.copy())[SCORE][:, None]
+        else:
+            with torch.no_grad():
+                asked = self._each.score_prompts(batch).unbind(-1)
+            scores = torch.stack([check_scores(one, len(batch), self.name) for one in asked], -1)
+        return scores.cpu()
 
 
 def _noise(batch: TensorDict) -> TensorDict:
@@ -210,15 +232,16 @@ def _noise(batch: TensorDict) -> TensorDict:
     return noise
 
 
-def judges(settings: Settings) -> list[Judge]:
+def asked_scorers(settings: Settings) -> list[AskedScorer]:
     """The scorers by short names: class and model, numbered where that is not enough."""
-    found: list[Judge] = []
+    found: list[AskedScorer] = []
     for scorer in settings.scorers:
         model = _model(scorer)
         name = type(scorer).__name__ + (f" {Path(str(model)).name}" if model else "")
-        taken = {judge.name for judge in found}
+        taken = {asked.name for asked in found}
         names = chain([name], (f"{name} #{number}" for number in count(2)))
-        found.append(Judge(scorer, settings, next(name for name in names if name not in taken)))
+        free = next(name for name in names if name not in taken)
+        found.append(AskedScorer(scorer, settings, free))
     return found
 
 
@@ -227,3 +250,56 @@ def _model(scorer: ClipScorer) -> object:
     config = dict(scorer.config)
     inner = config.get("scorer")
     return _model(inner) if isinstance(inner, ClipScorer) else config.get("model")
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What came out: one verdict for each scorer and question, one cost for each scorer."""
+
+    settings: Settings
+    clips: TensorDict
+    scorers: list[AskedScorer]
+    verdicts: list[Verdict]
+    costs: list[Cost]
+
+
+def examine(settings: Settings, progress: Progress) -> Examination:
+    """Judge the judges.
+
+    Args:
+        settings: What to play, cut, show and ask.
+        progress: Gets a bar for each stage.
+
+    Raises:
+        ConfigError: A scorer does not load or fails, or the policy cannot act.
+    """
+    torch.set_num_threads(settings.torch_threads)
+    scorers = asked_scorers(settings)
+    if settings.load is None:
+        behaviour(settings)  # who cannot act is told of before anything is loaded
+    bar = progress.add_task("load judges", total=len(scorers))
+    for scorer in scorers:
+        scorer.load()  # and one that does not load, before anything is played
+        progress.advance(bar)
+    if settings.load is None:
+        bar = progress.add_task("play", total=settings.clips)
+        clips = collect(settings, partial(progress.advance, bar))
+    else:
+        clips = load(settings)
+    verdicts, costs = [], []
+    for scorer in scorers:
+        bar = progress.add_task(f"ask {scorer.name[:40]}", total=len(clips))
+        scores, cost = scorer.answers(clips, partial(progress.advance, bar))
+        costs.append(cost)
+        for question, score in zip(scorer.questions, scores.T, strict=True):
+            columns = [settings.env.event_names.index(event) for event in question.events]
+            answers = Answers(
+                score=score,
+                label=clips[EVENTS][:, columns].any(-1).numpy(),
+                shown=clips["shown"][:, columns].any(-1).numpy(),
+                episode=clips["episode"].numpy(),
+            )
+            estimates = estimate(answers, settings.threshold, settings.resamples, settings.seed)
+            best = best_threshold(score, answers.label)
+            verdicts.append(Verdict(question, answers, estimates, best))
+    return Examination(settings, clips, scorers, verdicts, costs)

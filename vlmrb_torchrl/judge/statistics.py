@@ -8,7 +8,7 @@ N: clips, M: episodes, R: resamples.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -123,26 +123,49 @@ def area_under_curve(score: Array, label: Bools, weights: Array | None = None) -
     return area
 
 
-def _measures(answers: Answers, threshold: float, weights: Array) -> dict[str, Array]:
-    """Every measure under each row of weights ``[R, N]``; NaN where it is not defined."""
+@dataclass(frozen=True)
+class _Measure:
+    """One measure of a judge.
+
+    Attributes:
+        of: Its value where each clip counts as often as ``weights [R, N]`` say: ``[R]``, NaN where
+            it is not defined.
+        about: Masks ``[N]`` of the clips that it is about; it is undefined if one holds none.
+        missing: What is missing then, for each mask.
+    """
+
+    of: Callable[[Array], Array]
+    about: tuple[Bools, ...]
+    missing: tuple[str, ...] = ("",)
+
+
+def _share(hits: Bools, about: Bools, missing: str = "") -> _Measure:
+    """The share of hits among the clips that it is about."""
+    return _Measure(
+        lambda weights: weights @ (hits & about) / (weights @ about), (about,), (missing,)
+    )
+
+
+def _measures(answers: Answers, threshold: float) -> dict[str, _Measure]:
     score, label = answers.score, answers.label
-    yes = score >= threshold
-    off = score - label
-    bins = np.minimum((score * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
-    by_bin = off[:, None] * (bins[:, None] == np.arange(CALIBRATION_BINS))
-    total, seen = weights.sum(1), label & answers.shown
-    with np.errstate(invalid="ignore"):
-        return {
-            "base_rate": weights @ label / total,
-            "precision": weights @ (yes & label) / (weights @ yes),
-            "recall": weights @ (yes & label) / (weights @ label),
-            "recall_shown": weights @ (yes & seen) / (weights @ seen),
-            "false_positive_rate": weights @ (yes & ~label) / (weights @ ~label),
-            "auc": area_under_curve(score, label, weights),
-            "brier": weights @ off**2 / total,
-            # n_b / N |mean score − share of positives|, summed over bins b
-            "ece": np.abs(weights @ by_bin).sum(1) / total,
-        }
+    yes, off, every = score >= threshold, score - label, np.ones_like(label)
+    by_bin = off[:, None] * (_bins(score)[:, None] == np.arange(CALIBRATION_BINS))
+    none, no_negative = "no positive clip", "no negative clip"
+    return {
+        "base_rate": _share(label, every),
+        "precision": _share(label, yes, "no Yes"),
+        "recall": _share(yes, label, none),
+        "recall_shown": _share(yes, label & answers.shown, "no clip shows it"),
+        "false_positive_rate": _share(yes, ~label, no_negative),
+        "auc": _Measure(
+            lambda weights: area_under_curve(score, label, weights),
+            (label, ~label),
+            (none, no_negative),
+        ),
+        "brier": _Measure(lambda weights: weights @ off**2 / weights.sum(1), (every,)),
+        # n_b / N |mean score − share of positives|, summed over bins b
+        "ece": _Measure(lambda weights: np.abs(weights @ by_bin).sum(1) / weights.sum(1), (every,)),
+    }
 
 
 def estimate(
@@ -164,55 +187,28 @@ def estimate(
     _, episode = np.unique(answers.episode, return_inverse=True)
     M = int(episode.max()) + 1
     random = np.random.default_rng(seed)
-    point = _measures(answers, threshold, np.ones((1, N)))
-    parts = []
-    for first in range(0, resamples, few := max(1, _CHUNK // N)):
-        rows = min(few, resamples - first)
-        weights = random.multinomial(M, np.full(M, 1 / M), size=rows)[:, episode].astype(float)
-        parts.append(_measures(answers, threshold, weights))
-    trials = _trials(answers, threshold)
-    estimates = {}
-    for name, value in point.items():
-        spread = np.concatenate([part[name] for part in parts])
-        estimates[name] = _estimate(name, float(value[0]), spread, trials[name])
-    return estimates
-
-
-def _trials(answers: Answers, threshold: float) -> dict[str, tuple[int, ...]]:
-    """Episodes with a clip that each measure is about; for the AUC, with either label."""
-    label, yes = answers.label, answers.score >= threshold
-
-    def episodes(clips: Bools) -> int:
-        return len(np.unique(answers.episode[clips]))
-
-    everything = (episodes(np.ones_like(label)),)
+    measures = _measures(answers, threshold)
+    spread: dict[str, list[Array]] = {name: [] for name in measures}
+    with np.errstate(invalid="ignore"):
+        for first in range(0, resamples, few := max(1, _CHUNK // N)):
+            rows = min(few, resamples - first)
+            weights = random.multinomial(M, np.full(M, 1 / M), size=rows)[:, episode].astype(float)
+            for name, measure in measures.items():
+                spread[name].append(measure.of(weights))
     return {
-        "base_rate": everything,
-        "precision": (episodes(yes),),
-        "recall": (episodes(label),),
-        "recall_shown": (episodes(label & answers.shown),),
-        "false_positive_rate": (episodes(~label),),
-        "auc": (episodes(label), episodes(~label)),
-        "brier": everything,
-        "ece": everything,
+        name: _estimate(measure, np.concatenate(spread[name]), episode)
+        for name, measure in measures.items()
     }
 
 
-_REASONS: Mapping[str, str] = {
-    "precision": "no Yes",
-    "recall": "no positive clip",
-    "recall_shown": "no clip shows it",
-    "false_positive_rate": "no negative clip",
-}
-
-
-def _estimate(name: str, value: float, spread: Array, trials: tuple[int, ...]) -> Estimate:
-    if math.isnan(value):
-        missing = "no positive clip" if trials[0] == 0 else "no negative clip"
-        return Estimate(None, reason=_REASONS.get(name, missing))
+def _estimate(measure: _Measure, spread: Array, episode: NDArray[np.int64]) -> Estimate:
+    trials = [len(np.unique(episode[mask])) for mask in measure.about]
+    if 0 in trials:
+        return Estimate(None, reason=measure.missing[trials.index(0)])
+    value = float(measure.of(np.ones((1, len(episode))))[0])
     low, high = np.nanquantile(spread, [0.025, 0.975]).tolist()
     if math.isclose(low, high, abs_tol=1e-12):
-        if name == "auc":
+        if len(trials) > 1:
             low, high = area_interval(value, *trials)
         else:
             _, low, high = wilson(value * trials[0], trials[0])
@@ -220,25 +216,31 @@ def _estimate(name: str, value: float, spread: Array, trials: tuple[int, ...]) -
     return Estimate(value, min(low, value), max(high, value))
 
 
+def by_threshold(score: Array, label: Bools) -> tuple[Array, NDArray[np.int64], NDArray[np.int64]]:
+    """What each threshold says that tells clips apart, the highest first.
+
+    Returns:
+        The thresholds, which are the scores that occur; how many clips get a Yes from them, and
+        how many of these are positives.
+    """
+    order = np.argsort(-score, kind="stable")
+    ranked = score[order]
+    ends = np.flatnonzero(np.diff(ranked, append=-np.inf))  # last of equal scores
+    return ranked[ends], ends + 1, label[order].cumsum()[ends]
+
+
 def best_threshold(score: Array, label: Bools) -> Threshold | None:
     """The threshold of the greatest F1 on these very clips; None without a positive clip.
 
     It lies half-way to the next lower score, where there is one.
     """
-    positives = int(label.sum())
-    if not positives:
+    if not label.any():
         return None
-    order = np.argsort(-score, kind="stable")
-    ranked = score[order]
-    ends = np.flatnonzero(np.diff(ranked, append=-np.inf))  # last of equal scores
-    found = label[order].cumsum()[ends]
-    f1 = 2 * found / (ends + 1 + positives)
-    best = int(f1.argmax())
-    value = ranked[ends[best]]
-    if best + 1 < len(ends):
-        value = (value + ranked[ends[best + 1]]) / 2
-    precision, recall = found[best] / (ends[best] + 1), found[best] / positives
-    return Threshold(float(value), float(f1[best]), float(precision), float(recall))
+    scores, said, right = by_threshold(score, label)
+    f1 = 2 * right / (said + label.sum())
+    k = int(f1.argmax())
+    value, precision, recall = scores[k : k + 2].mean(), right[k] / said[k], right[k] / label.sum()
+    return Threshold(float(value), float(f1[k]), float(precision), float(recall))
 
 
 def reliability(answers: Answers) -> list[dict[str, float]]:
@@ -246,7 +248,7 @@ def reliability(answers: Answers) -> list[dict[str, float]]:
 
     The interval is Wilson's, each episode in the bin counting as one trial.
     """
-    bins = np.minimum((answers.score * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    bins = _bins(answers.score)
     rows = []
     for k in np.unique(bins):
         inside = bins == k
@@ -265,3 +267,11 @@ def reliability(answers: Answers) -> list[dict[str, float]]:
             }
         )
     return rows
+
+
+def _bins(score: Array) -> NDArray[np.int64]:
+    """The calibration bin of each score; 1 is in the last."""
+    bins: NDArray[np.int64] = np.minimum(
+        (score * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1
+    )
+    return bins

@@ -1,11 +1,14 @@
-"""Episodes played and cut into clips that know what happened in them.
+"""Episodes played and cut into clips that know what happened in them; clips kept on disk.
 
 N: clips, F: frames of a clip, E: events, G: games played together, T: transitions collected.
 """
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,12 +21,16 @@ from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType
 
-from vlmrb_torchrl.checks import ConfigError, one_line
+from vlmrb_torchrl.checks import ConfigError, one_line, require
 from vlmrb_torchrl.clips import Clip, stack_clips
 from vlmrb_torchrl.cutting import ClipCutter
 from vlmrb_torchrl.frames import shown_outcomes
 from vlmrb_torchrl.judge.settings import SCRIPTED, Settings
 from vlmrb_torchrl.keys import EVENTS
+
+CLIPS_FILE, META_FILE = "clips.safetensors", "meta.json"
+OF_EACH_CLIP = (EVENTS, "shown", "episode", "first", "transitions")
+"""What clips have beside their render states, which may be nested."""
 
 
 class Behaviour(TensorDictModuleBase):
@@ -68,11 +75,10 @@ def behaviour(settings: Settings) -> Behaviour:
     try:
         env.step(actor(env.reset()))
     except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
-        name = type(policy).__name__
         reason = one_line(error)[:200]
         raise ConfigError(
-            f"policy is {name}: it cannot act in {type(env).__name__} ({reason}); "
-            "set env as it was trained"
+            f"policy is {type(policy).__name__}: it cannot act in {type(env).__name__} "
+            f"({reason}); set env as it was trained"
         ) from error
     return actor
 
@@ -124,17 +130,69 @@ def _described(clips: list[Clip], events: NDArray[Any], episodes: NDArray[Any]) 
     """Clips with their place in the episodes; ``events`` ``[T, E]``, ``episodes`` ``[T]``."""
     batch = stack_clips(clips)
     frames = batch["render_state"].shape[1]
-    shown = [
-        events[clip.index[shown_outcomes(len(clip), frames)[0] + 1 :]].any(0) for clip in clips
-    ]
-    by_episode = np.argsort(episodes, kind="stable")
-    begins = np.flatnonzero(np.diff(episodes[by_episode], prepend=-1))
-    place = np.empty_like(by_episode)  # of a transition in its episode
-    lengths = np.diff(begins, append=len(episodes))
-    place[by_episode] = np.arange(len(episodes)) - begins.repeat(lengths)
-    starts = np.array([clip.index[0] for clip in clips])
-    batch["shown"] = torch.from_numpy(np.stack(shown))
-    batch["episode"] = torch.from_numpy(episodes[starts])
-    batch["first"] = torch.from_numpy(place[starts])
+    shown = [clip.index[shown_outcomes(len(clip), frames)[0] + 1 :] for clip in clips]
+    starts = [clip.index[0] for clip in clips]
+    episode = episodes[starts]
+    first = [(episodes[:k] == own).sum() for k, own in zip(starts, episode, strict=True)]
+    batch["shown"] = torch.from_numpy(np.stack([events[index].any(0) for index in shown]))
+    batch["episode"] = torch.from_numpy(episode)
+    batch["first"] = torch.from_numpy(np.array(first))
     batch["transitions"] = torch.tensor([len(clip) for clip in clips])
     return batch
+
+
+def save(folder: Path, clips: TensorDict, meta: dict[str, Any]) -> None:
+    """Keep clips ``[N]`` and what is to be known about them; nothing in the files can run.
+
+    Args:
+        folder: Made if need be.
+        clips: Tensors, in nested TensorDicts if they like.
+        meta: Anything that JSON can hold.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.contiguous() for name, tensor in clips.flatten_keys(".").items()}
+    partial = folder / f"{CLIPS_FILE}.partial"
+    save_file(tensors, partial)
+    os.replace(partial, folder / CLIPS_FILE)
+    (folder / META_FILE).write_text(json.dumps(meta, indent=2) + "\n")
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """Read what is known about the clips in ``folder``.
+
+    Raises:
+        ConfigError: It holds none.
+    """
+    here = (folder / CLIPS_FILE).is_file() and (folder / META_FILE).is_file()
+    require(here, "load", folder, "it holds no clips; name a folder written by --save")
+    try:
+        meta: dict[str, Any] = json.loads((folder / META_FILE).read_text())
+        meta["arguments"]["env"]["class_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"load is {folder}: {META_FILE} is not of --save ({error!r})") from error
+    return meta
+
+
+def load(settings: Settings) -> TensorDict:
+    """Read the clips in ``settings.load``, ``[N]``.
+
+    Raises:
+        ConfigError: The file is no safetensors, not one of clips, or of another environment.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = settings.load
+    assert folder is not None
+    try:
+        tensors = load_file(folder / CLIPS_FILE)
+    except SafetensorError as error:
+        raise ConfigError(f"load is {folder}: {CLIPS_FILE} cannot be read ({error})") from error
+    lacks = ", ".join(name for name in OF_EACH_CLIP if name not in tensors)
+    require(not lacks, "load", folder, f"{CLIPS_FILE} has no {lacks}")
+    known, env = tensors[EVENTS].shape[-1], settings.env
+    remedy = f"its clips know {known} events, {type(env).__name__} reports others"
+    require(known == len(env.event_names), "load", folder, remedy)
+    return TensorDict(tensors, [len(tensors[EVENTS])]).unflatten_keys(".")
