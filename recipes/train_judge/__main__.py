@@ -1,7 +1,7 @@
 """Train the embedded judge from nothing, examine it, and write its card.
 
-    python -m recipes.train_judge --output runs/judge  # about ten minutes of one core
-    python -m recipes.train_judge --output runs/judge --train false  # the card again
+    python -m recipes.train_judge  # about ten minutes of one core; into runs/train_judge
+    python -m recipes.train_judge --train false  # the card again
 
 The judge that the package ships was written by
 ``python -m recipes.train_judge --output vlmrb_torchrl/scorers/judge``.
@@ -19,29 +19,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from jsonargparse import auto_cli
+from jsonargparse.typing import PositiveInt
 
 from recipes.train_judge.card import write_card
 from recipes.train_judge.data import ClipSampler, Episode
 from recipes.train_judge.model import build_model, build_processor
-from recipes.train_judge.policies import play
-from recipes.train_judge.rooms import random_world
 from recipes.train_judge.training import Log, Training
-
-LOG_EVERY = 50
+from recipes.train_judge.worlds import play, random_world
 
 
 def main(
-    output: Path = Path("runs/judge"),
+    output: Path = Path("runs/train_judge"),
     *,
     seed: int = 0,
-    episodes: int = 3000,
-    frame_steps: int = 600,
-    event_steps: int = 1200,
-    answer_steps: int = 900,
+    episodes: PositiveInt = 3000,
+    frame_steps: PositiveInt = 600,
+    event_steps: PositiveInt = 1200,
+    answer_steps: PositiveInt = 900,
     train: bool = True,
     examine: bool = True,
-    examined_episodes: int = 120,
+    examined_episodes: PositiveInt = 120,
 ) -> None:
     """Train a judge and write its card. Ctrl-C leaves the output folder as it was.
 
@@ -56,17 +54,13 @@ def main(
         examine: Examine the judge and write its card, ``README.md``.
         examined_episodes: Episodes a table row is made of.
     """
-    counts = (episodes, frame_steps, event_steps, answer_steps, examined_episodes)
-    if min(counts) < 1:
-        sys.exit(f"episodes and steps are {counts}: each must be at least 1.")
     torch.set_num_threads(1)  # the figures are those of one core
     if train:
         _train(output, seed, episodes, (frame_steps, event_steps, answer_steps))
     elif not (output / "model.safetensors").is_file():
         sys.exit(f"{output} holds no judge: train one first (--train true).")
     if examine:
-        with _bar() as bar:
-            write_card(output, examined_episodes, _track(bar))
+        write_card(output, examined_episodes, progress_lines())
         print(f"Card: {output / 'README.md'}")
 
 
@@ -74,15 +68,14 @@ def _train(output: Path, seed: int, count: int, steps: tuple[int, int, int]) -> 
     begun, begun_cpu = time.perf_counter(), time.process_time()
     torch.manual_seed(seed)
     random = np.random.default_rng(seed)
-    with _bar() as bar:
-        log = _track(bar)
-        episodes = collect(count, random, log)
-        processor = build_processor()
-        training = Training(build_model(processor), processor, ClipSampler(episodes, random), log)
-        training.frames(steps[0])
-        training.embed()
-        training.events(steps[1])
-        training.answers(steps[2])
+    log = progress_lines()
+    episodes = collect(count, random, log)
+    processor = build_processor()
+    training = Training(build_model(processor), processor, ClipSampler(episodes, random), log)
+    training.frames(steps[0])
+    training.embed()
+    training.events(steps[1])
+    training.answers(steps[2])
     facts = {
         "seed": seed,
         "episodes": count,
@@ -101,8 +94,7 @@ def collect(count: int, random: np.random.Generator, log: Log) -> list[Episode]:
     """Scripted episodes of random worlds, resets seeded from 0 up."""
     episodes = []
     for k in range(count):
-        family, world = random_world(random)
-        episodes.append(play(family, world, random, seed=k))
+        episodes.append(play(random_world(random), random, seed=k))
         log("episodes", k, count, {})
     return episodes
 
@@ -122,41 +114,22 @@ def save(model: Any, processor: Any, facts: dict[str, Any], output: Path) -> Non
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _bar() -> Progress:
-    return Progress(
-        TextColumn("{task.description:10}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[measured]}"),
-    )
-
-
-def _track(bar: Progress) -> Log:
-    """A log that moves a progress bar and, every 50 steps, prints means since the last line."""
-    tasks: dict[str, Any] = {}
-    sums: dict[str, list[float]] = {}
+def progress_lines() -> Log:
+    """A log that prints twenty lines a stage, each with the means since the last."""
+    values: dict[str, list[float]] = {}
 
     def log(stage: str, step: int, steps: int, means: dict[str, float]) -> None:
-        if stage not in tasks:
-            tasks[stage] = bar.add_task(stage, total=steps, measured="")
-            sums.clear()
         for name, value in means.items():
-            sums.setdefault(name, []).append(value)
-        bar.update(tasks[stage], completed=step + 1)
-        if means and ((step + 1) % LOG_EVERY == 0 or step + 1 == steps):
-            line = "  ".join(f"{name} {np.nanmean(values):.3f}" for name, values in sums.items())
-            bar.update(tasks[stage], measured=line)
-            if not bar.console.is_terminal:
-                print(f"{stage} {step + 1}/{steps}  {line}", flush=True)
-            sums.clear()
+            values.setdefault(name, []).append(value)
+        if (step + 1) % max(1, steps // 20) == 0 or step + 1 == steps:
+            line = "  ".join(f"{name} {np.nanmean(each):.3f}" for name, each in values.items())
+            print(f"{stage} {step + 1}/{steps}  {line}", flush=True)
+            values.clear()
 
     return log
 
 
 if __name__ == "__main__":
-    from jsonargparse import auto_cli
-
     try:
         auto_cli(main, as_positional=False)
     except KeyboardInterrupt:

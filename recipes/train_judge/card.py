@@ -1,37 +1,58 @@
-"""The embedded judge's card: every figure computed here, none typed in."""
+"""The embedded judge's card: unseen seeds, DoorKey (held out), and where the judge must fail.
+
+Every figure is computed here, none is typed in.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import platform
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes.train_judge.data import EVENT_NAMES, GOAL
-from recipes.train_judge.evaluation import (
-    DOORKEY_SIZES,
-    EVALUATION_SEED,
-    MODIFIED_GAMES,
-    Examiner,
-    Figures,
-    clips_per_second,
-    cut,
-    doorkey_episodes,
-    static_answers,
-    training_family_episodes,
+import numpy as np
+import torch
+from minigrid.core.world_object import Goal
+from minigrid.envs import DoorKeyEnv
+from tensordict import TensorDict
+
+from recipes.train_judge.data import (
+    EVENT_NAMES,
+    VIEW,
+    Clip,
+    Episode,
+    FrameTable,
+    happened,
+    visible,
 )
-from recipes.train_judge.questions import PARAPHRASES
+from recipes.train_judge.model import PARAPHRASES
 from recipes.train_judge.training import Log
+from recipes.train_judge.worlds import ENDLESS, play, random_world
+from vlmrb_torchrl.judge.statistics import area_under_curve, wilson
+from vlmrb_torchrl.prompts import MINIGRID
+from vlmrb_torchrl.renderers.minigrid import AbstractSprites, MiniGridRenderer, SwappedSprites
 from vlmrb_torchrl.scorers.huggingface import HuggingFaceScorer
 
-Share = tuple[float, float, float]
+EVALUATION_SEED = 10_000_000
+"""Resets from here on; training counts up from 0 and never comes near."""
+DOORKEY_SIZES = (5, 6, 8, 12, 16)
 STATIC_LAYOUTS = {5: 8, 8: 8, 16: 2}
+MODIFIED_GAMES = {
+    "misleading sprites": SwappedSprites(),
+    "abstract sprites, seed 0": AbstractSprites(0),
+    "abstract sprites, seed 1": AbstractSprites(1),
+}
 HEAD = (
     "| clips of | question | clips | happened | precision | recall | recall where shown "
     "| false Yes | AUC |\n|---|---|---|---|---|---|---|---|---|"
 )
 _ROWS_TO_COME = 30  # of the progress bar; about as many as there are rows
+
+Share = tuple[float, float, float]
+"""With its 95 % interval."""
 
 INTRODUCTION = """# The embedded judge
 
@@ -87,13 +108,16 @@ def write_card(folder: Path, episodes: int, log: Log) -> None:
     facts = json.loads((folder / "training.json").read_text())
 
     def judge(**options: Any) -> HuggingFaceScorer:
-        return HuggingFaceScorer(folder, answer_prefix="", **options)
+        scorer = HuggingFaceScorer(folder, answer_prefix="", **options)
+        scorer.load()
+        return scorer
 
-    report = _Report(Examiner(judge()), episodes, log)
-    tables = report.tables()
-    speed_clips = cut(report.doorkey[8], 32, 32)[:256]
-    cold, warm = clips_per_second(judge(), report.doorkey[8], speed_clips)
-    _, plain = clips_per_second(judge(dedup=False), report.doorkey[8], speed_clips[:64])
+    card = _Card(judge(), episodes, log)
+    tables = card.tables()
+    doorkey = card.doorkey[8]
+    speed_clips = cut(doorkey, 32, 32)[:256]
+    cold, warm = clips_per_second(judge(), doorkey, speed_clips)
+    _, plain = clips_per_second(judge(dedup=False), doorkey, speed_clips[:64])
     head = INTRODUCTION.format(
         **{**facts, "steps": " + ".join(str(v) for v in facts["steps"].values())},
         megabytes=(folder / "model.safetensors").stat().st_size / 1e6,
@@ -105,72 +129,89 @@ def write_card(folder: Path, episodes: int, log: Log) -> None:
         first_seed=EVALUATION_SEED,
         examined=episodes,
     )
-    (folder / "README.md").write_text(head + "\n" + tables)
+    (folder / "README.md").write_text(f"{head}\n{tables}\n")
 
 
-class _Report:
-    def __init__(self, examiner: Examiner, episodes: int, log: Log) -> None:
-        self.examiner = examiner
-        self.count = episodes
-        self.log = log
-        self.rows_done = 0
+class _Card:
+    def __init__(self, scorer: HuggingFaceScorer, episodes: int, log: Log) -> None:
+        self.scorer, self.count, self.log, self.rows_done = scorer, episodes, log, 0
         self.doorkey = {size: doorkey_episodes(size, episodes, size) for size in DOORKEY_SIZES}
 
     def tables(self) -> str:
-        parts = ["### Unseen seeds of the training families\n", self._training_families()]
-        parts += ["\n### DoorKey, held out\n", self._doorkey()]
-        parts += ["\n### DoorKey, the goal moved\n", self._moved()]
-        parts += ["\n### Numbers of frames and spans (DoorKey 8x8, goal)\n", self._frames()]
-        parts += ["\n### The wrong question\n", self._wrong_question()]
-        parts += ["\n### Nothing moves\n", self._static()]
-        parts += ["\n### Modified games (goal, DoorKey 6x6 and 8x8)\n", self._modified()]
-        return "\n".join(parts) + "\n"
+        unseen, doorkey, goal = training_family_episodes(2 * self.count, 1), self.doorkey, ("goal",)
+        # A 5x5 has no other cell for the goal.
+        moved = {n: doorkey_episodes(n, self.count, 100 + n, moved=True) for n in DOORKEY_SIZES[1:]}
+        spans = ((4, 4), (8, 8), (16, 16), (64, 64), (4, 32), (16, 128))
+        must_fail = (
+            "Only the judge's frames change; it judges the green square, literally, and must fail."
+        )
+        return "\n\n".join(
+            [
+                "### Unseen seeds of the training families",
+                self._table((f"32/{n}", unseen, n, 32) for n in (32, 128)),
+                "### DoorKey, held out",
+                self._table(
+                    (f"{n}x{n}, 32/{span}", doorkey[n], span, 32)
+                    for n in doorkey
+                    for span in (32, 128)
+                ),
+                "### DoorKey, the goal moved",
+                self._table((f"{n}x{n}, 32/32", moved[n], 32, 32) for n in moved),
+                "### Numbers of frames and spans (DoorKey 8x8, goal)",
+                self._table((f"{f}/{n}", doorkey[8], n, f, goal) for f, n in spans),
+                "### The wrong question",
+                self._wrong_question(),
+                "### Nothing moves",
+                self._static(),
+                "### Modified games (goal, DoorKey 6x6 and 8x8)",
+                must_fail,
+                self._table(
+                    (name, doorkey[6] + doorkey[8], 32, 32, goal, MiniGridRenderer(8, 8, sprites))
+                    for name, sprites in MODIFIED_GAMES.items()
+                ),
+            ]
+        )
+
+    def _table(self, rows: Iterable[tuple[Any, ...]]) -> str:
+        """A table of what `_rows` says of each of ``rows``, its arguments."""
+        return "\n".join([HEAD, *(self._rows(*row) for row in rows)])
+
+    def _rows(
+        self,
+        label: str,
+        episodes: Sequence[Episode],
+        transitions: int,
+        frames: int,
+        questions: Sequence[str] = EVENT_NAMES,
+        renderer: MiniGridRenderer = VIEW,
+    ) -> str:
+        """Rows under ``HEAD``, one for each question."""
+        clips = cut(episodes, transitions, frames)
+        labels = np.stack([happened(episodes[c.episode], c) for c in clips])
+        shown = np.stack([visible(episodes[c.episode], c) for c in clips])
+        rows = []
+        for name in questions:
+            k = EVENT_NAMES.index(name)
+            score = ask(self.scorer, name, episodes, clips, renderer)
+            found = figures(score, labels[:, k], shown[:, k])
+            false_yes = int(((score > 0.5) & ~labels[:, k]).sum())
+            cells = [label, name, f"{len(clips):,}", str(labels[:, k].sum())]
+            cells += [_share(found[each]) for each in ("precision", "recall", "recall where shown")]
+            cells += [f"{false_yes} {_interval(found['false Yes'])}", _share(found["AUC"])]
+            rows.append(f"| {' | '.join(cells)} |")
+        self._tick()
+        return "\n".join(rows)
 
     def _tick(self) -> None:
         self.log("card", self.rows_done, max(_ROWS_TO_COME, self.rows_done + 1), {})
         self.rows_done += 1
 
-    def _rows(self, label: str, results: dict[str, Figures]) -> list[str]:
-        self._tick()
-        return [_row(label, name, result) for name, result in results.items()]
-
-    def _training_families(self) -> str:
-        episodes = training_family_episodes(2 * self.count, seed=1)
-        lines = [HEAD]
-        for transitions in (32, 128):
-            clips = cut(episodes, transitions, 32)
-            results = self.examiner.examine(episodes, clips)
-            lines += self._rows(f"32/{transitions}", results)
-        return "\n".join(lines)
-
-    def _doorkey(self) -> str:
-        lines = [HEAD]
-        for size, episodes in self.doorkey.items():
-            for transitions in (32, 128):
-                results = self.examiner.examine(episodes, cut(episodes, transitions, 32))
-                lines += self._rows(f"{size}x{size}, 32/{transitions}", results)
-        return "\n".join(lines)
-
-    def _moved(self) -> str:
-        lines = [HEAD]
-        for size in DOORKEY_SIZES[1:]:  # a 5x5 has no other cell for it
-            episodes = doorkey_episodes(size, self.count, 100 + size, moved=True)
-            results = self.examiner.examine(episodes, cut(episodes, 32, 32))
-            lines += self._rows(f"{size}x{size}, 32/32", results)
-        return "\n".join(lines)
-
-    def _frames(self) -> str:
-        episodes = self.doorkey[8]
-        lines = [HEAD]
-        for frames, transitions in ((4, 4), (8, 8), (16, 16), (64, 64), (4, 32), (16, 128)):
-            clips = cut(episodes, transitions, frames)
-            results = self.examiner.examine(episodes, clips, questions=("goal",))
-            lines += self._rows(f"{frames}/{transitions}", results)
-        return "\n".join(lines)
-
     def _wrong_question(self) -> str:
+        """Share of Yes by the only event that happened and by what is asked."""
         episodes = [e for group in self.doorkey.values() for e in group]
-        shares = self.examiner.confusion(episodes, cut(episodes, 32, 32))
+        clips = cut(episodes, 32, 32)
+        labels = np.stack([happened(episodes[c.episode], c) for c in clips])
+        yes = [ask(self.scorer, asked, episodes, clips) > 0.5 for asked in EVENT_NAMES]
         self._tick()
         lines = [
             "Share of Yes on DoorKey clips (5x5 to 16x16, 32/32) in which one event alone "
@@ -178,47 +219,32 @@ class _Report:
             "| happened | " + " | ".join(f"asked: {name}" for name in EVENT_NAMES) + " |",
             "|---" * (1 + len(EVENT_NAMES)) + "|",
         ]
-        for event in EVENT_NAMES:
-            cells = [_share(shares[event, asked]) for asked in EVENT_NAMES]
-            lines.append(f"| {event} | " + " | ".join(cells) + " |")
+        for k, event in enumerate(EVENT_NAMES):
+            alone = labels[:, k] & (labels.sum(1) == 1)
+            cells = [_share(wilson(int(said[alone].sum()), int(alone.sum()))) for said in yes]
+            lines.append(f"| {event} | {' | '.join(cells)} |")
         return "\n".join(lines)
 
     def _static(self) -> str:
+        """Wrong answers on clips in which nothing moves."""
         lines = [
             "Every free cell, direction and stage of key and door of some DoorKey layouts, the "
             "same frame eight times: wrong answers of all.\n",
-            "| size | " + " | ".join(("goal: false Yes", "goal: missed", "door", "key")) + " |",
-            "|---" * 5 + "|",
+            "| size | goal: false Yes | goal: missed | door | key |",
+            "|---|---|---|---|---|",
         ]
         for size, layouts in STATIC_LAYOUTS.items():
-            wrong = static_answers(self.examiner, size, layouts)
+            states = list(static_states(size, layouts))
+            nothing = np.zeros((1, len(EVENT_NAMES)), bool)
+            episodes = [Episode(np.stack([state, state]), nothing) for state in states]
+            clips = [Clip(k, 0, transitions=1, frames=8) for k in range(len(states))]
+            on_goal = np.array([(s[..., 0] == 8)[s[..., 3] > 0][0] for s in states])
+            goal, door, key = (ask(self.scorer, q, episodes, clips) > 0.5 for q in EVENT_NAMES)
             self._tick()
-            cells = [f"{errors} of {answers:,}" for errors, answers in wrong.values()]
-            lines.append(f"| {size}x{size} | " + " | ".join(cells) + " |")
+            wrong = [goal[~on_goal], ~goal[on_goal], door, key]
+            cells = [f"{each.sum()} of {len(each):,}" for each in wrong]
+            lines.append(f"| {size}x{size} | {' | '.join(cells)} |")
         return "\n".join(lines)
-
-    def _modified(self) -> str:
-        episodes = self.doorkey[6] + self.doorkey[8]
-        clips = cut(episodes, 32, 32)
-        lines = [
-            "Only the judge's frames change; it judges the green square, literally, and must "
-            "fail.\n",
-            HEAD,
-        ]
-        for name, renderer in MODIFIED_GAMES.items():
-            results = self.examiner.examine(
-                episodes, clips, questions=(EVENT_NAMES[GOAL],), renderer=renderer()
-            )
-            lines += self._rows(name, results)
-        return "\n".join(lines)
-
-
-def _row(label: str, question: str, result: Figures) -> str:
-    cells: list[Any] = [label, question, f"{result.clips:,}", result.positives]
-    cells += [_share(result.precision), _share(result.recall), _share(result.recall_visible)]
-    cells += [f"{result.false_positives} {_interval(result.false_positive_rate)}"]
-    cells += [_share(result.auc)]
-    return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
 
 def _share(share: Share) -> str:
@@ -227,3 +253,126 @@ def _share(share: Share) -> str:
 
 def _interval(share: Share) -> str:
     return "" if math.isnan(share[1]) else f"[{share[1]:.3f}, {share[2]:.3f}]"
+
+
+def figures(score: np.ndarray, label: np.ndarray, shown: np.ndarray) -> dict[str, Share]:
+    """Scores, at threshold 0.5, against what happened (``label``) and what frames show (``shown``).
+
+    Each with its 95 % interval: Wilson's, for the AUC from 200 resamples of the clips.
+    """
+    random = np.random.default_rng(0)
+    draws = random.integers(0, len(score), (200, len(score)))
+    counts = np.stack([np.bincount(drawn, minlength=len(score)) for drawn in draws]).astype(float)
+    low, high = np.nanquantile(area_under_curve(score, label, counts), [0.025, 0.975])
+    yes = score > 0.5
+
+    def share(hits: np.ndarray, of: np.ndarray) -> Share:
+        return wilson(int((hits & of).sum()), int(of.sum()))
+
+    return {
+        "precision": share(label, yes),
+        "recall": share(yes, label),
+        "recall where shown": share(yes, label & shown),
+        "false Yes": share(yes, ~label),
+        "AUC": (area_under_curve(score, label).item(), float(low), float(high)),
+    }
+
+
+def clip_batches(
+    episodes: Sequence[Episode], clips: Sequence[Clip], batch: int, renderer: MiniGridRenderer
+) -> Iterator[TensorDict]:
+    """The clips' frames, drawn, ``batch`` clips at a time."""
+    table = FrameTable(episodes)
+    for start in range(0, len(clips), batch):
+        rows = np.stack([table.rows(clip) for clip in clips[start : start + batch]])
+        distinct, back = np.unique(rows, return_inverse=True)
+        frames = table.render(distinct, renderer)[torch.from_numpy(back.reshape(rows.shape))]
+        yield TensorDict({"clip": frames}, [len(rows)])
+
+
+def ask(
+    scorer: HuggingFaceScorer,
+    question: str,
+    episodes: Sequence[Episode],
+    clips: Sequence[Clip],
+    renderer: MiniGridRenderer = VIEW,
+) -> np.ndarray:
+    """Scores of the clips, float ``[len(clips)]``."""
+    asked = scorer.asking(MINIGRID[question])
+    batches = clip_batches(episodes, clips, 128, renderer)
+    return np.concatenate([asked(batch)["score"].numpy() for batch in batches])
+
+
+def clips_per_second(
+    scorer: HuggingFaceScorer, episodes: Sequence[Episode], clips: Sequence[Clip]
+) -> tuple[float, float]:
+    """Clips scored in a second of processor time, first seen and seen again.
+
+    The frames are drawn beforehand; the second figure finds every frame's embedding kept.
+    """
+    batches = list(clip_batches(episodes, clips, 64, VIEW))
+    rates = []
+    for _ in range(2):
+        begun = time.process_time()
+        for batch in batches:
+            scorer(batch)
+        rates.append(len(clips) / (time.process_time() - begun))
+    return rates[0], rates[1]
+
+
+def training_family_episodes(count: int, seed: int) -> list[Episode]:
+    """Scripted episodes of the training families under seeds never trained on."""
+    random = np.random.default_rng(seed)
+    return [play(random_world(random), random, EVALUATION_SEED + seed + k) for k in range(count)]
+
+
+def doorkey_episodes(size: int, count: int, seed: int, moved: bool = False) -> list[Episode]:
+    """Scripted and random episodes of DoorKey, which training never saw."""
+    random = np.random.default_rng(seed)
+    world = (MovedGoal if moved else DoorKeyEnv)(size=size, max_steps=ENDLESS)
+    return [play(world, random, EVALUATION_SEED + seed + k) for k in range(count)]
+
+
+class MovedGoal(DoorKeyEnv):
+    """DoorKey with the goal at a random free cell beyond the door."""
+
+    def _gen_grid(self, width: int, height: int) -> None:
+        super()._gen_grid(width, height)
+        door = next(i for i, t in enumerate(self.grid.grid) if t and t.type == "door") % width
+        self.grid.set(width - 2, height - 2, None)
+        cells = [(x, y) for x in range(door + 1, width - 1) for y in range(1, height - 1)]
+        cells = [c for c in cells if c != (width - 2, height - 2)] or cells
+        self.grid.set(*cells[int(self.np_random.integers(len(cells)))], Goal())
+
+
+def cut(episodes: Sequence[Episode], transitions: int, frames: int) -> list[Clip]:
+    """Clips as replay cuts them: one after another, the last of an episode short."""
+    return [
+        Clip(i, first, min(transitions, len(episode) - first), frames)
+        for i, episode in enumerate(episodes)
+        for first in range(0, len(episode), transitions)
+    ]
+
+
+def static_states(size: int, layouts: int) -> Iterator[np.ndarray]:
+    """Every DoorKey state of some layouts: each free cell, direction and stage of key and door.
+
+    Yields:
+        Render states, uint8 ``[W, H, 4]``.
+    """
+    world = DoorKeyEnv(size=size)
+    world.gen_obs = dict
+    for k in range(layouts):
+        world.reset(seed=EVALUATION_SEED + 777 + k)
+        locked = world.grid.encode()
+        taken = np.where(locked[..., :1] == 5, np.array([1, 0, 0], np.uint8), locked)
+        opened = np.where(taken[..., :1] == 4, np.array([4, 4, 0], np.uint8), taken)
+        for grid in (locked, taken, opened):
+            standable = (np.isin(grid[..., 0], (1, 8))) | (
+                (grid[..., 0] == 4) & (grid[..., 2] == 0)
+            )
+            for x, y in np.argwhere(standable):
+                for direction in range(1, 5):
+                    state = np.concatenate([grid, np.zeros((size, size, 1), np.uint8)], -1)
+                    state[x, y, 3] = direction
+                    yield state

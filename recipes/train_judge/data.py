@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlmrb_torchrl.frames import shown_outcomes
 from vlmrb_torchrl.renderers.minigrid import Cell, MiniGridRenderer
 from vlmrb_torchrl.scorers.embedded import TILE_SIZE, WINDOW
 
@@ -28,15 +29,11 @@ class Episode:
     """One trajectory, each distinct state stored once.
 
     Args:
-        family: Name of the world's family.
-        policy: Name of the script that acted.
         states: Render states, root first, uint8 ``[T + 1, W, H, 4]``.
         events: What happened in each transition, bool ``[T, E]``.
     """
 
-    def __init__(self, family: str, policy: str, states: np.ndarray, events: np.ndarray) -> None:
-        self.family = family
-        self.policy = policy
+    def __init__(self, states: np.ndarray, events: np.ndarray) -> None:
         self.events = events
         distinct: dict[bytes, int] = {}
         self.rows = np.array([distinct.setdefault(s.tobytes(), len(distinct)) for s in states])
@@ -59,25 +56,7 @@ class Clip:
 
     def shown(self) -> np.ndarray:
         """Outcomes shown, int ``[F]``, counted from the clip's first transition."""
-        return frame_rule(self.transitions, self.frames)
-
-
-def frame_rule(transitions: int, frames: int) -> np.ndarray:
-    """Which outcomes a clip shows.
-
-    All of them, the last one repeated, where there are frames enough; otherwise
-    ``ceil((j + 1) * transitions / frames) - 1``, so that the last is always among them.
-
-    Returns:
-        Outcome indices, int ``[frames]``.
-
-    Example:
-        >>> frame_rule(8, 4).tolist(), frame_rule(2, 4).tolist()
-        ([1, 3, 5, 7], [0, 1, 1, 1])
-    """
-    if transitions <= frames:
-        return np.minimum(np.arange(frames), transitions - 1)
-    return -(-(np.arange(frames) + 1) * transitions // frames) - 1
+        return shown_outcomes(self.transitions, self.frames)
 
 
 def happened(episode: Episode, clip: Clip) -> np.ndarray:

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from recipes.benchmarks.perception_lm import SHAPES, build
-from recipes.train_judge.model import build_model, build_processor
-from recipes.train_judge.questions import PARAPHRASES
+from recipes.train_judge.model import PARAPHRASES, build_model, build_processor
 
 PIXELS, PATCH = 64, 8
 TEXT = {

@@ -13,8 +13,7 @@ from minigrid.envs import DoorKeyEnv
 from tensordict import TensorDict
 
 from recipes.train_judge.data import Clip, Episode, FrameTable
-from recipes.train_judge.policies import Phase, play
-from recipes.train_judge.rooms import ENDLESS
+from recipes.train_judge.worlds import ENDLESS, Phase, play
 from vlmrb_torchrl.prompts import MINIGRID
 from vlmrb_torchrl.scorers import EmbeddedJudge
 from vlmrb_torchrl.scorers.embedded import FOLDER
@@ -27,7 +26,7 @@ def solved(size: int, seed: int) -> Episode:
     random = np.random.default_rng(seed)
     while True:
         world = DoorKeyEnv(size=size, max_steps=ENDLESS)
-        episode = play("DoorKey", world, random, seed, ("solver", [Phase("goal", 400)]))
+        episode = play(world, random, seed, [Phase("goal", 400)])
         if episode.events[-1, 0]:
             return episode
 
