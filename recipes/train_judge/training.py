@@ -72,6 +72,7 @@ class Training:
         self.log = log
         self.table = FrameTable(sampler.episodes)
         self.tokens = torch.empty(0)
+        self.turns: dict[tuple[str, int], Tensor] = {}
         self.marks = nn.Linear(model.config.text_config.hidden_size, len(EVENT_NAMES))
 
     def frames(self, steps: int) -> None:
@@ -118,40 +119,55 @@ class Training:
             output = language(
                 inputs_embeds=self.tokens[rows], output_hidden_states=True, use_cache=False
             )
-            loss, means = _mark_loss(self.marks(output.hidden_states[MARKED_LAYER]), target)
+            marked = self.marks(output.hidden_states[MARKED_LAYER])
+            loss = _mark_loss(marked, target)
             descent.step(loss)
-            self.log("events", step, steps, means)
+            right = ((marked.amax(1) > 0) == (target.amax(1) > 0)).float()  # of each clip
+            self.log("events", step, steps, {"loss": loss.item(), "right": right.mean().item()})
 
     def answers(self, steps: int) -> None:
         """Stage 3: whole turns, the answer's first token."""
         descent = _Descent([self.model.model.language_model, self.marks], ANSWER_RATE, steps)
-        asked = _Questions(self.processor)
-        yes, no = (asked.first_token(word) for word in ("Yes", "No"))
+        tokenizer = self.processor.tokenizer
+        yes, no = (tokenizer.encode(word, add_special_tokens=False)[0] for word in ("Yes", "No"))
         self.model.train()
         for step in range(steps):
             longest = 8 if step < steps // 6 else 32 if step < steps // 2 else 64
             clips, questions, answers = self._draw(ANSWER_BATCH, longest)
             rows, target = self._rows_and_marks(clips)
-            ids, mask = asked.batch(questions, clips[0].frames, self.random)
-            output = self._forward(ids, mask, rows)
+            ids = self._asked(questions, clips[0].frames)
+            output = self._forward(ids, rows)
             said = output.logits[:, -1]
             loss = F.cross_entropy(said, torch.where(answers, yes, no))
             seen = output.hidden_states[MARKED_LAYER][ids == self.processor.video_token_id]
-            mark_loss, _ = _mark_loss(self.marks(seen).view(*target.shape), target)
+            mark_loss = _mark_loss(self.marks(seen).view(*target.shape), target)
             descent.step(loss + mark_loss)
             right = ((said[:, yes] > said[:, no]) == answers).float()
-            means = {"loss": float(loss.detach()), "marks": float(mark_loss.detach())}
+            means = {"loss": loss.item(), "marks": mark_loss.item()}
             for k, name in enumerate(EVENT_NAMES):
-                means[name] = float(right[questions == k].mean())
+                means[name] = right[questions == k].mean().item()
             self.log("answers", step, steps, means)
 
-    def _forward(self, ids: Tensor, mask: Tensor, rows: Tensor) -> Any:
+    def _asked(self, questions: Tensor, frames: int) -> Tensor:
+        """Left-padded token ids, int64 ``[B, S]``; half of the questions are in canonical words."""
+        rows = []
+        for question in questions.tolist():
+            ways = PARAPHRASES[EVENT_NAMES[question]]
+            way = ways[0] if self.random.random() < 0.5 else str(self.random.choice(ways))
+            if (way, frames) not in self.turns:
+                self.turns[way, frames] = prompt_ids(self.processor, way, frames)
+            rows.append(self.turns[way, frames])
+        longest = max(map(len, rows))
+        pad = self.processor.tokenizer.pad_token_id
+        return torch.stack([F.pad(row, (longest - len(row), 0), value=pad) for row in rows])
+
+    def _forward(self, ids: Tensor, rows: Tensor) -> Any:
         # Not handed over as mm_encoder_outputs, which transformers before 5.23 ignores.
         words = self.model.get_input_embeddings()(ids)
         seen = (ids == self.processor.video_token_id)[..., None]
         return self.model(
             inputs_embeds=words.masked_scatter(seen, self.tokens[rows]),
-            attention_mask=mask,
+            attention_mask=(ids != self.processor.tokenizer.pad_token_id).long(),
             output_hidden_states=True,
             use_cache=False,
             logits_to_keep=1,
@@ -176,42 +192,9 @@ class Training:
         return torch.from_numpy(rows), torch.from_numpy(marks).float()
 
 
-def _mark_loss(logits: Tensor, target: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """Loss of the event marks ``[B, F, E]``, and the share of clips judged rightly by them."""
-    # One frame in ten or so has a mark.
-    loss = F.binary_cross_entropy_with_logits(logits, target, pos_weight=torch.tensor(3.0))
-    means = {"loss": float(loss.detach())}
-    for k, name in enumerate(EVENT_NAMES):
-        said, true = logits[..., k].amax(1) > 0, target[..., k].amax(1) > 0
-        means[name] = float((said == true).float().mean())
-    return loss, means
-
-
-class _Questions:
-    """Left-padded token ids of randomly phrased questions."""
-
-    def __init__(self, processor: Any) -> None:
-        self.processor = processor
-        self.cache: dict[tuple[str, int], Tensor] = {}
-
-    def first_token(self, word: str) -> int:
-        return int(self.processor.tokenizer.encode(word, add_special_tokens=False)[0])
-
-    def batch(
-        self, questions: Tensor, frames: int, random: np.random.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Ids and attention mask, both int64 ``[B, S]``; half the questions are canonical."""
-        rows = []
-        for question in questions.tolist():
-            ways = PARAPHRASES[EVENT_NAMES[question]]
-            way = ways[0] if random.random() < 0.5 else str(random.choice(ways))
-            if (way, frames) not in self.cache:
-                self.cache[way, frames] = prompt_ids(self.processor, way, frames)
-            rows.append(self.cache[way, frames])
-        longest = max(len(row) for row in rows)
-        pad = self.processor.tokenizer.pad_token_id
-        ids = torch.stack([F.pad(row, (longest - len(row), 0), value=pad) for row in rows])
-        return ids, (ids != pad).long()
+def _mark_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Loss of the event marks ``[B, F, E]``; one frame in ten or so has a mark."""
+    return F.binary_cross_entropy_with_logits(logits, target, pos_weight=torch.tensor(3.0))
 
 
 class _Descent:
@@ -275,15 +258,15 @@ class FrameHeads(nn.Module):
         said_maps = self.maps(token)
         weight = torch.tensor(6.0)  # one cell in thirty holds such a thing
         loss = loss + 4 * F.binary_cross_entropy_with_logits(said_maps, maps, pos_weight=weight)
-        means = {"loss": float(loss.detach())}
+        means = {"loss": loss.item()}
         for name, (logits, target, _) in said.items():
-            means[name] = float((logits.argmax(1) == target).float().mean())
-        means["map"] = float(((said_maps > 0) == (maps > 0)).all(1).float().mean())
+            means[name] = (logits.argmax(1) == target).float().mean().item()
+        means["map"] = ((said_maps > 0) == (maps > 0)).all(1).float().mean().item()
         return loss, means
 
 
 def edited_states(table: FrameTable, random: np.random.Generator, count: int) -> list[np.ndarray]:
-    """States of the episodes, half of them with the agent put elsewhere, often at a goal.
+    """States of the episodes, seven in ten with the agent put elsewhere, often at a goal.
 
     An episode shows its goal reached once at most; put there, the agent is seen on a goal from
     every side, and just as often beside it.
