@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 import json
-import re
 
 import numpy as np
 import pytest
 import torch
 from tensordict.nn import TensorDictModule
 
-from tests.judge.worlds import Counter, examined
+from tests.judge.worlds import Counter, Grey, counted, examined
 from vlmrb_torchrl.checks import ConfigError
 from vlmrb_torchrl.envs import DoorKeyEnv
 from vlmrb_torchrl.judge.clips import collect
 from vlmrb_torchrl.judge.judging import asked_scorers
-from vlmrb_torchrl.judge.report import keep, write
+from vlmrb_torchrl.judge.report import keep
 from vlmrb_torchrl.judge.settings import Settings
 from vlmrb_torchrl.scorers import ClipScorer, ConstantScorer, NoisyScorer, PrivilegedScorer
-from vlmrb_torchrl.scorers.base import PromptedScorer
 
 DOORKEY = ("goal", "door", "key")
-
-
-class Grey(PromptedScorer):
-    """Says how bright a clip's last frame is, whatever it is asked; the second prompt, how dark."""
-
-    def __init__(self, prompts=("Is it over?",)) -> None:
-        super().__init__(prompts)
-
-    def score_prompts(self, tensordict):
-        bright = tensordict["clip"][:, -1].float().mean((-3, -2, -1)) / 255
-        return torch.stack([bright, 1 - bright], -1)[:, : len(self.prompts)]
 
 
 class Broken(ClipScorer):
@@ -54,19 +41,11 @@ def advance(_: int) -> None:
     pass
 
 
-def counted(**arguments) -> Settings:
-    return Settings(
-        arguments.pop("env", None) or Counter(),
-        arguments.pop("scorers", None) or [PrivilegedScorer(("end", "third"), ("end",))],
-        **{"policy": "random", "clips": 9, "clip_transitions": 4, "frames_per_clip": 2} | arguments,
-    )
-
-
 def doorkey(**arguments) -> Settings:
     return Settings(
         DoorKeyEnv(6, num_envs=8, max_steps=60),
         arguments.pop("scorers", None) or [PrivilegedScorer(DOORKEY)],
-        **{"clips": 120, "clip_transitions": 8, "frames_per_clip": 4, "resamples": 300} | arguments,
+        **{"clips": 60, "clip_transitions": 8, "frames_per_clip": 4, "resamples": 300} | arguments,
     )
 
 
@@ -96,9 +75,9 @@ def test_overlapping_clips_start_where_their_transitions_do() -> None:
 
 
 def test_same_seed_same_clips() -> None:
-    first, again = (collect(doorkey(seed=5), advance) for _ in range(2))
+    first, again, other = (collect(doorkey(seed=seed, clips=24), advance) for seed in (5, 5, 6))
     assert (first == again).all()
-    assert not torch.equal(first["render_state"], collect(doorkey(seed=6), advance)["render_state"])
+    assert not torch.equal(first["render_state"], other["render_state"])
 
 
 def test_mixed_games_are_demonstrated_and_random_by_turns() -> None:
@@ -121,25 +100,23 @@ def test_a_policy_of_ones_own_plays() -> None:
     assert ((here.diff(dim=1) % 4).abs() == 2).all()
 
 
+def test_noisy_judges_rates_lie_within_their_intervals() -> None:
+    """Seed 0, not chosen; of a hundred such intervals five would miss."""
+    noisy = NoisyScorer(PrivilegedScorer(DOORKEY), 0.7, 0.2, seed=0)
+    (verdict,) = examined(doorkey(scorers=[noisy], clips=300)).verdicts
+    for name, rate in (("recall", 0.7), ("false_positive_rate", 0.2)):
+        assert verdict.estimates[name].low <= rate <= verdict.estimates[name].high
+
+
 def test_privileged_judge_is_perfect() -> None:
     result = examined(doorkey())
     (verdict,) = result.verdicts
-    assert 0 < verdict.positives < 120
+    assert 0 < verdict.positives < 60
     values = {name: estimate.value for name, estimate in verdict.estimates.items()}
     for name in ("precision", "recall", "auc"):
         assert values[name] == 1
         assert verdict.estimates[name].low < 1
     assert values["brier"] == values["ece"] == values["false_positive_rate"] == 0
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_noisy_judges_rates_lie_within_their_intervals(seed: int) -> None:
-    """Seeds 0 to 2, not chosen; of a hundred such intervals five would miss."""
-    print(f"seed {seed}")
-    noisy = NoisyScorer(PrivilegedScorer(DOORKEY), 0.7, 0.2, seed=seed)
-    (verdict,) = examined(doorkey(scorers=[noisy], clips=600, seed=seed)).verdicts
-    for name, rate in (("recall", 0.7), ("false_positive_rate", 0.2)):
-        assert verdict.estimates[name].low <= rate <= verdict.estimates[name].high
 
 
 def test_each_prompt_is_judged_against_the_event_that_it_asks_about() -> None:
@@ -167,11 +144,6 @@ def test_a_scorer_of_several_prompts_is_judged_as_it_scores() -> None:
     assert verdict.positives == 6
 
 
-def test_scorers_of_one_class_keep_names_of_their_own() -> None:
-    result = examined(counted(scorers=[ConstantScorer(0.2), ConstantScorer(0.7)]))
-    assert [cost.scorer for cost in result.costs] == ["ConstantScorer", "ConstantScorer #2"]
-
-
 class Named(ConstantScorer):
     model: str = "run"
 
@@ -196,35 +168,6 @@ def test_a_judge_within_another_is_held_against_what_it_is_asked() -> None:
     third, end = examined(counted(env=env, scorers=scorers)).verdicts
     assert (third.question.asked, third.question.events) == ("third", ("third",))
     assert end.question.events == ("end",)
-
-
-def test_costs_follow_from_the_clips_a_second() -> None:
-    (cost,) = examined(counted(scorers=[Grey()])).costs
-    assert cost.env_steps_per_s(32) == pytest.approx(32 * cost.clips_per_s)
-    clips_per_million_steps = 1e6 / 32
-    hours = clips_per_million_steps * cost.busy_s_per_clip / 3600
-    assert cost.hours_per_million_env_steps(32) == pytest.approx(hours)
-
-
-def test_without_a_positive_clip_the_report_says_so_and_what_to_do(tmp_path) -> None:
-    settings = counted(env=Counter(length=1000), scorers=[Grey()], out=tmp_path)
-    result = examined(settings)
-    write(result, {}, "judge")
-    text = (tmp_path / "report.md").read_text()
-    assert "No clip shows 'end'" in text
-    assert "--policy scripted" in text
-    assert "nan" not in text.lower()
-    numbers = json.loads((tmp_path / "figures.json").read_text())
-    assert numbers["verdicts"][0]["measures"]["recall"]["value"] is None
-    assert numbers["verdicts"][0]["measures"]["recall"]["reason"] == "no positive clip"
-
-
-def test_clips_that_all_are_positives_are_told_of(tmp_path) -> None:
-    settings = counted(clip_transitions=10, scorers=[Grey()], out=tmp_path)
-    result = examined(settings)
-    write(result, {}, "judge")
-    assert str(result.verdicts[0].estimates["auc"]) == "– (no negative clip)"
-    assert "Every clip shows 'end'" in (tmp_path / "report.md").read_text()
 
 
 def test_a_scorer_that_fails_is_told_of_in_one_line() -> None:
@@ -258,19 +201,14 @@ def saved(tmp_path_factory):
 
 
 def test_saved_clips_are_judged_again_as_they_were(saved) -> None:
-    """The same clips, labels and figures, although nothing is played."""
-    again = examined(doorkey(load=saved.settings.save))
-    kept = again.clips.exclude("scores", "labels")
-    assert (kept == saved.clips).all()
-    assert again.verdicts[0].estimates == saved.verdicts[0].estimates
-
-
-def test_saved_clips_hold_scores_labels_and_whose_they_are(saved) -> None:
-    folder = saved.settings.save
+    """The same clips, labels and figures, although nothing is played; and whose they are."""
+    folder, (verdict,) = saved.settings.save, saved.verdicts
     assert sorted(file.name for file in folder.iterdir()) == ["clips.safetensors", "meta.json"]
     again = examined(doorkey(load=folder))
-    np.testing.assert_array_equal(again.clips["scores"][:, 0], saved.verdicts[0].answers.score)
-    np.testing.assert_array_equal(again.clips["labels"][:, 0], saved.verdicts[0].answers.label)
+    assert (again.clips.exclude("scores", "labels") == saved.clips).all()
+    assert again.verdicts[0].estimates == verdict.estimates
+    np.testing.assert_array_equal(again.clips["scores"][:, 0], verdict.answers.score)
+    np.testing.assert_array_equal(again.clips["labels"][:, 0], verdict.answers.label)
     (column,) = json.loads((folder / "meta.json").read_text())["columns"]
     assert column["fingerprint"] == PrivilegedScorer(DOORKEY).fingerprint
     assert column["events"] == ["goal"]
@@ -291,28 +229,3 @@ def test_saved_clips_are_drawn_anew_in_another_resolution(saved) -> None:
     view = {"tile_size": 4, "window": None}
     examined(doorkey(load=saved.settings.save, scorers=[Looking()], renderer=view))
     assert set(seen) == {(24, 24)}
-
-
-def test_page_is_whole_in_itself_and_text_in_it_is_only_text(tmp_path) -> None:
-    nasty = 'Is it </script><b onclick="x">over</b> & {{ 7 * 7 }} | `?'
-    settings = counted(scorers=[Grey()], prompts=[nasty], out=tmp_path, gallery=2)
-    write(examined(settings), {"note": nasty}, f"judge {nasty}")
-    html = (tmp_path / "report.html").read_text()
-    assert not re.search(r"https?://|//[a-z]+\.|@import|url\(", html)
-    assert html.count("</script>") == html.count("<script") == 2
-    assert "<b onclick" not in html
-    assert "{{ 7 * 7 }}" in html
-    assert "\\|" in (tmp_path / "report.md").read_text()
-
-
-def test_figures_json_holds_the_confusion_that_the_measures_follow_from(tmp_path) -> None:
-    noisy = NoisyScorer(PrivilegedScorer(DOORKEY), 0.6, 0.3)
-    result = examined(doorkey(scorers=[noisy], out=tmp_path))
-    write(result, {"seed": 0}, "judge")
-    (found,) = json.loads((tmp_path / "figures.json").read_text())["verdicts"]
-    yes = found["true_positives"] + found["false_positives"]
-    happened = found["true_positives"] + found["false_negatives"]
-    assert yes + found["false_negatives"] + found["true_negatives"] == 120
-    assert found["measures"]["precision"]["value"] == pytest.approx(found["true_positives"] / yes)
-    assert found["measures"]["recall"]["value"] == pytest.approx(found["true_positives"] / happened)
-    assert sum(found["scores"]["positives"]) == happened

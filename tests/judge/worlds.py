@@ -12,6 +12,7 @@ from torchrl.envs import EnvBase
 
 from vlmrb_torchrl.judge.judging import Examination, examine
 from vlmrb_torchrl.judge.settings import Settings
+from vlmrb_torchrl.scorers import PrivilegedScorer, PromptedScorer
 
 
 class Counter(EnvBase):
@@ -65,6 +66,25 @@ class Counter(EnvBase):
 
     def _set_seed(self, seed):
         pass
+
+
+class Grey(PromptedScorer):
+    """Says how bright a clip's last frame is, whatever it is asked; the second prompt, how dark."""
+
+    def __init__(self, prompts=("Is it over?",)) -> None:
+        super().__init__(prompts)
+
+    def score_prompts(self, tensordict):
+        bright = tensordict["clip"][:, -1].float().mean((-3, -2, -1)) / 255
+        return torch.stack([bright, 1 - bright], -1)[:, : len(self.prompts)]
+
+
+def counted(**arguments) -> Settings:
+    return Settings(
+        arguments.pop("env", None) or Counter(),
+        arguments.pop("scorers", None) or [PrivilegedScorer(("end", "third"), ("end",))],
+        **{"policy": "random", "clips": 9, "clip_transitions": 4, "frames_per_clip": 2} | arguments,
+    )
 
 
 def examined(settings: Settings) -> Examination:
