@@ -80,7 +80,7 @@ def _train(output: Path, seed: int, count: int, steps: tuple[int, int, int]) -> 
         "seed": seed,
         "episodes": count,
         "transitions": sum(len(e) for e in episodes),
-        "distinct_frames": len(training.table),
+        "distinct_frames": len(training.states),
         "steps": dict(zip(("frames", "events", "answers"), steps, strict=True)),
         "parameters": sum(p.numel() for p in training.model.parameters()),
         "minutes": round((time.perf_counter() - begun) / 60, 1),

@@ -14,20 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from minigrid.core.world_object import Goal
 from minigrid.envs import DoorKeyEnv
 from tensordict import TensorDict
 
-from recipes.train_judge.data import (
-    EVENT_NAMES,
-    VIEW,
-    Clip,
-    Episode,
-    FrameTable,
-    happened,
-    visible,
-)
+from recipes.train_judge.data import EVENT_NAMES, VIEW, Clip, Episode, render
 from recipes.train_judge.model import PARAPHRASES
 from recipes.train_judge.training import Log
 from recipes.train_judge.worlds import ENDLESS, play, random_world
@@ -114,10 +105,9 @@ def write_card(folder: Path, episodes: int, log: Log) -> None:
 
     card = _Card(judge(), episodes, log)
     tables = card.tables()
-    doorkey = card.doorkey[8]
-    speed_clips = cut(doorkey, 32, 32)[:256]
-    cold, warm = clips_per_second(judge(), doorkey, speed_clips)
-    _, plain = clips_per_second(judge(dedup=False), doorkey, speed_clips[:64])
+    speed_clips = cut(card.doorkey[8], 32, 32)[:256]
+    cold, warm = clips_per_second(judge(), speed_clips)
+    _, plain = clips_per_second(judge(dedup=False), speed_clips[:64])
     head = INTRODUCTION.format(
         **{**facts, "steps": " + ".join(str(v) for v in facts["steps"].values())},
         megabytes=(folder / "model.safetensors").stat().st_size / 1e6,
@@ -187,12 +177,12 @@ class _Card:
     ) -> str:
         """Rows under ``HEAD``, one for each question."""
         clips = cut(episodes, transitions, frames)
-        labels = np.stack([happened(episodes[c.episode], c) for c in clips])
-        shown = np.stack([visible(episodes[c.episode], c) for c in clips])
+        labels = np.stack([clip.events.any(0) for clip in clips])
+        shown = np.stack([clip.visible() for clip in clips])
         rows = []
         for name in questions:
             k = EVENT_NAMES.index(name)
-            score = ask(self.scorer, name, episodes, clips, renderer)
+            score = ask(self.scorer, name, clips, renderer)
             found = figures(score, labels[:, k], shown[:, k])
             false_yes = int(((score > 0.5) & ~labels[:, k]).sum())
             cells = [label, name, f"{len(clips):,}", str(labels[:, k].sum())]
@@ -208,10 +198,9 @@ class _Card:
 
     def _wrong_question(self) -> str:
         """Share of Yes by the only event that happened and by what is asked."""
-        episodes = [e for group in self.doorkey.values() for e in group]
-        clips = cut(episodes, 32, 32)
-        labels = np.stack([happened(episodes[c.episode], c) for c in clips])
-        yes = [ask(self.scorer, asked, episodes, clips) > 0.5 for asked in EVENT_NAMES]
+        clips = cut([episode for group in self.doorkey.values() for episode in group], 32, 32)
+        labels = np.stack([clip.events.any(0) for clip in clips])
+        yes = [ask(self.scorer, asked, clips) > 0.5 for asked in EVENT_NAMES]
         self._tick()
         lines = [
             "Share of Yes on DoorKey clips (5x5 to 16x16, 32/32) in which one event alone "
@@ -237,9 +226,9 @@ class _Card:
             states = list(static_states(size, layouts))
             nothing = np.zeros((1, len(EVENT_NAMES)), bool)
             episodes = [Episode(np.stack([state, state]), nothing) for state in states]
-            clips = [Clip(k, 0, transitions=1, frames=8) for k in range(len(states))]
+            clips = [Clip(episode, 0, transitions=1, frames=8) for episode in episodes]
             on_goal = np.array([(s[..., 0] == 8)[s[..., 3] > 0][0] for s in states])
-            goal, door, key = (ask(self.scorer, q, episodes, clips) > 0.5 for q in EVENT_NAMES)
+            goal, door, key = (ask(self.scorer, q, clips) > 0.5 for q in EVENT_NAMES)
             self._tick()
             wrong = [goal[~on_goal], ~goal[on_goal], door, key]
             cells = [f"{each.sum()} of {len(each):,}" for each in wrong]
@@ -279,38 +268,34 @@ def figures(score: np.ndarray, label: np.ndarray, shown: np.ndarray) -> dict[str
 
 
 def clip_batches(
-    episodes: Sequence[Episode], clips: Sequence[Clip], batch: int, renderer: MiniGridRenderer
+    clips: Sequence[Clip], batch: int, renderer: MiniGridRenderer = VIEW
 ) -> Iterator[TensorDict]:
     """The clips' frames, drawn, ``batch`` clips at a time."""
-    table = FrameTable(episodes)
     for start in range(0, len(clips), batch):
-        rows = np.stack([table.rows(clip) for clip in clips[start : start + batch]])
-        distinct, back = np.unique(rows, return_inverse=True)
-        frames = table.render(distinct, renderer)[torch.from_numpy(back.reshape(rows.shape))]
-        yield TensorDict({"clip": frames}, [len(rows)])
+        some = clips[start : start + batch]
+        frames = render(
+            [state for clip in some for state in clip.episode.states[clip.rows]], renderer
+        )
+        yield TensorDict({"clip": frames.unflatten(0, (len(some), -1))}, [len(some)])
 
 
 def ask(
     scorer: HuggingFaceScorer,
     question: str,
-    episodes: Sequence[Episode],
     clips: Sequence[Clip],
     renderer: MiniGridRenderer = VIEW,
 ) -> np.ndarray:
     """Scores of the clips, float ``[len(clips)]``."""
     asked = scorer.asking(MINIGRID[question])
-    batches = clip_batches(episodes, clips, 128, renderer)
-    return np.concatenate([asked(batch)["score"].numpy() for batch in batches])
+    return np.concatenate([asked(b)["score"].numpy() for b in clip_batches(clips, 128, renderer)])
 
 
-def clips_per_second(
-    scorer: HuggingFaceScorer, episodes: Sequence[Episode], clips: Sequence[Clip]
-) -> tuple[float, float]:
+def clips_per_second(scorer: HuggingFaceScorer, clips: Sequence[Clip]) -> tuple[float, float]:
     """Clips scored in a second of processor time, first seen and seen again.
 
     The frames are drawn beforehand; the second figure finds every frame's embedding kept.
     """
-    batches = list(clip_batches(episodes, clips, 64, VIEW))
+    batches = list(clip_batches(clips, 64))
     rates = []
     for _ in range(2):
         begun = time.process_time()
@@ -348,8 +333,8 @@ class MovedGoal(DoorKeyEnv):
 def cut(episodes: Sequence[Episode], transitions: int, frames: int) -> list[Clip]:
     """Clips as replay cuts them: one after another, the last of an episode short."""
     return [
-        Clip(i, first, min(transitions, len(episode) - first), frames)
-        for i, episode in enumerate(episodes)
+        Clip(episode, first, min(transitions, len(episode) - first), frames)
+        for episode in episodes
         for first in range(0, len(episode), transitions)
     ]
 

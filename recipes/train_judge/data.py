@@ -49,41 +49,42 @@ class Episode:
 class Clip:
     """Consecutive transitions of an episode, some of whose outcome states are shown."""
 
-    episode: int
+    episode: Episode
     first: int
     transitions: int
     frames: int
 
+    @property
     def shown(self) -> np.ndarray:
         """Outcomes shown, int ``[F]``, counted from the clip's first transition."""
         return shown_outcomes(self.transitions, self.frames)
 
+    @property
+    def rows(self) -> np.ndarray:
+        """Which of the episode's distinct states the frames show, int ``[F]``."""
+        return np.asarray(self.episode.rows[self.first + 1 + self.shown])
 
-def happened(episode: Episode, clip: Clip) -> np.ndarray:
-    """Whether each event happened in any transition of the clip, bool ``[E]``."""
-    return np.asarray(episode.events[clip.first : clip.first + clip.transitions].any(0))
+    @property
+    def events(self) -> np.ndarray:
+        """What happened in each transition, bool ``[transitions, E]``."""
+        return self.episode.events[self.first : self.first + self.transitions]
 
+    def visible(self) -> np.ndarray:
+        """The label taught, bool ``[E]``: the event happened and its frames can show it.
 
-def visible(episode: Episode, clip: Clip) -> np.ndarray:
-    """The label taught, bool ``[E]``: the event happened and its frames can show it.
+        A door opened or a key picked up before the first frame shown looks just like a door open
+        or a key carried all along. "Do not guess": such a clip is a No.
+        """
+        label: np.ndarray = self.events.any(0)
+        label[1:] = self.events[self.shown[0] + 1 :, 1:].any(0)
+        return label
 
-    A door opened or a key picked up before the first frame shown looks just like a door open
-    or a key carried all along. "Do not guess": such a clip is a No.
-    """
-    label: np.ndarray = happened(episode, clip)
-    start = clip.first + int(clip.shown()[0]) + 1
-    label[1:] = episode.events[start : clip.first + clip.transitions, 1:].any(0)
-    return label
-
-
-def visible_by_frame(episode: Episode, clip: Clip) -> np.ndarray:
-    """Which frame shows which event, bool ``[F, E]``: a goal stood on, a change since the last."""
-    shown = clip.shown()
-    done = np.cumsum(episode.events[clip.first : clip.first + clip.transitions], axis=0)
-    counts = done[shown]
-    label = np.diff(counts, axis=0, prepend=counts[:1]) > 0
-    label[:, GOAL] = counts[:, GOAL] > 0
-    return np.asarray(label)
+    def visible_by_frame(self) -> np.ndarray:
+        """Which frame shows what, bool ``[F, E]``: a goal stood on, a change since the last."""
+        counts = np.cumsum(self.events, axis=0)[self.shown]
+        label = np.diff(counts, axis=0, prepend=counts[:1]) > 0
+        label[:, GOAL] = counts[:, GOAL] > 0
+        return np.asarray(label)
 
 
 class ClipSampler:
@@ -100,7 +101,7 @@ class ClipSampler:
         weights = np.array([len(e) for e in episodes], dtype=float)
         self._cumulative = np.cumsum(weights / weights.sum())
         self._moments = [
-            [(i, int(t)) for i, e in enumerate(episodes) for t in np.flatnonzero(e.events[:, k])]
+            [(e, int(t)) for e in episodes for t in np.flatnonzero(e.events[:, k])]
             for k in range(len(EVENT_NAMES))
         ]
 
@@ -119,7 +120,7 @@ class ClipSampler:
             if self.random.random() < 0.2:
                 length = int(self.random.integers(1, transitions + 1))
             clip = self._propose(question, answer, length, frames)
-            if clip and visible(self.episodes[clip.episode], clip)[question] == answer:
+            if clip and clip.visible()[question] == answer:
                 return clip
 
     def _propose(self, question: int, answer: bool, length: int, frames: int) -> Clip | None:
@@ -127,13 +128,14 @@ class ClipSampler:
         mode = random.random()
         if not answer and mode < 0.3:  # anything at all
             index = int(np.searchsorted(self._cumulative, random.random()))
-            size = len(self.episodes[min(index, len(self.episodes) - 1)])
+            episode = self.episodes[min(index, len(self.episodes) - 1)]
+            size = len(episode)
             first = int(random.integers(0, max(1, size - length + 1)))
         else:
             other = not answer and mode < 0.5
             about = int(random.integers(len(EVENT_NAMES))) if other else question
-            index, moment = self._moments[about][int(random.integers(len(self._moments[about])))]
-            size = len(self.episodes[index])
+            episode, moment = self._moments[about][int(random.integers(len(self._moments[about])))]
+            size = len(episode)
             if answer or other:  # the event anywhere inside
                 first = moment - int(random.integers(0, min(length, moment + 1)))
             elif mode < 0.8:  # the clip ends one transition before the event
@@ -141,41 +143,10 @@ class ClipSampler:
             else:  # the door is open, the key is carried, from the first frame on
                 first = moment + int(random.random() < 0.5)
         covered = min(length, size - first)
-        return Clip(index, first, covered, frames) if covered > 0 else None
+        return Clip(episode, first, covered, frames) if covered > 0 else None
 
 
-class FrameTable:
-    """Every distinct state of many episodes under one number, rendered on demand.
-
-    Args:
-        episodes: Their states are numbered in order: state u of episode i is ``offset[i] + u``.
-    """
-
-    def __init__(self, episodes: Sequence[Episode]) -> None:
-        self.episodes = episodes
-        self.offset = np.cumsum([0] + [len(e.states) for e in episodes])
-
-    def __len__(self) -> int:
-        return int(self.offset[-1])
-
-    def rows(self, clip: Clip) -> np.ndarray:
-        """Numbers of the frames that a clip shows, int ``[F]``."""
-        episode = self.episodes[clip.episode]
-        shown = clip.first + 1 + clip.shown()
-        return np.asarray(self.offset[clip.episode] + episode.rows[shown])
-
-    def state(self, number: int) -> np.ndarray:
-        """Render state of one number, uint8 ``[W, H, 4]``."""
-        owner = int(np.searchsorted(self.offset, number, side="right")) - 1
-        found: np.ndarray = self.episodes[owner].states[number - self.offset[owner]]
-        return found
-
-    def render(self, numbers: np.ndarray, renderer: MiniGridRenderer = VIEW) -> Tensor:
-        """Frames of numbered states, uint8 ``[len(numbers), 3, H, W]``."""
-        return render_mixed([self.state(int(n)) for n in numbers], renderer)
-
-
-def render_mixed(states: Sequence[np.ndarray], renderer: MiniGridRenderer) -> Tensor:
+def render(states: Sequence[np.ndarray], renderer: MiniGridRenderer = VIEW) -> Tensor:
     """Draw states of different grid sizes, uint8 ``[len(states), 3, H, W]``."""
     frames: list[Tensor] = [torch.empty(0)] * len(states)
     by_shape: dict[tuple[int, ...], list[int]] = {}

@@ -28,13 +28,10 @@ from recipes.train_judge.data import (
     ON_GOAL,
     OPEN_DOOR,
     SHUT_DOOR,
-    VIEW,
     Clip,
     ClipSampler,
-    FrameTable,
     draw_spec,
-    render_mixed,
-    visible_by_frame,
+    render,
 )
 from recipes.train_judge.model import PARAPHRASES, normalise, prompt_ids
 
@@ -70,8 +67,10 @@ class Training:
         self.sampler = sampler
         self.random = sampler.random
         self.log = log
-        self.table = FrameTable(sampler.episodes)
-        self.tokens = torch.empty(0)
+        self.states = [state for episode in sampler.episodes for state in episode.states]
+        sizes = [len(episode.states) for episode in sampler.episodes]
+        self.offset = dict(zip(map(id, sampler.episodes), np.cumsum([0, *sizes]), strict=False))
+        self.tokens = torch.empty(0)  # of each of the states, in their order
         self.turns: dict[tuple[str, int], Tensor] = {}
         self.marks = nn.Linear(model.config.text_config.hidden_size, len(EVENT_NAMES))
 
@@ -85,9 +84,9 @@ class Training:
         )
         self.model.train()
         for step in range(steps):
-            states = edited_states(self.table, self.random, FRAME_BATCH)
-            tokens = self._frame_tokens(render_mixed(states, VIEW))
-            loss, means = heads.losses(tokens, render_mixed(states, LABEL_VIEW))
+            states = edited_states(self.states, self.random, FRAME_BATCH)
+            tokens = self._frame_tokens(render(states))
+            loss, means = heads.losses(tokens, render(states, LABEL_VIEW))
             descent.step(loss)
             self.log("frames", step, steps, means)
 
@@ -95,10 +94,10 @@ class Training:
     def embed(self) -> None:
         """Compute the token of every distinct frame, once; the vision tower is done."""
         self.model.eval()
-        chunks = np.array_split(np.arange(len(self.table)), max(1, len(self.table) // 512))
+        chunks = np.array_split(np.arange(len(self.states)), max(1, len(self.states) // 512))
         tokens = []
         for k, numbers in enumerate(chunks):
-            tokens.append(self._frame_tokens(self.table.render(numbers)))
+            tokens.append(self._frame_tokens(render([self.states[n] for n in numbers])))
             self.log("embedding", k, len(chunks), {})
         self.tokens = torch.cat(tokens)
 
@@ -186,9 +185,8 @@ class Training:
 
     def _rows_and_marks(self, clips: list[Clip]) -> tuple[Tensor, Tensor]:
         """Frame numbers, int64 ``[B, F]``, and what each frame shows, float32 ``[B, F, E]``."""
-        rows = np.stack([self.table.rows(clip) for clip in clips])
-        episodes = self.table.episodes
-        marks = np.stack([visible_by_frame(episodes[clip.episode], clip) for clip in clips])
+        rows = np.stack([self.offset[id(clip.episode)] + clip.rows for clip in clips])
+        marks = np.stack([clip.visible_by_frame() for clip in clips])
         return torch.from_numpy(rows), torch.from_numpy(marks).float()
 
 
@@ -265,15 +263,17 @@ class FrameHeads(nn.Module):
         return loss, means
 
 
-def edited_states(table: FrameTable, random: np.random.Generator, count: int) -> list[np.ndarray]:
+def edited_states(
+    known: list[np.ndarray], random: np.random.Generator, count: int
+) -> list[np.ndarray]:
     """States of the episodes, seven in ten with the agent put elsewhere, often at a goal.
 
     An episode shows its goal reached once at most; put there, the agent is seen on a goal from
     every side, and just as often beside it.
     """
     states = []
-    for number in random.integers(0, len(table), count):
-        state = table.state(int(number))
+    for number in random.integers(0, len(known), count):
+        state = known[number]
         if random.random() < 0.7:
             state = _moved_agent(state.copy(), random)
         states.append(state)

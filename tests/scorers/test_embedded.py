@@ -12,7 +12,7 @@ import torch
 from minigrid.envs import DoorKeyEnv
 from tensordict import TensorDict
 
-from recipes.train_judge.data import Clip, Episode, FrameTable
+from recipes.train_judge.data import Clip, Episode, render
 from recipes.train_judge.worlds import ENDLESS, Phase, play
 from vlmrb_torchrl.prompts import MINIGRID
 from vlmrb_torchrl.scorers import EmbeddedJudge
@@ -32,9 +32,8 @@ def solved(size: int, seed: int) -> Episode:
 
 
 def clip_of(episode: Episode, first: int, transitions: int, frames: int = 32) -> TensorDict:
-    table = FrameTable([episode])
-    rows = table.rows(Clip(0, first, transitions, frames))
-    return TensorDict({"clip": table.render(rows)[None]}, [1])
+    states = episode.states[Clip(episode, first, transitions, frames).rows]
+    return TensorDict({"clip": render(states)[None]}, [1])
 
 
 @pytest.fixture(scope="module")
