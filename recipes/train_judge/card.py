@@ -24,14 +24,19 @@ from recipes.train_judge.training import Log
 from recipes.train_judge.worlds import ENDLESS, play, random_world
 from vlmrb_torchrl.judge.statistics import area_under_curve, wilson
 from vlmrb_torchrl.prompts import MINIGRID
-from vlmrb_torchrl.renderers.minigrid import AbstractSprites, MiniGridRenderer, SwappedSprites
+from vlmrb_torchrl.renderers.minigrid import (
+    AbstractSprites,
+    MiniGridRenderer,
+    Sprites,
+    SwappedSprites,
+)
 from vlmrb_torchrl.scorers.huggingface import HuggingFaceScorer
 
 EVALUATION_SEED = 10_000_000
 """Resets from here on; training counts up from 0 and never comes near."""
 DOORKEY_SIZES = (5, 6, 8, 12, 16)
 STATIC_LAYOUTS = {5: 8, 8: 8, 16: 2}
-MODIFIED_GAMES = {
+MODIFIED_GAMES: dict[str, Sprites] = {
     "misleading sprites": SwappedSprites(),
     "abstract sprites, seed 0": AbstractSprites(0),
     "abstract sprites, seed 1": AbstractSprites(1),

@@ -75,7 +75,7 @@ class Clip:
         A door opened or a key picked up before the first frame shown looks just like a door open
         or a key carried all along. "Do not guess": such a clip is a No.
         """
-        label: np.ndarray = self.events.any(0)
+        label = np.asarray(self.events.any(0))
         label[1:] = self.events[self.shown[0] + 1 :, 1:].any(0)
         return label
 

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 _AGAIN_BATCHES, _AGAIN_SECONDS = 4, 2.0
 """As much is scored twice, to time frames that were seen before."""
+PAPER_STRIDE = 32
+"""Transitions from clip to clip in VLM-RB: each is covered once by a clip of 32."""
 
 
 @dataclass(frozen=True)
@@ -261,6 +263,12 @@ class Examination:
     scorers: list[AskedScorer]
     verdicts: list[Verdict]
     costs: list[Cost]
+
+    @property
+    def strides(self) -> list[int]:
+        """At which costs are told: the paper's, and that of the clips."""
+        own = int(self.settings.stride or self.settings.clip_transitions)
+        return list(dict.fromkeys((PAPER_STRIDE, own)))
 
 
 def examine(settings: Settings, progress: Progress) -> Examination:

@@ -11,7 +11,7 @@ import json
 import math
 import platform
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -34,16 +34,20 @@ from vlmrb_torchrl.keys import CLIP, EVENTS
 if TYPE_CHECKING:
     from rich.console import Console
 
-PAPER_STRIDE = 32
-"""Transitions from clip to clip in VLM-RB: each is covered once by a clip of 32."""
 VERSIONED = ("vlmrb-torchrl", "torch", "torchrl", "tensordict", "transformers", "minigrid")
 OUTCOMES = ("false positive", "false negative", "true positive", "true negative")
 LARGEST = 192
 """Pixels along a frame's longer edge, at most: a hundred clips stay a few megabytes."""
+MEASURES = {
+    "precision": "precision",
+    "recall": "recall",
+    "recall_shown": "recall where shown",
+    "auc": "AUC",
+    "brier": "Brier score",
+    "ece": "calibration error",
+}
+"""Those of the table, and their titles."""
 POSITIVE, NEGATIVE = "#2a9d8f", "#e76f51"
-ROW_INCHES = 2.5
-
-Rows = list[list[str]]
 
 
 def write(result: Examination, arguments: dict[str, Any], command: str) -> Path:
@@ -80,7 +84,7 @@ def write(result: Examination, arguments: dict[str, Any], command: str) -> Path:
     html = jinja.get_template("report.html").render(
         title=title,
         subtitle=f"{datetime.now():%Y-%m-%d}, {len(result.clips)} clips",
-        tables=[{"title": name, "rows": rows} for name, rows in told.items()],
+        tables=told,
         notes=said,
         figure=data_uri(figure),
         dark_figure=data_uri(draw(verdicts, settings.threshold, dark=True)),
@@ -97,7 +101,7 @@ def show(result: Examination, console: Console) -> None:
     from rich.table import Table
 
     for title, rows in tables(result).items():
-        header, *rest = zip(*rows, strict=True)
+        header, *rest = ([name, *(row[name] for row in rows)] for name in rows[0])
         table = Table(*map(escape, header), title=title, title_justify="left")
         for line in rest:
             table.add_row(*(escape(cell.replace(" [", "\n[")) for cell in line))
@@ -126,56 +130,39 @@ def keep(result: Examination, folder: Path, arguments: dict[str, Any]) -> None:
     kept_clips.save(folder, clips, {**meta, "event_names": names, "columns": columns})
 
 
-def tables(result: Examination) -> dict[str, Rows]:
-    """The report's tables by title, each with its header first."""
-    stride = result.settings.stride or result.settings.clip_transitions
+def tables(result: Examination) -> dict[str, list[dict[str, str]]]:
+    """The report's tables by title: rows, by the names of their columns."""
     return {
-        "Answers against the simulator": accuracy_rows(result.verdicts),
-        "Cost": cost_rows(result.costs, stride),
+        "Answers against the simulator": [_accuracy(verdict) for verdict in result.verdicts],
+        "Cost": [_cost(cost, result.strides) for cost in result.costs],
     }
 
 
-def accuracy_rows(verdicts: Sequence[Verdict]) -> Rows:
-    """The table of answers: one row for each scorer and question."""
-    measures = {
-        "precision": "precision",
-        "recall": "recall",
-        "recall_shown": "recall where shown",
-        "auc": "AUC",
-        "brier": "Brier score",
-        "ece": "calibration error",
+def _accuracy(verdict: Verdict) -> dict[str, str]:
+    best = verdict.best
+    return {
+        "judge": verdict.question.scorer,
+        "asked": verdict.question.asked,
+        "positive clips": f"{verdict.positives} of {len(verdict.answers.score)}",
+        **{title: str(verdict.estimates[name]) for name, title in MEASURES.items()},
+        "best threshold": "–" if best is None else f"{best.value:.2f} (F1 {best.f1:.3f})",
     }
-    rows = [["judge", "asked", "positive clips", *measures.values(), "best threshold"]]
-    for verdict in verdicts:
-        clips = len(verdict.answers.score)
-        best = verdict.best
-        rows.append(
-            [
-                verdict.question.scorer,
-                verdict.question.asked,
-                f"{verdict.positives} of {clips}",
-                *(str(verdict.estimates[name]) for name in measures),
-                "–" if best is None else f"{best.value:.2f} (F1 {best.f1:.3f})",
-            ]
-        )
-    return rows
 
 
-def cost_rows(costs: Sequence[Cost], stride: int) -> Rows:
-    """The table of costs: one row for each scorer."""
-    strides = list(dict.fromkeys((PAPER_STRIDE, stride)))
-    rows = [["judge", "questions", "no score", "on", "clips/s", "clips/s, seen again"]]
-    rows[0] += [f"env steps/s at stride {s}" for s in strides]
-    rows[0] += [f"hours per million env steps at stride {s}" for s in strides]
-    for cost in costs:
-        unit = "GPU" if cost.device == "cuda" else "core"
-        where = "GPU" if cost.device == "cuda" else f"CPU, threads: {cost.cores}"
-        row = [cost.scorer, str(cost.questions), f"{cost.unanswered} times", where]
-        row += [f"{cost.clips_per_s:,.1f}", f"{cost.clips_per_s_again:,.1f}"]
-        row += [f"{cost.env_steps_per_s(s):,.0f}" for s in strides]
-        row += [f"{cost.hours_per_million_env_steps(s):.3g} {unit}-hours" for s in strides]
-        rows.append(row)
-    return rows
+def _cost(cost: Cost, strides: Iterable[int]) -> dict[str, str]:
+    on_gpu = cost.device == "cuda"
+    unit = "GPU-hours" if on_gpu else "core-hours"
+    hours = {s: cost.hours_per_million_env_steps(s) for s in strides}
+    return {
+        "judge": cost.scorer,
+        "questions": str(cost.questions),
+        "no score": f"{cost.unanswered} times",
+        "on": "GPU" if on_gpu else f"CPU, threads: {cost.cores}",
+        "clips/s": f"{cost.clips_per_s:,.1f}",
+        "clips/s, seen again": f"{cost.clips_per_s_again:,.1f}",
+        **{f"env steps/s at stride {s}": f"{cost.env_steps_per_s(s):,.0f}" for s in strides},
+        **{f"hours per million env steps at stride {s}": f"{hours[s]:.3g} {unit}" for s in hours},
+    }
 
 
 def notes(verdicts: Sequence[Verdict], clips: TensorDict, settings: Settings) -> list[str]:
@@ -220,12 +207,11 @@ def warnings(verdicts: Sequence[Verdict]) -> list[str]:
     return lines
 
 
-def markdown(rows: Rows) -> str:
+def markdown(rows: list[dict[str, str]]) -> str:
     """A table in Markdown."""
-    escaped = [[" ".join(c.replace("|", "\\|").split()) for c in row] for row in rows]
-    lines = ["| " + " | ".join(row) + " |" for row in escaped]
-    lines.insert(1, "|" + "---|" * len(rows[0]))
-    return "\n".join(lines) + "\n"
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    cells = [[" ".join(cell.replace("|", "\\|").split()) for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells) + "\n"
 
 
 def versions() -> dict[str, str]:
@@ -242,7 +228,7 @@ def versions() -> dict[str, str]:
 def every_number(result: Examination, arguments: dict[str, Any]) -> str:
     """All of the report's numbers as JSON."""
     settings, clips = result.settings, result.clips
-    strides = (PAPER_STRIDE, settings.stride or settings.clip_transitions)
+    strides = result.strides
     costs = [
         {
             **asdict(cost),
@@ -376,7 +362,7 @@ def draw(verdicts: Sequence[Verdict], threshold: float, *, dark: bool = False) -
     paper = "#20242b" if dark else "white"
     settings = {"font.size": 9, "axes.facecolor": paper, "figure.facecolor": paper}
     with style.context("dark_background" if dark else "default"), rc_context(settings):
-        figure = Figure(figsize=(10.5, ROW_INCHES * len(verdicts) + 0.3), layout="constrained")
+        figure = Figure(figsize=(10.5, 2.5 * len(verdicts) + 0.3), layout="constrained")
         grid = figure.subplots(len(verdicts), 3, squeeze=False)
         for row, verdict in zip(grid, verdicts, strict=True):
             _curve(row[0], verdict, threshold)

@@ -84,9 +84,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         longest = self.clip_transitions
-        stride = longest if self.stride is None else self.stride
         remedy = f"use 1 to clip_transitions ({longest}), or null for no overlap"
-        require(stride <= longest, "stride", stride, remedy)
+        require((self.stride or 1) <= longest, "stride", self.stride, remedy)
         require(bool(self.scorers), "scorers", [], "name at least one, --scorers '[EmbeddedJudge]'")
         self._check_env()
         if self.load is None and self.policy in SCRIPTED:
