@@ -37,8 +37,10 @@ PARAPHRASES: dict[str, tuple[str, ...]] = {
     ),
 }
 """Per event the canonical prompt first, then other ways to ask the same."""
-PIXELS = 64
-PATCH = 8
+PIXELS, PATCH = 64, 8
+VOCABULARY = 512
+HEADS = 4
+"""Attention heads, of the language model and of the vision tower."""
 BOS, EOS, PAD, IMAGE, VIDEO = (
     "<|begin_of_text|>", "<|eot_id|>", "<|pad|>", "<|image|>", "<|video|>"
 )  # fmt: skip
@@ -56,7 +58,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer(vocabulary: int = 512) -> Any:
+def build_tokenizer() -> Any:
     """A byte-level BPE tokenizer whose merges are learnt from the judge's questions."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -68,7 +70,7 @@ def build_tokenizer(vocabulary: int = 512) -> Any:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary - len(special),
+        vocab_size=VOCABULARY - len(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -117,7 +119,6 @@ def build_model(
     vision_layers: int = 2,
     width: int = 128,
     layers: int = 3,
-    heads: int = 4,
 ) -> Any:
     """A PerceptionLM with random weights.
 
@@ -127,7 +128,6 @@ def build_model(
         vision_layers: Its depth.
         width: Width of the language model.
         layers: Its depth.
-        heads: Attention heads of the language model; the vision tower has as many.
     """
     from transformers import (
         LlamaConfig,
@@ -145,7 +145,7 @@ def build_model(
         model_args={
             "embed_dim": vision_width,
             "depth": vision_layers,
-            "num_heads": heads,
+            "num_heads": HEADS,
             "img_size": [PIXELS, PIXELS],
             "patch_size": PATCH,
             "cls_attn_layers": 0,
@@ -156,8 +156,8 @@ def build_model(
         hidden_size=width,
         intermediate_size=2 * width,
         num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
         vocab_size=len(tokenizer),
         max_position_embeddings=1024,
         tie_word_embeddings=True,

@@ -15,7 +15,7 @@ from tests.judge.worlds import Counter
 from vlmrb_torchrl.checks import ConfigError
 from vlmrb_torchrl.envs import DoorKeyEnv
 from vlmrb_torchrl.judge import __main__ as command_line
-from vlmrb_torchrl.judge import clips
+from vlmrb_torchrl.judge import collection
 from vlmrb_torchrl.judge.settings import Settings
 from vlmrb_torchrl.scorers import ConstantScorer
 
@@ -150,7 +150,7 @@ def test_pickled_clips_are_refused(tmp_path):
     torch.save({"events": torch.zeros(1)}, tmp_path / "clips.safetensors")
     settings = Settings(Counter(), [ConstantScorer()], policy="random", load=tmp_path)
     with pytest.raises(ConfigError, match="cannot be read"):
-        clips.load(settings)
+        collection.load(settings)
 
 
 class Still(TensorDictModuleBase):

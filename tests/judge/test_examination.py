@@ -12,7 +12,7 @@ from tensordict.nn import TensorDictModule
 from tests.judge.worlds import Counter, Grey, counted, examined
 from vlmrb_torchrl.checks import ConfigError
 from vlmrb_torchrl.envs import DoorKeyEnv
-from vlmrb_torchrl.judge.clips import collect
+from vlmrb_torchrl.judge.collection import collect
 from vlmrb_torchrl.judge.judging import asked_scorers
 from vlmrb_torchrl.judge.report import keep
 from vlmrb_torchrl.judge.settings import Settings

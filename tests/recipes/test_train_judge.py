@@ -10,7 +10,7 @@ import pytest
 import torch
 from minigrid.envs import DoorKeyEnv
 
-from recipes.train_judge import __main__ as judge
+from recipes.train_judge import __main__ as train_judge
 from recipes.train_judge.card import clip_batches, cut, doorkey_episodes, figures, static_states
 from recipes.train_judge.data import (
     EVENT_NAMES,
@@ -28,7 +28,7 @@ from vlmrb_torchrl.scorers import HuggingFaceScorer
 
 @pytest.fixture(scope="module")
 def episodes() -> list[Episode]:
-    return judge.collect(30, np.random.default_rng(0), lambda *_: None)
+    return train_judge.collect(30, np.random.default_rng(0), lambda *_: None)
 
 
 def counting_episode(length: int, goal: bool, doors: tuple[int, ...]) -> Episode:
@@ -63,7 +63,7 @@ def test_training_never_constructs_doorkey() -> None:
     random = np.random.default_rng(0)
     assert not any(isinstance(random_world(random), DoorKeyEnv) for _ in range(300))
     for name in ("worlds", "data", "training"):
-        assert "DoorKeyEnv" not in Path(judge.__file__).with_name(f"{name}.py").read_text()
+        assert "DoorKeyEnv" not in Path(train_judge.__file__).with_name(f"{name}.py").read_text()
 
 
 def test_frames_of_a_clip_are_the_states_that_its_transitions_lead_to() -> None:
@@ -149,7 +149,7 @@ def test_training_normalises_frames_as_the_processor_does() -> None:
 
 def test_a_run_in_miniature_writes_a_judge_that_the_scorer_loads(tmp_path: Path) -> None:
     out = tmp_path / "judge"
-    judge.main(out, episodes=10, frame_steps=2, event_steps=2, answer_steps=2, examine=False)
+    train_judge.main(out, episodes=10, frame_steps=2, event_steps=2, answer_steps=2, examine=False)
     clips = next(clip_batches(cut(doorkey_episodes(5, 2, 0), 32, 4), batch=3))
     score = HuggingFaceScorer(out)(clips)["score"]
     assert score.shape == (3,)
@@ -168,6 +168,6 @@ def test_an_interrupted_save_leaves_the_folder_as_it_was(tmp_path: Path) -> None
     out.mkdir()
     (out / "model.safetensors").write_text("old")
     with pytest.raises(KeyboardInterrupt):
-        judge.save(model, Interrupting(), {}, out)
+        train_judge.save(model, Interrupting(), {}, out)
     assert [p.name for p in tmp_path.iterdir()] == ["judge"]
     assert (out / "model.safetensors").read_text() == "old"

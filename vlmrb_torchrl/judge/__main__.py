@@ -18,7 +18,7 @@ INSTALL = "pip install 'vlmrb-torchrl[judge]'"
 try:
     from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
-    from vlmrb_torchrl.judge.clips import read_meta
+    from vlmrb_torchrl.judge.collection import read_meta
     from vlmrb_torchrl.judge.settings import Settings
 except ImportError as missing:
     sys.exit(f"judge: {one_line(missing)}: {INSTALL}")
@@ -42,11 +42,12 @@ REMEDIES = {
     "scorers": "write a list, as --scorers '[EmbeddedJudge]'",
     "env": "name a class as vlmrb_torchrl.envs.DoorKeyEnv; --env.help CLASS shows its arguments",
 }
-NOISE = (
-    # in a help text, and in a refusal
-    r"required, |, known subclasses: (torchrl|tensordict).*?(?=\)$)",
+NOISE_OF_HELP = re.compile(
+    r"required, |, known subclasses: (torchrl|tensordict).*?(?=\)$)", flags=re.DOTALL
+)
+NOISE_OF_REFUSALS = re.compile(
     r'^Parser key "[\w.]+":|- Expected a path but .*? either not accessible or invalid '
-    r"|Does not validate.*?Errors: |Given value type: .*?(?=Given value:)",
+    r"|Does not validate.*?Errors: |Given value type: .*?(?=Given value:)"
 )
 
 # It takes what __init__ takes, which its signature hides; jsonargparse follows this mark.
@@ -57,7 +58,7 @@ class _Formatter(DefaultHelpFormatter):
     """Without the names of TorchRL's seventy environments and as many modules."""
 
     def _expand_help(self, action: Any) -> str:
-        return re.sub(NOISE[0], "", super()._expand_help(action), flags=re.DOTALL)
+        return NOISE_OF_HELP.sub("", super()._expand_help(action))
 
 
 def parse(argv: list[str]) -> tuple[Settings, dict[str, Any]]:
@@ -73,7 +74,7 @@ def parse(argv: list[str]) -> tuple[Settings, dict[str, Any]]:
         formatter_class=_Formatter,
     )
     parser.add_argument("--config", action="config", help="YAML file of arguments.")
-    parser.add_class_arguments(Settings, sub_configs=True)
+    parser.add_class_arguments(Settings, sub_configs=True)  # --policy may be a file, policy.yaml
     parser.set_defaults(DEFAULTS)
     try:
         argv = _with_policy_of_a_run(argv)
@@ -86,11 +87,13 @@ def parse(argv: list[str]) -> tuple[Settings, dict[str, Any]]:
         arguments = json.loads(parser.dump(config, format="json", skip_unset=False))
         for made in (built, arguments):
             made.pop("config", None)
-        return Settings(**built), arguments | {k: saved[k] for k in ("policy",) if saved}
+        if saved:
+            arguments["policy"] = saved["policy"]
+        return Settings(**built), arguments
     except ArgumentError as error:
         text = one_line(error)
         named = re.match(r'Parser key "(\w+)[\w.]*":', text)
-        text = " ".join(re.sub("|".join(NOISE[1:]), "", text).split())
+        text = " ".join(NOISE_OF_REFUSALS.sub("", text).split())
         if named:
             text = f"{named[1]}: {text}"
         remedy = REMEDIES.get(named[1]) if named else "--help lists the arguments"

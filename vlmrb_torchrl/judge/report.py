@@ -25,7 +25,7 @@ from torch import Tensor
 
 from vlmrb_torchrl.clips import ClipRenderTransform
 from vlmrb_torchrl.frames import frame_digests
-from vlmrb_torchrl.judge import clips as kept_clips
+from vlmrb_torchrl.judge.collection import save
 from vlmrb_torchrl.judge.judging import Cost, Examination, Verdict
 from vlmrb_torchrl.judge.settings import Settings
 from vlmrb_torchrl.judge.statistics import by_threshold, reliability
@@ -127,7 +127,7 @@ def keep(result: Examination, folder: Path, arguments: dict[str, Any]) -> None:
     ]
     names = list(result.settings.env.event_names)
     meta = {"arguments": arguments, "versions": versions()}
-    kept_clips.save(folder, clips, {**meta, "event_names": names, "columns": columns})
+    save(folder, clips, {**meta, "event_names": names, "columns": columns})
 
 
 def tables(result: Examination) -> dict[str, list[dict[str, str]]]:
