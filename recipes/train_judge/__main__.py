@@ -60,7 +60,7 @@ def main(
     elif not (output / "model.safetensors").is_file():
         sys.exit(f"{output} holds no judge: train one first (--train true).")
     if examine:
-        write_card(output, examined_episodes, progress_lines())
+        write_card(output, examined_episodes)
         print(f"Card: {output / 'README.md'}")
 
 

@@ -20,7 +20,6 @@ from tensordict import TensorDict
 
 from recipes.train_judge.data import EVENT_NAMES, VIEW, Clip, Episode, render
 from recipes.train_judge.model import PARAPHRASES
-from recipes.train_judge.training import Log
 from recipes.train_judge.worlds import ENDLESS, play, random_world
 from vlmrb_torchrl.judge.statistics import area_under_curve, wilson
 from vlmrb_torchrl.prompts import MINIGRID
@@ -45,7 +44,6 @@ HEAD = (
     "| clips of | question | clips | happened | precision | recall | recall where shown "
     "| false Yes | AUC |\n|---|---|---|---|---|---|---|---|---|"
 )
-_ROWS_TO_COME = 30  # of the progress bar; about as many as there are rows
 
 Share = tuple[float, float, float]
 """With its 95 % interval."""
@@ -93,13 +91,12 @@ is 32 frames of 128 transitions. "Happened" is the simulator's word on all trans
 """
 
 
-def write_card(folder: Path, episodes: int, log: Log) -> None:
-    """Examine the judge in ``folder`` and write its ``README.md``.
+def write_card(folder: Path, episodes: int) -> None:
+    """Examine the judge in ``folder`` and write its ``README.md``; rows are printed as they come.
 
     Args:
         folder: Judge, with the ``training.json`` of its training.
         episodes: Episodes a row is made of.
-        log: Told about every row.
     """
     facts = json.loads((folder / "training.json").read_text())
 
@@ -108,7 +105,7 @@ def write_card(folder: Path, episodes: int, log: Log) -> None:
         scorer.load()
         return scorer
 
-    card = _Card(judge(), episodes, log)
+    card = _Card(judge(), episodes)
     tables = card.tables()
     speed_clips = cut(card.doorkey[8], 32, 32)[:256]
     cold, warm = clips_per_second(judge(), speed_clips)
@@ -128,8 +125,8 @@ def write_card(folder: Path, episodes: int, log: Log) -> None:
 
 
 class _Card:
-    def __init__(self, scorer: HuggingFaceScorer, episodes: int, log: Log) -> None:
-        self.scorer, self.count, self.log, self.rows_done = scorer, episodes, log, 0
+    def __init__(self, scorer: HuggingFaceScorer, episodes: int) -> None:
+        self.scorer, self.count = scorer, episodes
         self.doorkey = {size: doorkey_episodes(size, episodes, size) for size in DOORKEY_SIZES}
 
     def tables(self) -> str:
@@ -194,19 +191,14 @@ class _Card:
             cells += [_share(found[each]) for each in ("precision", "recall", "recall where shown")]
             cells += [f"{false_yes} {_interval(found['false Yes'])}", _share(found["AUC"])]
             rows.append(f"| {' | '.join(cells)} |")
-        self._tick()
+        print(*rows, sep="\n", flush=True)
         return "\n".join(rows)
-
-    def _tick(self) -> None:
-        self.log("card", self.rows_done, max(_ROWS_TO_COME, self.rows_done + 1), {})
-        self.rows_done += 1
 
     def _wrong_question(self) -> str:
         """Share of Yes by the only event that happened and by what is asked."""
         clips = cut([episode for group in self.doorkey.values() for episode in group], 32, 32)
         labels = np.stack([clip.events.any(0) for clip in clips])
         yes = [ask(self.scorer, asked, clips) > 0.5 for asked in EVENT_NAMES]
-        self._tick()
         lines = [
             "Share of Yes on DoorKey clips (5x5 to 16x16, 32/32) in which one event alone "
             "happened; a judge that hears its question says Yes on the diagonal only.\n",
@@ -234,7 +226,6 @@ class _Card:
             clips = [Clip(episode, 0, transitions=1, frames=8) for episode in episodes]
             on_goal = np.array([(s[..., 0] == 8)[s[..., 3] > 0][0] for s in states])
             goal, door, key = (ask(self.scorer, q, clips) > 0.5 for q in EVENT_NAMES)
-            self._tick()
             wrong = [goal[~on_goal], ~goal[on_goal], door, key]
             cells = [f"{each.sum()} of {len(each):,}" for each in wrong]
             lines.append(f"| {size}x{size} | {' | '.join(cells)} |")
