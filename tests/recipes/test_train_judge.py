@@ -59,6 +59,24 @@ def test_random_rooms_are_never_doorkey_layouts_but_do_hold_doors_keys_and_goals
     assert {"door", "key", "goal", "wall"} <= found
 
 
+def test_a_room_that_doorkey_could_have_drawn_is_drawn_again() -> None:
+    class Unlucky(RandomRoom):
+        drawn = 0
+
+        def _draw(self, width: int, height: int) -> None:
+            super()._draw(width, height)
+            self.drawn += 1
+            if self.drawn == 1:
+                world = DoorKeyEnv(size=6)
+                world.reset(seed=0)
+                self.grid = world.grid
+
+    world = Unlucky(6, 6)
+    world.reset(seed=0)
+    assert world.drawn == 2
+    assert not could_be_doorkey(world.grid.encode())
+
+
 def test_training_never_constructs_doorkey() -> None:
     random = np.random.default_rng(0)
     assert not any(isinstance(random_world(random), DoorKeyEnv) for _ in range(300))
