@@ -15,7 +15,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -26,13 +25,11 @@ import jsonargparse
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from recipes.running.checkpoint import has_results, locked
-from recipes.running.cli import advice, rehearse
-from recipes.running.metrics import CHECKPOINTS, METRICS_FILE, last_row
-from recipes.running.report import report
+from recipes.running.checkpoint import CHECKPOINTS, has_checkpoint, has_results, locked
+from recipes.running.cli import CONFIGS, advice, rehearse
+from recipes.running.metrics import METRICS_FILE, last_row
 from vlmrb_torchrl.checks import ConfigError, require
 
-CONFIGS = Path(__file__).parent / "configs"
 METHODS = CONFIGS / "methods"
 POLL_SECONDS = 0.5
 
@@ -45,7 +42,7 @@ class Run:
         method: Name of the method's YAML file, without its ending.
         seed: Seed of the run.
         command: Command line that trains it.
-        folder: Where it writes.
+        folder: Where it writes; the folder's name is the run's.
     """
 
     method: str
@@ -55,12 +52,7 @@ class Run:
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
     bar: TaskID | None = None
 
-    @property
-    def name(self) -> str:
-        """Name of the run's folder."""
-        return self.folder.name
-
-    def identity(self) -> list[str]:
+    def identity(self) -> str:
         """What the run depends on: its arguments and the text of the YAML files among them.
 
         Not where they lie, nor which Python runs it: the same run may be asked for in other words.
@@ -68,11 +60,11 @@ class Run:
         paths = [path for flag, path in pairwise(self.command) if flag == "--config"]
         elsewhere = (*paths, f"--training.log_dir={self.folder.parent}")
         arguments = [word for word in self.command[1:] if word not in elsewhere]
-        return [*arguments, *(Path(path).read_text() for path in paths)]
+        return json.dumps([*arguments, *(Path(path).read_text() for path in paths)])
 
     def _marked(self, marker: str) -> bool:
         file = self.folder / marker
-        return file.exists() and file.read_text() == json.dumps(self.identity())
+        return file.exists() and file.read_text() == self.identity()
 
     def finished(self) -> bool:
         """Whether this very run has been run to its end; a change of the code is not noticed."""
@@ -83,44 +75,35 @@ class Run:
         return has_results(self.folder) and not self._marked("started.json")
 
     def start(self) -> None:
-        """Start the process, or go on with this very run; it prints into ``output.txt``.
-
-        Raises:
-            ConfigError: Its process of before is still at it.
-        """
-        with locked(self.folder):
+        """Start the process, or go on with this very run; it prints into ``output.txt``."""
+        with locked(self.folder):  # against its process of before
             command, mode = [*self.command[:3], f"--resume={self.folder}"], "ab"
-            if not any((self.folder / CHECKPOINTS).glob("*/checkpoint-*")):
+            if not has_checkpoint(self.folder):
                 command, mode = self.command, "wb"
                 # What it had come to, without a checkpoint to go on from, is repeated.
                 for pattern in ("events.out.tfevents.*", METRICS_FILE, "policy.ckpt"):
                     for path in self.folder.glob(pattern):
                         path.unlink()
-                (self.folder / "started.json").write_text(json.dumps(self.identity()))
+                (self.folder / "started.json").write_text(self.identity())
             output = (self.folder / "output.txt").open(mode)
         with output:
             self.process = subprocess.Popen(command, stdout=output, stderr=output)
 
     def ended(self) -> bool:
-        """Whether the process has ended; a failed one is reported.
+        """Whether the process has ended.
 
         Raises:
-            ConfigError: If the process failed, with the last line that it printed.
+            ConfigError: If it failed, with the last line that it printed.
         """
         if self.process is None or (code := self.process.poll()) is None:
             return False
         if code != 0:
             output = self.folder / "output.txt"
             lines = output.read_text().strip().splitlines() or ["(nothing printed)"]
-            raise ConfigError(f"{self.name} failed: {lines[-1]} (whole output: {output})")
-        (self.folder / "finished.json").write_text(json.dumps(self.identity()))
+            raise ConfigError(f"{self.folder.name} failed: {lines[-1]} (whole output: {output})")
+        (self.folder / "finished.json").write_text(self.identity())
         shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)  # of many runs they are large
         return True
-
-    def stop(self) -> None:
-        """Ask the process to save and end."""
-        if self.process is not None and self.process.poll() is None:
-            self.process.terminate()
 
 
 def plan(
@@ -130,20 +113,21 @@ def plan(
     shared = configs / f"{algorithm}.yaml"
     require(shared.is_file(), "configs", configs, f"it should hold {shared.name}")
     known = sorted(path.stem for path in METHODS.glob("*.yaml"))
-    names = [Path(method).stem for method in methods]
-    require(len(set(names)) == len(names), "methods", methods, "give each another file name")
+    remedy = f"use some of {', '.join(known)}, or paths of YAML files"
+    overlays = [METHODS / f"{name}.yaml" if name in known else Path(name) for name in methods]
+    for method, overlay in zip(methods, overlays, strict=True):
+        require(overlay.is_file(), "methods", method, remedy)
+    names = {overlay.stem for overlay in overlays}
+    require(len(names) == len(methods), "methods", methods, "give each another file name")
     runs = []
     for seed in seeds:
-        for method in methods:
-            overlay = METHODS / f"{method}.yaml" if method in known else Path(method)
-            remedy = f"use some of {', '.join(known)}, or paths of YAML files"
-            require(overlay.is_file(), "methods", method, remedy)
-            folder = out / f"{overlay.stem}_s{seed}"
+        for overlay in overlays:
+            name = f"{overlay.stem}_s{seed}"
             command = [sys.executable, "-m", f"recipes.{algorithm}"]
             command += ["--config", str(shared), "--config", str(overlay)]
             command += [f"--training.seed={seed}", f"--training.log_dir={out}"]
-            command += [f"--training.name={folder.name}", "--training.progress=false", *extra]
-            runs.append(Run(overlay.stem, seed, command, folder))
+            command += [f"--training.name={name}", "--training.progress=false", *extra]
+            runs.append(Run(overlay.stem, seed, command, out / name))
     return runs
 
 
@@ -168,20 +152,19 @@ def check(runs: list[Run], algorithm: str) -> set[str]:
 
 def execute(runs: list[Run], jobs: int, progress: Progress) -> None:
     """Run all, ``jobs`` at a time, or none if a folder holds what another run has come to."""
-    waiting = deque(run for run in runs if not run.finished())
+    waiting = [run for run in runs if not run.finished()]
     for run in waiting:
-        remedy = f"its {run.name} is of other settings; give another folder, or remove that"
+        remedy = f"its {run.folder.name} is of other settings; give another folder, or remove that"
         require(not run.replaces_another(), "out", run.folder.parent, remedy)
-    total = progress.add_task(
-        "all runs", total=len(runs), completed=len(runs) - len(waiting), note=""
-    )
+    done = len(runs) - len(waiting)
+    total = progress.add_task("all runs", total=len(runs), completed=done, note="")
     running: list[Run] = []
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
-                run = waiting.popleft()
+                run = waiting.pop(0)
                 run.start()
-                run.bar = progress.add_task(run.name, total=None, note="")
+                run.bar = progress.add_task(run.folder.name, total=None, note="")
                 running.append(run)
             with suppress(subprocess.TimeoutExpired):
                 running[0].process.wait(POLL_SECONDS)  # type: ignore[union-attr]
@@ -192,10 +175,11 @@ def execute(runs: list[Run], jobs: int, progress: Progress) -> None:
                     progress.remove_task(run.bar)  # type: ignore[arg-type]
                     progress.advance(total)
     finally:
-        for run in running:
-            run.stop()
-        for run in running:
-            run.process.wait()  # type: ignore[union-attr]
+        processes = [run.process for run in running if run.process is not None]
+        for process in processes:  # is asked to save and end, if it has not ended
+            process.terminate()
+        for process in processes:
+            process.wait()
 
 
 def show(progress: Progress, run: Run) -> None:
@@ -204,9 +188,8 @@ def show(progress: Progress, run: Run) -> None:
     if row and run.bar is not None:
         measure = "success" if "train/success" in row else "return"
         note = f"{measure} {row[f'train/{measure}']:.2f}" if f"train/{measure}" in row else ""
-        progress.update(
-            run.bar, completed=row["env_steps"], total=row.get("total_env_steps"), note=note
-        )
+        done, total = row["env_steps"], row.get("total_env_steps")
+        progress.update(run.bar, completed=done, total=total, note=note)
 
 
 def compare(
@@ -233,11 +216,12 @@ def compare(
         out: Folder of logs, table and curves.
         extra: Further arguments of every run, such as ``['--training.total_env_steps=50000']``.
     """
+    from recipes.running.report import report  # matplotlib and scipy, which --help does without
+
     require(seeds >= 1, "seeds", seeds, "use at least 1")
     require(first_seed >= 0, "first_seed", first_seed, "use 0 or more")
     require(jobs is None or jobs >= 1, "jobs", jobs, "use at least 1, or null")
     require(bool(methods), "methods", methods, "name at least one")
-    jobs = jobs or len(os.sched_getaffinity(0))
     numbers = list(range(first_seed, first_seed + seeds))
     runs = plan(configs, algorithm, methods, numbers, out, extra)
     console = Console()
@@ -255,7 +239,7 @@ def compare(
         TextColumn("{task.fields[note]}"),
     )
     with locked(out), Progress(*columns, console=console) as progress:
-        execute(runs, jobs, progress)
+        execute(runs, jobs or len(os.sched_getaffinity(0)), progress)
     folders: dict[str, list[Path]] = {}
     for run in runs:
         folders.setdefault(run.method, []).append(run.folder)

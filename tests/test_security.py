@@ -16,7 +16,7 @@ import recipes
 import vlmrb_torchrl
 from recipes.dqn import DQN
 from recipes.running import cli
-from recipes.running.metrics import CHECKPOINTS
+from recipes.running.checkpoint import CHECKPOINTS
 from recipes.running.policies import TrainedPolicy
 from recipes.sac import SAC
 from tests.recipes.resuming import stopped

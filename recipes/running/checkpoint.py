@@ -26,16 +26,16 @@ from torchrl.checkpoint import (
     StateDictCheckpointAdapter,
 )
 
-from recipes.running.interruption import StoppedError
-from recipes.running.metrics import CHECKPOINTS, METRICS_FILE
+from recipes.running.interruption import Interruption, StoppedError
+from recipes.running.metrics import METRICS_FILE, Telemetry
 from recipes.running.run_state import RunState
-from recipes.running.telemetry import Telemetry
 from vlmrb_torchrl.checks import ConfigError, one_line
 
-VERSION = 2
+CHECKPOINTS = "checkpoints"
+"""Folder in the run's."""
+VERSION = 3
 """Of the state's layout; one of another version is refused."""
 _KEPT = 2
-_WRITING = ".writing"
 _FREE = {
     "algorithm.learning_rate",
     "algorithm.gradient_clip_norm",
@@ -62,6 +62,9 @@ class Checkpoints:
         config: The run's configuration, as JSON has it.
         resume: Whether the run is to go on from the last one.
 
+    Attributes:
+        interruption: Once it is entered, a signal makes the next `after_step` the last.
+
     Raises:
         ConfigError: There is none to go on from, or it is one of another number of ranks.
     """
@@ -71,18 +74,14 @@ class Checkpoints:
     ) -> None:
         self._fabric, self._every, self._config = fabric, every_env_steps, config
         self._folder = folder / CHECKPOINTS / f"rank{fabric.global_rank}"
-        self._from = None
-        if resume:
-            self._from = self._folder / latest(folder, fabric.world_size).name
-        self._next = every_env_steps
+        self._from = self._folder / latest(folder, fabric.world_size).name if resume else None
+        self._last = 0  # env steps of the last
+        self.interruption = Interruption(fabric)
         for leftover in self._folder.glob(".*"):  # of a run that was killed while it wrote
             shutil.rmtree(leftover)
 
     def restore(self, run: RunState) -> bool:
-        """Load the last checkpoint, if the run is to go on from it.
-
-        Returns:
-            Whether it did.
+        """Load the last checkpoint, if the run is to go on from it, and say whether it is.
 
         Raises:
             ConfigError: It cannot be read, or a part of the run cannot be saved at all.
@@ -98,73 +97,73 @@ class Checkpoints:
                 f"{self._from} is damaged ({one_line(error)}): remove it, on every rank, to go on "
                 "from the one before"
             ) from error
-        steps = int(self._from.name.rsplit("-", 1)[1])
-        self._next = (steps // self._every + 1) * self._every if self._every else 0
+        self._last = run.env_steps
         return True
 
-    def after_step(self, run: RunState, env_steps: int, telemetry: Telemetry, stop: int) -> None:
+    def after_step(self, run: RunState, telemetry: Telemetry) -> None:
         """Write a checkpoint if it is time for one, or if the run is to end here.
 
         Args:
             run: The run.
-            env_steps: Its steps.
             telemetry: Where size and time are said; training time stands still meanwhile.
-            stop: The signal that asks the run to end; 0: none does.
 
         Raises:
-            StoppedError: It was asked to.
+            StoppedError: A signal asked the run, on any rank, to end.
         """
-        saved = False
-        if self._every and (stop or env_steps >= self._next):
+        stop, saved = self.interruption.requested(), False
+        if self._every and (stop or run.env_steps // self._every > self._last // self._every):
             with telemetry.paused():
-                saved = self._save(run, env_steps, telemetry)
-            self._next = (env_steps // self._every + 1) * self._every
+                saved = self._save(run, telemetry)
+            self._last = run.env_steps
         if stop:
             raise StoppedError(stop, saved)
 
-    def _save(self, run: RunState, env_steps: int, telemetry: Telemetry) -> bool:
+    def _save(self, run: RunState, telemetry: Telemetry) -> bool:
         """Write a checkpoint and remove the oldest; return whether that went well.
 
         A disk that is full or gone does not end the run: what was written before stays.
         """
         begun = time.perf_counter()
-        done = self._folder / f"checkpoint-{env_steps:012d}"  # as CheckpointRotation names it
-        shown = f"checkpoint at {env_steps} env steps"
+        done = self._folder / f"checkpoint-{run.env_steps:012d}"  # as CheckpointRotation names it
+        shown = f"checkpoint at {run.env_steps} env steps"
+        identity = {
+            "vlmrb_torchrl": VERSION,
+            "env_steps": run.env_steps,
+            "world_size": self._fabric.world_size,
+            "config": self._config,
+        }
         try:
-            size = self._write(run, env_steps, done)
-            shown = f"{shown}: {size / 1e6:.1f} MB, {time.perf_counter() - begun:.2f} s"
+            _registered(run).save(done, metadata=identity)  # under another name, then renamed
+            inside = list(done.rglob("*"))
+            for path in (*inside, done, self._folder):
+                _sync(path)
+            size = sum(path.stat().st_size for path in inside if path.is_file())
+            telemetry.say(f"{shown}: {size / 1e6:.1f} MB, {time.perf_counter() - begun:.2f} s")
             written = True
         except (OSError, RuntimeError) as error:
-            shutil.rmtree(self._folder / _WRITING, ignore_errors=True)
-            shown, written = f"no {shown}: {one_line(error)}", False
-        telemetry.say(shown)
-        if not self._everywhere(written):  # one that a rank lacks is none
-            shutil.rmtree(done, ignore_errors=True)
+            telemetry.say(f"no {shown}: {one_line(error)}")
+            written = False
+        flag = torch.tensor(float(written), device=self._fabric.device)
+        if not self._fabric.all_gather(flag).min():  # type: ignore[union-attr]
+            shutil.rmtree(done, ignore_errors=True)  # one that a rank lacks is none
             return False
         CheckpointRotation(self._folder, keep_last=_KEPT).prune()
         return True
 
-    def _everywhere(self, written: bool) -> bool:
-        flag = torch.tensor(float(written), device=self._fabric.device)
-        return bool(self._fabric.all_gather(flag).min())  # type: ignore[union-attr]
 
-    def _write(self, run: RunState, env_steps: int, done: Path) -> int:
-        identity = {
-            "vlmrb_torchrl": VERSION,
-            "env_steps": env_steps,
-            "world_size": self._fabric.world_size,
-            "config": self._config,
-        }
-        writing: Path = _registered(run).save(self._folder / _WRITING, metadata=identity)
-        files = [path for path in writing.rglob("*") if path.is_file()]
-        for path in (*files, *(path for path in writing.rglob("*") if path.is_dir()), writing):
-            _sync(path)
-        size: int = sum(path.stat().st_size for path in files)
-        if done.exists():
-            shutil.rmtree(done)
-        os.replace(writing, done)
-        _sync(self._folder)
-        return size
+def _registered(run: RunState) -> Checkpoint:
+    # "torch": one file, whose writing fails by an error if the disk is full. Memory-mapped files,
+    # the default, would end the process.
+    return Checkpoint().register("run", run, adapter=StateDictCheckpointAdapter("torch"))
+
+
+def _sync(path: Path) -> None:
+    """Bring a file, or the list of a folder's files, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def latest(folder: Path, world_size: int | None = None) -> Path:
@@ -197,11 +196,7 @@ def last_good(folder: Path, again: str) -> str:
 
 
 def check_resumable(folder: Path, config: Config) -> None:
-    """Refuse to go on from the checkpoints of another run, or of another version of this code.
-
-    Raises:
-        ConfigError: In one line, with what differs and the remedy.
-    """
+    """Refuse to go on from the checkpoints of another run, or of another version of this code."""
     path = latest(folder)
     saved = Checkpoint.manifest(path)["metadata"]
     version = saved.get("vlmrb_torchrl")
@@ -220,14 +215,19 @@ def check_resumable(folder: Path, config: Config) -> None:
             )
 
 
+def _flat(config: Config, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        whole = f"{prefix}{name}"
+        flat |= _flat(value, f"{whole}.") if isinstance(value, Mapping) else {whole: value}
+    return flat
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep ``folder``, made if need be, from every other process that asks for it.
 
     The kernel ends it with the process, however that ends; children do not inherit it.
-
-    Raises:
-        ConfigError: Another process has it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a") as file:
@@ -244,44 +244,22 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run has left a checkpoint, on some rank, in ``folder``."""
+    return any((folder / CHECKPOINTS).glob("*/checkpoint-*"))
+
+
 def has_results(folder: Path) -> bool:
     """Whether a run has left figures, a checkpoint or a policy in ``folder``."""
     metrics = folder / METRICS_FILE
-    left = (folder / "policy.ckpt").exists() or any((folder / CHECKPOINTS).glob("*/checkpoint-*"))
+    left = (folder / "policy.ckpt").exists() or has_checkpoint(folder)
     return left or (metrics.exists() and metrics.stat().st_size > 0)
 
 
 def check_vacant(folder: Path) -> None:
-    """Refuse to begin a run where one has left results.
-
-    Raises:
-        ConfigError: They lie in ``folder``.
-    """
+    """Refuse to begin a run where one has left results."""
     if has_results(folder):
         raise ConfigError(
             f"{folder} holds a run: give this one another --training.name, go on with that one by "
             f"--resume {folder}, or remove it"
         )
-
-
-def _registered(run: RunState) -> Checkpoint:
-    # "torch": one file, whose writing fails by an error if the disk is full. Memory-mapped files,
-    # the default, would end the process.
-    return Checkpoint().register("run", run, adapter=StateDictCheckpointAdapter("torch"))
-
-
-def _sync(path: Path) -> None:
-    """Bring a file, or the list of a folder's files, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _flat(config: Config, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        whole = f"{prefix}{name}"
-        flat |= _flat(value, f"{whole}.") if isinstance(value, Mapping) else {whole: value}
-    return flat

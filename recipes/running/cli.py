@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from contextlib import ExitStack, closing
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,13 +31,14 @@ from recipes.running.checkpoint import (
     last_good,
     locked,
 )
-from recipes.running.combinations import check
 from recipes.running.divergence import DivergedError
 from recipes.running.interruption import StoppedError
-from recipes.running.telemetry import Telemetry
+from recipes.running.metrics import Telemetry
 from recipes.settings import Scoring, Training
 from recipes.tasks import DoorKey, Task
+from vlmrb_torchrl import keys
 from vlmrb_torchrl.checks import ConfigError, one_line, require
+from vlmrb_torchrl.scorers import ClipScorer
 
 DEFAULT_SCORER = "vlmrb_torchrl.scorers.EmbeddedJudge"
 GUIDE = (
@@ -52,8 +54,49 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 LAUNCHED_BY_FABRIC_CLI = "LT_CLI_USED"
 REFUSALS = (ArgumentError, ValueError, TypeError, OSError, RuntimeError, ImportError)
 
+Algorithm = type[L.LightningModule]
 
-def build_parser(algorithm: type[L.LightningModule]) -> ArgumentParser:
+
+def run(algorithm: Algorithm, argv: list[str] | None = None) -> None:
+    """Parse the command line, build the parts, train.
+
+    Args:
+        algorithm: LightningModule class of the recipe.
+        argv: Command line; by default the process's own.
+    """
+    if os.environ.get(LAUNCHED_BY_FABRIC_CLI):
+        # A script's own folder comes first; with `python -m` it is where one's own modules lie.
+        sys.path[0] = os.getcwd()
+    parser = build_parser(algorithm)
+    try:
+        folder, argv = resumed(argv)
+        config = parser.parse_args(argv)
+        saved: dict[str, Any] = json.loads(parser.dump(config, format="json"))
+        saved.pop("config", None)  # the files that it was read from
+        if folder is not None:
+            check_resumable(folder, saved)
+        # Built once to refuse its arguments before any process or file exists.
+        settings, module = build(algorithm, parser, config)
+    except REFUSALS as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {refusal(error)}")
+    launch(algorithm, module, settings, saved, resume=folder is not None)
+
+
+def rehearse(algorithm: Algorithm, argv: list[str]) -> Namespace:
+    """Build all that ``run`` builds before it trains, and return the settings.
+
+    Raises:
+        ConfigError: In one line, what ``run`` would refuse.
+    """
+    parser = build_parser(algorithm)
+    try:
+        settings, _ = build(algorithm, parser, parser.parse_args(argv))
+    except REFUSALS as error:
+        raise ConfigError(refusal(error)) from error
+    return settings
+
+
+def build_parser(algorithm: Algorithm) -> ArgumentParser:
     """Build the parser of a recipe from the signatures of its parts."""
     summary = (algorithm.__doc__ or algorithm.__name__).splitlines()[0]
     recipe = algorithm.__name__.lower()
@@ -73,9 +116,7 @@ def build_parser(algorithm: type[L.LightningModule]) -> ArgumentParser:
         help="Folder of a run that was stopped, to go on with, under its settings.",
     )
     # The default settings are those of DoorKey-6x6: whoever has others says which task is meant.
-    default: dict[str, Any] = {}
-    if "doorkey_6x6" in tasks:
-        default["default"] = lazy_instance(DoorKey)
+    default = {"default": lazy_instance(DoorKey)} if "doorkey_6x6" in tasks else {}
     parser.add_subclass_arguments(Task, "env", required=False, **default)
     parser.add_subclass_arguments(
         Replay, "replay", default=lazy_instance(VLMGuided), required=False
@@ -88,37 +129,11 @@ def build_parser(algorithm: type[L.LightningModule]) -> ArgumentParser:
     return parser
 
 
-def tuned(recipe: str) -> list[Path]:
-    """The files with settings of a recipe, one for each task that it was tuned on."""
-    return sorted(CONFIGS.glob(f"*/{recipe}.yaml"))
-
-
-def module_of(algorithm: type[L.LightningModule]) -> str:
-    """Name the module of an algorithm, which is ``__main__`` to itself when it is run."""
-    if algorithm.__module__ != "__main__":
-        return algorithm.__module__
-    main = sys.modules["__main__"]
-    if main.__spec__ is not None:
-        return main.__spec__.name
-    script = Path(str(main.__file__)).resolve()
-    return f"recipes.{script.stem}" if script.parent == CONFIGS.parent else script.stem
-
-
-def run_name(algorithm: type[L.LightningModule], settings: Namespace) -> str:
-    """Name a run by its algorithm, environment, replay method and seed."""
-    method = type(settings.replay).__name__.lower()
-    task = settings.env.name or type(settings.env).__name__.lower()
-    return f"{algorithm.__name__.lower()}_{task}_{method}_s{settings.training.seed}"
-
-
 def resumed(argv: list[str] | None) -> tuple[Path | None, list[str]]:
     """Turn ``--resume FOLDER`` into the arguments of the run that lies there.
 
     Returns:
         The folder, if one is named, and the command line without it.
-
-    Raises:
-        ConfigError: No run lies there.
     """
     ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     ahead.add_argument("--resume", type=Path)
@@ -132,53 +147,7 @@ def resumed(argv: list[str] | None) -> tuple[Path | None, list[str]]:
     return folder, [f"--config={config}", *others, *place]
 
 
-def as_json(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
-    """The configuration as a checkpoint keeps it."""
-    whole: dict[str, Any] = json.loads(parser.dump(config, format="json"))
-    whole.pop("config", None)  # the files that it was read from
-    return whole
-
-
-def run(algorithm: type[L.LightningModule], argv: list[str] | None = None) -> None:
-    """Parse the command line, build the parts, train.
-
-    Args:
-        algorithm: LightningModule class of the recipe.
-        argv: Command line; by default the process's own.
-    """
-    if os.environ.get(LAUNCHED_BY_FABRIC_CLI):
-        # A script's own folder comes first; with `python -m` it is where one's own modules lie.
-        sys.path[0] = os.getcwd()
-    parser = build_parser(algorithm)
-    try:
-        folder, argv = resumed(argv)
-        config = parser.parse_args(argv)
-        if folder is not None:
-            check_resumable(folder, as_json(parser, config))
-        # Built once to refuse its arguments before any process or file exists.
-        settings, module = build(algorithm, parser, config)
-    except REFUSALS as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {refusal(error)}")
-    launch(module, parser, config, settings, algorithm, resume=folder is not None)
-
-
-def rehearse(algorithm: type[L.LightningModule], argv: list[str]) -> Namespace:
-    """Build all that ``run`` builds before it trains, and return the settings.
-
-    Raises:
-        ConfigError: In one line, what ``run`` would refuse.
-    """
-    parser = build_parser(algorithm)
-    try:
-        settings, _ = build(algorithm, parser, parser.parse_args(argv))
-    except REFUSALS as error:
-        raise ConfigError(refusal(error)) from error
-    return settings
-
-
-def build(
-    algorithm: type[L.LightningModule], parser: ArgumentParser, config: Namespace
-) -> tuple[Namespace, Any]:
+def build(algorithm: Algorithm, parser: ArgumentParser, config: Namespace) -> tuple[Namespace, Any]:
     """Build the settings and the LightningModule, and refuse what cannot work together."""
     require("resume" not in config, "resume", config.get("resume"), "say it in the command itself")
     if config.get("env") is None:
@@ -190,13 +159,123 @@ def build(
     return settings, build_algorithm(algorithm, settings)
 
 
-def advice(algorithm: type[L.LightningModule], settings: Namespace) -> str:
+def build_algorithm(algorithm: Algorithm, settings: Namespace) -> Any:
+    """Build the LightningModule for the specs of the environment."""
+    torch.manual_seed(settings.training.seed)
+    with closing(settings.env.make(1, seed=0)) as env:
+        require(
+            env.batch_size == (1,),
+            f"the batch size of {type(settings.env).__name__}.make(1)",
+            list(env.batch_size),
+            "return a batch of num_envs environments, [1], such as torchrl's SerialEnv",
+        )
+        return algorithm(env, **settings.algorithm.as_dict())
+
+
+# -------------------------------------------------------------- settings that cannot work together
+
+
+def check(settings: Namespace) -> None:
+    """Refuse settings that are each in order and cannot work together."""
+    replay, training = settings.replay, settings.training
+    batch = "training.num_envs x training.steps_per_collection"
+    pairs = [("training.eval_every_env_steps", "training.total_env_steps")]
+    if "n_steps" in settings.algorithm:  # a transition spans steps of one collection
+        pairs.append(("algorithm.n_steps", "training.steps_per_collection"))
+    if replay.uses_scores:
+        pairs.append(("scoring.clip_transitions", "replay.capacity"))
+    for name, limit in pairs:
+        value, most = attrgetter(name, limit)(settings)
+        require(value <= most, name, value, f"use at most {limit} ({most})")
+    batch = training.env_steps_per_collection
+    require(
+        batch <= replay.capacity,
+        "training.num_envs x training.steps_per_collection",
+        batch,
+        f"use at most replay.capacity ({replay.capacity})",
+    )
+    warmup, total = training.warmup_env_steps, training.total_env_steps
+    less = f"use less than training.total_env_steps ({total})"
+    require(warmup < total, "training.warmup_env_steps", warmup, less)
+    if training.accelerator == "cuda":
+        here = torch.cuda.is_available()
+        require(here, "training.accelerator", "cuda", "no GPU is here: use cpu")
+    if replay.uses_scores:
+        check_judge(settings.env, settings.scoring.scorer)
+
+
+def check_judge(task: Task, scorer: ClipScorer) -> None:
+    """Refuse a judge that the task's clips cannot be shown to.
+
+    Faults of a judge stop no run, so what it can never read is found out before.
+    """
+    judge = scorer
+    while isinstance(inner := getattr(judge, "scorer", None), ClipScorer):
+        judge = inner  # beneath its cache or its noise
+    reads, reports = getattr(judge, "event_names", None), tuple(task.event_names)
+    require(
+        reads is None or tuple(reads) == reports,
+        f"{type(judge).__name__}'s event_names",
+        reads,
+        f"{type(task).__name__} reports {reports or 'no events'}",
+    )
+    if scorer.needs_frames:
+        check_view(task, scorer)
+
+
+def check_view(task: Task, scorer: ClipScorer) -> None:
+    """Refuse a camera that is missing, cannot draw here, or that the judge does not know."""
+    name, renderer = type(task).__name__, task.renderer()
+    if renderer is None:
+        raise ConfigError(
+            f"env is {name}: it has no renderer for a judge's frames, write one or "
+            "use --replay Uniform or Prioritized"
+        )
+    with closing(task.make(1, seed=0)) as env:
+        first = env.reset()
+        require(
+            keys.RENDER_STATE in first.keys(),  # noqa: SIM118
+            f"what {name}'s environment writes",
+            sorted(map(str, first.keys())),
+            f'write "{keys.RENDER_STATE}", which its renderer() draws from',
+        )
+        height, width = renderer(first[keys.RENDER_STATE]).shape[-2:]
+    require(
+        scorer.frame_size in (None, (height, width)),
+        "the view of env, in pixels,",
+        (height, width),
+        f"{type(scorer).__name__} knows {scorer.frame_size} only: use another scoring.scorer, or "
+        f"another view ('--env.help {name}' shows its settings)",
+    )
+
+
+# -------------------------------------------------------------- what is said to the user
+
+
+def tuned(recipe: str) -> list[Path]:
+    """The files with settings of a recipe, one for each task that it was tuned on."""
+    return sorted(CONFIGS.glob(f"*/{recipe}.yaml"))
+
+
+def module_of(algorithm: Algorithm) -> str:
+    """Name the module of an algorithm, which is ``__main__`` to itself when it is run."""
+    if algorithm.__module__ != "__main__":
+        return algorithm.__module__
+    main = sys.modules["__main__"]
+    if main.__spec__ is not None:
+        return main.__spec__.name
+    script = Path(str(main.__file__)).resolve()
+    return f"recipes.{script.stem}" if script.parent == CONFIGS.parent else script.stem
+
+
+def advice(algorithm: Algorithm, settings: Namespace) -> str:
     """Say which settings suit the task, where there are any and no file says how to train."""
     recipe, task = algorithm.__name__.lower(), settings.env
     file = CONFIGS / task.configs / f"{recipe}.yaml"
+    given = settings.get("config") or []
     if file not in tuned(recipe) or not says_how_to_train(file):
         return ""
-    if any(says_how_to_train(given) for given in settings.get("config") or []):
+    if any(map(says_how_to_train, given)):
         return ""
     name = task.name or type(task).__name__
     return f"{name} is hardly learnt with the default settings: use --config {shown_path(file)}"
@@ -221,46 +300,26 @@ def refusal(error: Exception) -> str:
     return text
 
 
-def build_algorithm(algorithm: type[L.LightningModule], settings: Namespace) -> Any:
-    """Build the LightningModule for the specs of the environment."""
-    torch.manual_seed(settings.training.seed)
-    with closing(settings.env.make(1, seed=0)) as env:
-        require(
-            env.batch_size == (1,),
-            f"the batch size of {type(settings.env).__name__}.make(1)",
-            list(env.batch_size),
-            "return a batch of num_envs environments, [1], such as torchrl's SerialEnv",
-        )
-        return algorithm(env, **settings.algorithm.as_dict())
-
-
-def describe(
-    folder: Path, parser: ArgumentParser, config: Namespace, algorithm: type[L.LightningModule]
-) -> None:
-    """Write the whole configuration, and which class plays ``policy.ckpt``."""
-    written = folder / "config.yaml.writing"  # whole or not at all: --resume reads it
-    parser.save(config, written, overwrite=True)
-    written.replace(folder / "config.yaml")
-    policy = {
-        "class_path": "recipes.running.policies.TrainedPolicy",
-        "init_args": {
-            "checkpoint": "policy.ckpt",
-            "algorithm": f"{module_of(algorithm)}.{algorithm.__name__}",
-        },
-    }
-    (folder / "policy.yaml").write_text(json.dumps(policy))
+# -------------------------------------------------------------- the run
 
 
 def launch(
+    algorithm: Algorithm,
     module: Any,
-    parser: ArgumentParser,
-    config: Namespace,
     settings: Namespace,
-    algorithm: type[L.LightningModule],
+    saved: dict[str, Any],
     *,
     resume: bool = False,
 ) -> None:
-    """Launch Fabric, unless ``fabric run`` did, and train."""
+    """Launch Fabric, unless ``fabric run`` did, and train.
+
+    Args:
+        algorithm: Class of ``module``.
+        module: What is trained.
+        settings: The configuration, instantiated.
+        saved: The configuration, as it is written down.
+        resume: Whether to go on from the last checkpoint.
+    """
     training: Training = settings.training
     logging.getLogger("torchrl").setLevel(logging.WARNING)
     torch.set_num_threads(training.torch_threads)
@@ -276,7 +335,10 @@ def launch(
     # step: 0.1 ms where there is none. The processes are forked by now; the plain check is free.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
     fabric.seed_everything(training.seed * fabric.world_size + fabric.global_rank, verbose=False)
-    folder = Path(training.log_dir) / (training.name or run_name(algorithm, settings))
+    task = settings.env.name or type(settings.env).__name__.lower()
+    method = type(settings.replay).__name__.lower()
+    name = f"{algorithm.__name__.lower()}_{task}_{method}_s{training.seed}"
+    folder = Path(training.log_dir) / (training.name or name)
     again = f"python -m {module_of(algorithm)} --resume {folder}"
     try:
         with ExitStack() as kept:
@@ -284,24 +346,14 @@ def launch(
                 kept.enter_context(locked(folder))
                 if not resume:
                     check_vacant(folder)
-                describe(folder, parser, config, algorithm)
+                describe(folder, algorithm, saved)
                 if advised := advice(algorithm, settings):
                     print(advised, file=sys.stderr, flush=True)
             fabric.barrier()  # no rank touches the folder before it is this run's
-            every, whole = training.checkpoint_every_env_steps, as_json(parser, config)
-            checkpoints = Checkpoints(fabric, folder, every, whole, resume=resume)
+            every = training.checkpoint_every_env_steps
+            checkpoints = Checkpoints(fabric, folder, every, saved, resume=resume)
             telemetry = Telemetry(fabric, settings.env, training, folder, resumed=resume)
-            train(
-                fabric,
-                module,
-                settings.env,
-                settings.replay,
-                settings.scoring,
-                settings.demonstrations,
-                training,
-                kept.enter_context(telemetry),
-                checkpoints,
-            )
+            train(fabric, module, settings, kept.enter_context(telemetry), checkpoints)
     except DivergedError as error:
         sys.exit(f"{error}; {last_good(folder, f'{again} --algorithm.learning_rate …')}")
     except ConfigError as error:
@@ -317,6 +369,21 @@ def launch(
         end(fabric, f"stopped at once; figures so far: {folder}", signal.SIGINT)
     if fabric.is_global_zero and training.progress:
         print(f"logs: {folder} (tensorboard --logdir {training.log_dir})")
+
+
+def describe(folder: Path, algorithm: Algorithm, saved: dict[str, Any]) -> None:
+    """Write the whole configuration, and which class plays ``policy.ckpt``."""
+    written = folder / "config.yaml.writing"  # whole or not at all: --resume reads it
+    written.write_text(yaml.safe_dump(saved, sort_keys=False))
+    written.replace(folder / "config.yaml")
+    policy = {
+        "class_path": "recipes.running.policies.TrainedPolicy",
+        "init_args": {
+            "checkpoint": "policy.ckpt",
+            "algorithm": f"{module_of(algorithm)}.{algorithm.__name__}",
+        },
+    }
+    (folder / "policy.yaml").write_text(json.dumps(policy))
 
 
 def end(fabric: Fabric, text: str, number: int) -> NoReturn:

@@ -18,14 +18,7 @@ class DivergedError(ConfigError):
 
 
 def check_steps(data: TensorDictBase) -> None:
-    """Refuse what an environment wrote before it is learnt from.
-
-    Args:
-        data: Steps of any shape.
-
-    Raises:
-        DivergedError: An observation or a reward is NaN or infinite.
-    """
+    """Refuse steps of any shape with a NaN or an infinity in an observation or a reward."""
     entries = {str(key): data.get(key) for key in _WRITTEN_BY_THE_ENVIRONMENT}
     bad = [key for key, entry in entries.items() if not bool(entry.isfinite().all())]
     if bad:
@@ -40,9 +33,6 @@ def check_learning(sums: Mapping[str, Tensor]) -> None:
 
     Args:
         sums: Of losses and of gradients' norms, by name: one NaN makes a sum NaN.
-
-    Raises:
-        DivergedError: One is NaN or infinite. Its step was taken, on data that are numbers.
     """
     bad = [name for name, total in sums.items() if not math.isfinite(total.item())]
     if bad:

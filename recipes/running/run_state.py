@@ -1,94 +1,63 @@
-"""Everything that a run's next step depends on, as one state.
+"""What a run is made of, and everything that its next step depends on, as one state.
 
 | what | where it is held |
 |---|---|
-| networks, target networks, ε and noise of the exploration | the algorithm's module |
-| Adam's moments and step counts | its optimizers |
-| transitions, priorities, scores, generations, the generator of the draws | the replay buffer |
-| λ, β | the sampler |
-| draws of demonstrations | `Batches` |
-| games in the middle of their episodes, numbers of the next ones | the environment |
-| what was observed last, trajectory ids | the collector |
-| steps, updates that are due, evaluations | `Counters` |
+| networks, target networks, ε and noise of the exploration, Adam's moments | `Learner` |
+| transitions, priorities, scores, λ, β, the generators of the draws | `Memory` |
+| clips that wait, open clips, counts, the judge's own random numbers | its `AsyncScorer` |
+| games in the middle of their episodes, numbers of the next ones, what was seen last | `Games` |
 | sums of the next row, episodes in progress, how long the metrics file is | `Telemetry` |
-| clips that wait, open clips, counts, the judge's own random numbers | `AsyncScorer` |
-| torch's, numpy's and Python's random numbers | the process |
+| steps, updates that are due, torch's, numpy's and Python's random numbers | `RunState` |
 
 Demonstrations are played anew, and all else follows from the configuration.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any, Self
 
+import numpy as np
 import torch
+from jsonargparse import Namespace
+from lightning.fabric import Fabric
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
 from torchrl.checkpoint import GlobalRNGState
 from torchrl.collectors import Collector
 from torchrl.data import PrioritizedSampler
-from torchrl.envs import EnvBase, TransformedEnv
+from torchrl.envs import TransformedEnv
 from torchrl.envs.batched_envs import BatchedEnvBase
 
-from recipes.running.plain import plain, restored
-from recipes.running.telemetry import Telemetry
-from vlmrb_torchrl import AsyncScorer, VLMReplayBuffer
+from recipes.demonstrations import Batches
+from recipes.running.divergence import check_steps
+from recipes.running.metrics import Telemetry
+from recipes.settings import Scoring
+from recipes.tasks import Task
+from recipes.transitions import Transitions
+from vlmrb_torchrl import AsyncScorer, ClipRenderTransform, VLMReplayBuffer
+from vlmrb_torchrl.checks import ConfigError
 from vlmrb_torchrl.envs import ResumableEnv
+from vlmrb_torchrl.scorers import SeededScorer
 
 State = dict[str, Any]
-_TREES = ("_sum_tree", "_min_tree")
-
-
-class Stateful(Protocol):
-    """What PyTorch calls so: a part of a run that can be saved and loaded."""
-
-    def state_dict(self) -> Any:
-        """The state."""
-
-    def load_state_dict(self, state: Any) -> Any:
-        """Go on from it."""
-
-
-@dataclass
-class Counters:
-    """How far a run is.
-
-    Args:
-        env_steps: Steps taken, over all ranks.
-        updates_due: Updates earned by them and not made yet; below 1 between two collections.
-        evaluations: Evaluations made.
-    """
-
-    env_steps: int = 0
-    updates_due: float = 0.0
-    evaluations: int = 0
-
-    def state_dict(self) -> State:
-        """The counts."""
-        return asdict(self)
-
-    def load_state_dict(self, state: State) -> None:
-        """Go on counting."""
-        self.__dict__.update(state)
 
 
 class RunState:
-    """The parts of a run, saved and loaded together.
-
-    Saved and loaded in opposite orders. The judge may score on meanwhile: its clips are read before
-    the buffer, so that none is missing in both, and are loaded after it. Random numbers come last,
-    since building and loading may draw some.
+    """How far a run is, and its parts.
 
     Args:
-        parts: By name, in the order of loading.
+        parts: By name, in the order of loading; each has ``state_dict`` and ``load_state_dict``.
 
-    Example:
-        >>> run = RunState({"algorithm": Learner(module), "counters": Counters()})
-        >>> torch.save(run.state_dict(), "run.pt")  # doctest: +SKIP
+    Attributes:
+        env_steps: Steps taken, over all ranks.
+        updates_due: Updates earned by them and not made yet; below 1 between two collections.
     """
 
-    def __init__(self, parts: Mapping[str, Stateful]) -> None:
-        self._parts = {**parts, "random": GlobalRNGState()}
+    def __init__(self, parts: Mapping[str, Any]) -> None:
+        self.env_steps, self.updates_due = 0, 0.0
+        self._parts = {**parts, "random": GlobalRNGState()}  # last, as loading others may draw some
 
     def state_dict(self) -> State:
         """The state of each part, made of tensors, numbers and containers alone.
@@ -96,178 +65,298 @@ class RunState:
         Raises:
             ConfigError: A part's state holds something else.
         """
-        return {name: plain(part.state_dict(), name) for name, part in self._reversed()}
+        parts = {name: plain(part.state_dict(), name) for name, part in self._parts.items()}
+        return {"env_steps": self.env_steps, "updates_due": self.updates_due, **parts}
 
     def load_state_dict(self, state: State) -> None:
         """Put every part back."""
+        self.env_steps, self.updates_due = state["env_steps"], state["updates_due"]
         for name, part in self._parts.items():
             part.load_state_dict(restored(state[name]))
 
-    def _reversed(self) -> Iterable[tuple[str, Stateful]]:
-        return reversed(self._parts.items())
-
 
 class Learner:
-    """An algorithm: its module's weights and buffers, and what else it counts by.
+    """An algorithm and its optimizers, on the device that it learns on.
 
     Args:
-        module: The module. Its ``counts``, if there are any, name attributes that hold numbers,
-            tensors or containers of these.
+        fabric: A launched Fabric.
+        module: The algorithm. Its ``counts``, if there are any, name attributes to be saved besides
+            weights and buffers: numbers, tensors or containers of these.
+
+    Attributes:
+        wrapped: The module as Fabric has it.
+        optimizers: By name, in the order of their steps.
     """
 
-    def __init__(self, module: Any) -> None:
-        self._module = module
+    def __init__(self, fabric: Fabric, module: Any) -> None:
+        optimizers = module.configure_optimizers()
+        self.fabric, self.module = fabric, module
+        self.wrapped, *prepared = fabric.setup(module, *optimizers.values())
+        self.wrapped.mark_forward_method("training_step")
+        self.optimizers = dict(zip(optimizers, prepared, strict=True))
 
     def state_dict(self) -> State:
-        """The weights, buffers and counts."""
-        counts = {name: getattr(self._module, name) for name in self._names()}
-        return {"weights": self._module.state_dict(), "counts": counts}
-
-    def load_state_dict(self, state: State) -> None:
-        """Load them."""
-        self._module.load_state_dict(state["weights"])
-        for name in self._names():
-            setattr(self._module, name, state["counts"][name])
-
-    def _names(self) -> Sequence[str]:
-        return getattr(self._module, "counts", ())
-
-
-class Optimizers:
-    """The optimizers by name; their learning rates are the configuration's, which may change."""
-
-    def __init__(self, optimizers: Mapping[str, Any]) -> None:
-        self._optimizers = optimizers
-
-    def state_dict(self) -> State:
-        """Theirs, by name."""
-        return {name: optimizer.state_dict() for name, optimizer in self._optimizers.items()}
-
-    def load_state_dict(self, state: State) -> None:
-        """Load each of them, but for its learning rates."""
-        for name, optimizer in self._optimizers.items():
-            rates = [group["lr"] for group in optimizer.param_groups]
-            optimizer.load_state_dict(state[name])
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
-
-
-class ReplayState:
-    """A replay buffer: the slots written so far, what the sampler and the writer know of them.
-
-    Args:
-        buffer: Its storage has flat slots; it is empty when a state is loaded.
-        generator: The one that its draws come from.
-    """
-
-    def __init__(self, buffer: VLMReplayBuffer, generator: torch.Generator) -> None:
-        self._buffer, self._generator = buffer, generator
-
-    def state_dict(self) -> State:
-        """The state, without the slots that were never written."""
-        whole, rows = self._buffer.state_dict(), len(self._buffer)
-        sampler, stored = whole["_sampler"], None
-        if isinstance(self._buffer.sampler, PrioritizedSampler) and "_min_tree" in sampler:
-            every = torch.arange(self._buffer.storage.max_size)
-            sampler |= {name: torch.as_tensor(sampler[name][every]) for name in _TREES}
-        if rows:
-            stored = self._buffer.storage[:rows]
-            # torch.save would write all the memory that a view lies in.
-            stored = stored.clone() if rows < self._buffer.storage.max_size else stored
+        """Weights, buffers and counts; the optimizers' states."""
         return {
-            "stored": stored,
-            "sampler": sampler,
-            "writer": whole["_writer"],
-            "generator": self._generator.get_state(),
+            "weights": self.module.state_dict(),
+            "counts": {name: getattr(self.module, name) for name in self._counts()},
+            "optimizers": {name: each.state_dict() for name, each in self.optimizers.items()},
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Fill the buffer."""
-        buffer, sampler = self._buffer, dict(state["sampler"])
-        if state["stored"] is not None:
-            buffer.storage.set(torch.arange(len(state["stored"])), state["stored"])
-        if isinstance(buffer.sampler, PrioritizedSampler) and "_min_tree" in sampler:
-            every = torch.arange(buffer.storage.max_size)
-            for name in _TREES:  # sums over leaves do not depend on the order that they came in
-                tree = getattr(buffer.sampler, name)
-                tree[every], sampler[name] = sampler[name], tree
-        buffer.sampler.load_state_dict(sampler)
-        buffer.writer.load_state_dict(state["writer"])
-        self._generator.set_state(state["generator"])
+        """Load them, but for the learning rates: they are the configuration's, and may change."""
+        self.module.load_state_dict(state["weights"])
+        for name in self._counts():
+            setattr(self.module, name, state["counts"][name])
+        for name, optimizer in self.optimizers.items():
+            rates = [group["lr"] for group in optimizer.param_groups]
+            optimizer.load_state_dict(state["optimizers"][name])
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+
+    def _counts(self) -> tuple[str, ...]:
+        return getattr(self.module, "counts", ())
 
 
-class Episodes:
-    """The environment and its collector, with the episodes that are in progress.
+class Memory:
+    """What was played: stored, judged and drawn from.
 
-    An environment that cannot be put back (see `ResumableEnv`) begins new episodes instead, and
-    what is open of the old ones is closed: to be loaded after the telemetry and the judge.
+    Once it is entered the judge has loaded and the demonstrations have been played.
 
     Args:
-        collector: The collector, with its environment.
-        seed: Of the environment.
+        settings: Of the run.
+        transitions: What is kept of collected steps.
+        seed: Of the draws.
+
+    Attributes:
+        replay: The replay method.
+        buffer: Its buffer.
+        scoring: The judge beside it, for methods that use scores.
+        batches: What is learnt from: drawn from the buffer, and from demonstrations.
+    """
+
+    scoring: AsyncScorer | None = None
+    batches: Batches
+
+    def __init__(self, settings: Namespace, transitions: Transitions, seed: int) -> None:
+        self._settings, self._seed = settings, seed
+        self.transitions, self.replay = transitions, settings.replay
+        other_rows = settings.demonstrations.rows(self.replay.batch_size)
+        self.buffer: VLMReplayBuffer = self.replay.buffer(other_rows)
+        self._draws = torch.Generator().manual_seed(seed)
+        self.buffer.set_rng(self._draws)
+
+    def __enter__(self) -> Self:
+        settings = self._settings
+        with ExitStack() as opened:
+            if self.replay.uses_scores:
+                scoring = build_scoring(self.buffer, settings.env, settings.scoring, self._seed)
+                self.scoring = opened.enter_context(scoring)
+                # Loading takes seconds: a fast environment would be half-way by then. Later a
+                # judge's faults stop nothing, but a run without one is uniform replay.
+                if not scoring.wait_until_ready():
+                    raise ConfigError(
+                        f"scoring.scorer is {settings.scoring.scorer!r}: it does not load, the "
+                        "warning above says why"
+                    )
+            self.batches = settings.demonstrations.batches(
+                self.buffer, self.replay, settings.env, self.transitions, self._seed
+            )
+            self._opened = opened.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._opened.__exit__(*error)
+
+    def state_dict(self) -> State:
+        """What is stored, and what waits for the judge."""
+        # The judge may score on meanwhile: its clips are read before the buffer, so that none is
+        # missing in both; loading goes the other way.
+        scoring = None if self.scoring is None else self.scoring.state_dict()
+        return {
+            "scoring": scoring,
+            "buffer": state_of_buffer(self.buffer),
+            "draws": self._draws.get_state(),
+            "demonstrations": self.batches.state_dict(),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Fill the buffer, and hand the judge what waits for it."""
+        self.batches.load_state_dict(state["demonstrations"])
+        self._draws.set_state(state["draws"])
+        load_buffer(self.buffer, state["buffer"])
+        if self.scoring is not None:
+            self.scoring.load_state_dict(state["scoring"])
+
+
+def build_scoring(buffer: VLMReplayBuffer, task: Task, settings: Scoring, seed: int) -> AsyncScorer:
+    """Put the judge beside the buffer; one that tosses coins tosses others in each run."""
+    if isinstance(settings.scorer, SeededScorer):
+        settings.scorer.manual_seed((settings.scorer.seed + seed) % 2**63)  # torch takes no more
+    renderer = task.renderer()
+    render = None if renderer is None else ClipRenderTransform(renderer)
+    # On a machine with fewer cores than work, scores that come late are worth little.
+    return AsyncScorer(buffer, render, **vars(settings), niceness=0)
+
+
+def state_of_buffer(buffer: VLMReplayBuffer) -> State:
+    """The slots written so far, and what the sampler and the writer know of them."""
+    whole, rows, slots = buffer.state_dict(), len(buffer), buffer.storage.max_size
+    sampler = whole["_sampler"]
+    for name in _trees(buffer, sampler):
+        sampler[name] = torch.as_tensor(sampler[name][torch.arange(slots)])
+    stored = buffer.storage[:rows] if rows else None
+    if 0 < rows < slots:  # torch.save would write all the memory that a view lies in
+        stored = stored.clone()
+    return {"stored": stored, "sampler": sampler, "writer": whole["_writer"]}
+
+
+def load_buffer(buffer: VLMReplayBuffer, state: State) -> None:
+    """Fill an empty buffer."""
+    sampler = dict(state["sampler"])
+    if state["stored"] is not None:
+        buffer.storage.set(torch.arange(len(state["stored"])), state["stored"])
+    for name in _trees(buffer, sampler):  # sums over leaves do not depend on the order of these
+        tree = getattr(buffer.sampler, name)
+        tree[torch.arange(buffer.storage.max_size)], sampler[name] = sampler[name], tree
+    buffer.sampler.load_state_dict(sampler)
+    buffer.writer.load_state_dict(state["writer"])
+
+
+def _trees(buffer: VLMReplayBuffer, sampler: State) -> tuple[str, ...]:
+    """Which entries of the sampler's state are trees of TorchRL's."""
+    own = isinstance(buffer.sampler, PrioritizedSampler) and "_min_tree" in sampler
+    return ("_sum_tree", "_min_tree") if own else ()
+
+
+class Games:
+    """The environments, and what plays them.
+
+    Environments that cannot be put back (see `ResumableEnv`) begin new episodes instead, and what
+    is open of the old ones is closed: to be loaded after the telemetry and the memory.
+
+    Args:
+        settings: Of the run.
+        behaviour: The policy that collects.
+        device: Where it computes.
+        seed: Of the environments.
         telemetry: What measures episodes.
-        scoring: What cuts them into clips.
+        memory: Where they are cut into clips.
     """
 
     def __init__(
         self,
-        collector: Collector,
+        settings: Namespace,
+        behaviour: Any,
+        device: torch.device,
         seed: int,
         telemetry: Telemetry,
-        scoring: AsyncScorer | None,
+        memory: Memory,
     ) -> None:
-        self._collector, self._seed = collector, seed
-        self._telemetry, self._scoring = telemetry, scoring
+        self._seed, self._telemetry, self._memory = seed, telemetry, memory
+        self._collector = Collector(
+            settings.env.make(settings.training.num_envs, seed=seed),
+            behaviour,
+            frames_per_batch=settings.training.env_steps_per_collection,
+            total_frames=-1,
+            env_device="cpu",
+            policy_device=device,
+            storing_device="cpu",
+            trust_policy=True,
+            auto_register_policy_transforms=False,
+        )
+        self._collected = iter(self._collector)
+        self._env = self._games = self._collector.env
+        while isinstance(self._games, TransformedEnv):
+            self._games = self._games.base_env
+
+    def play(self) -> TensorDictBase:
+        """Collect the next steps, ``[num_envs, steps_per_collection]``.
+
+        Raises:
+            DivergedError: The environment wrote what is no number.
+        """
+        data: TensorDictBase = next(self._collected)
+        check_steps(data)
+        return data
+
+    def close(self) -> None:
+        """End the environments."""
+        self._collector.shutdown()
 
     def state_dict(self) -> State:
         """The games if they can be saved, what the policy sees next, trajectory ids."""
-        collector, env = self._collector, self._collector.env
-        games = _games(env)
+        transforms: State | None = {}  # what they have learnt, such as means
+        if isinstance(self._env, TransformedEnv | BatchedEnvBase):
+            try:
+                transforms = dict(self._env.state_dict())
+            except ValueError:  # torch's, of buffers that have no size before they are used
+                transforms = None
+        resumable = isinstance(self._games, ResumableEnv)
         return {
-            "games": games.games_state_dict() if isinstance(games, ResumableEnv) else None,
-            "transforms": _of_transforms(env),
-            "carrier": collector._carrier.to("cpu"),
+            "games": self._games.games_state_dict() if resumable else None,
+            "transforms": transforms,
+            "carrier": self._collector._carrier.to("cpu"),
             # Not the collector's own state: it holds the policy again, and no episodes.
-            "frames": collector._frames,
-            "trajectories": collector._traj_pool.state_dict(),
+            "frames": self._collector._frames,
+            "trajectories": self._collector._traj_pool.state_dict(),
         }
 
     def load_state_dict(self, state: State) -> None:
         """Put the games back, or begin new ones, which no earlier ones were."""
-        collector, env = self._collector, self._collector.env
-        games = _games(env)
         if state["transforms"] is None:
             self._telemetry.say("The environment's transforms cannot be saved: they start anew.")
         elif state["transforms"]:
-            env.load_state_dict(state["transforms"])
-        collector._frames = state["frames"]
-        collector._traj_pool.load_state_dict(state["trajectories"])
-        if isinstance(games, ResumableEnv) and state["games"] is not None:
-            games.load_games_state_dict(state["games"])
-            collector._carrier.update(state["carrier"])
+            self._env.load_state_dict(state["transforms"])
+        self._collector._frames = state["frames"]
+        self._collector._traj_pool.load_state_dict(state["trajectories"])
+        if state["games"] is not None:
+            self._games.load_games_state_dict(state["games"])
+            self._collector._carrier.update(state["carrier"])
             return
-        env.set_seed(self._seed + state["frames"])
-        collector.reset()
+        self._env.set_seed(self._seed + state["frames"])
+        self._collector.reset()
         self._telemetry.episodes_restarted()
-        if self._scoring is not None:
-            self._scoring.flush()
+        if self._memory.scoring is not None:
+            self._memory.scoring.flush()
         self._telemetry.say(
-            f"{type(games).__name__} cannot be put back into the middle of its episodes: they end "
-            "here and new ones begin, so this run is not the one that was not interrupted."
+            f"{type(self._games).__name__} cannot be put back into the middle of its episodes: "
+            "they end here and new ones begin, so this run is not the one that was not interrupted."
         )
 
 
-def _games(env: EnvBase) -> EnvBase:
-    while isinstance(env, TransformedEnv):
-        env = env.base_env
-    return env
+_TENSORDICT = "__tensordict__"
+_LEAVES = (Tensor, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
 
-def _of_transforms(env: EnvBase) -> State | None:
-    """What the environment's transforms have learnt, such as means; None: it cannot be had."""
-    if not isinstance(env, TransformedEnv | BatchedEnvBase):
-        return {}
-    try:
-        return dict(env.state_dict())
-    except ValueError:  # torch's, of buffers that have no size before they are used
-        return None
+def plain(value: Any, path: str) -> Any:
+    """A state as tensors, numbers and containers, which ``torch.load`` reads without pickled code.
+
+    Raises:
+        ConfigError: There is something else in it, at ``path``.
+    """
+    if isinstance(value, TensorDictBase):
+        return {_TENSORDICT: plain(dict(value.items()), path), "batch_size": list(value.batch_size)}
+    if isinstance(value, Mapping):
+        return {key: plain(entry, f"{path}.{key}") for key, entry in value.items()}
+    if isinstance(value, _LEAVES):
+        return value
+    if isinstance(value, list | tuple):
+        return type(value)(plain(entry, f"{path}.{i}") for i, entry in enumerate(value))
+    if isinstance(value, np.generic):
+        return value.item()
+    raise ConfigError(
+        f"training.checkpoint_every_env_steps: {path} is a {type(value).__name__}, which a "
+        "checkpoint cannot hold: save it as tensors and numbers, or use 0 for no checkpoints"
+    )
+
+
+def restored(value: Any) -> Any:
+    """The inverse of `plain`."""
+    if isinstance(value, dict) and _TENSORDICT in value:
+        return TensorDict(restored(value[_TENSORDICT]), value["batch_size"])
+    if isinstance(value, dict):
+        return {key: restored(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple) and not isinstance(value, torch.Size):
+        return type(value)(map(restored, value))
+    return value

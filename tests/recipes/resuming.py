@@ -11,17 +11,17 @@ from recipes.running.interruption import Interruption
 from recipes.running.metrics import read_rows
 
 SHORT = [
-    "--training.total_env_steps=1024",
-    "--training.warmup_env_steps=200",
-    "--training.eval_every_env_steps=512",
+    "--training.total_env_steps=512",
+    "--training.warmup_env_steps=96",
+    "--training.eval_every_env_steps=256",
     "--training.eval_episodes=2",
-    "--training.log_every_env_steps=256",
+    "--training.log_every_env_steps=128",
     "--training.checkpoint_every_env_steps=64",
     "--training.num_envs=4",
     "--training.progress=false",
-    "--replay.capacity=600",
+    "--replay.capacity=300",
 ]
-COLLECTIONS = 32  # of 4 environments x 8 steps
+COLLECTIONS = 16  # of 4 environments x 8 steps
 
 
 def start(algorithm, folder, *arguments):

@@ -1,5 +1,7 @@
 """Demonstrations: the same for every method, whole and successful, at their place in a batch."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -50,7 +52,8 @@ def test_an_episode_is_judged_as_a_row_of_its_own():
     judge = PrivilegedScorer(["fifth", "seventh"], events=("seventh",))
     episode = stream([8], start=1).select(("next", "done"), ("next", "events"))
     with AsyncScorer(buffer, None, judge, clip_transitions=4, mode="sync") as scoring:
-        store(episode, lambda steps: steps.select(("next", "done")), buffer, scoring)
+        kept = {"transitions": lambda steps: steps.select(("next", "done"))}
+        store(episode, SimpleNamespace(buffer=buffer, scoring=scoring, **kept))
     assert sampler.state_dict()["_score"].tolist() == [0] * 4 + [1] * 4
 
 

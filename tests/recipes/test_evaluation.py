@@ -13,8 +13,7 @@ from torchrl.envs import EnvBase
 from recipes.demonstrations import Demonstrations
 from recipes.evaluation import evaluate
 from recipes.replay import Prioritized, Uniform
-from recipes.running.metrics import read_rows
-from recipes.running.telemetry import Telemetry
+from recipes.running.metrics import Telemetry, read_rows
 from recipes.settings import Training
 from recipes.tasks import Cube, DoorKey, Scene, Task
 from vlmrb_torchrl import VLMReplayBuffer

@@ -44,7 +44,7 @@ def killed_and_resumed(folder, arguments, kills, moments):
 
 
 @pytest.mark.parametrize(
-    ("kills", "steps"), [(3, 4096), pytest.param(20, 16384, marks=pytest.mark.slow)]
+    ("kills", "steps"), [(1, 1024), pytest.param(20, 16384, marks=pytest.mark.slow)]
 )
 def test_killed_at_random_moments_and_resumed_is_bit_equal(kills, steps, tmp_path):
     lengths = [f"--training.total_env_steps={steps}", f"--training.eval_every_env_steps={steps}"]

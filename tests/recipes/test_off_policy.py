@@ -13,6 +13,7 @@ from recipes.iqn import IQN
 from recipes.replay import Prioritized, Replay, VLMGuided
 from recipes.running import cli
 from recipes.running.metrics import read_rows
+from recipes.running.run_state import build_scoring
 from recipes.sac import SAC
 from recipes.settings import Scoring
 from recipes.tasks import DoorKey, Task
@@ -174,10 +175,10 @@ def test_schedules_follow_the_run_s_progress_and_end_where_they_say(
     """
     seen, update = [], off_policy.update
 
-    def watched(fabric, module, optimizers, batches, *others):
-        seen.append((module.greedy.eps.item(), getattr(batches.buffer.sampler, name)))
-        update(fabric, module, optimizers, batches, *others)
-        watched.last = module.greedy, batches.buffer.sampler
+    def watched(learner, memory, telemetry):
+        seen.append((learner.module.greedy.eps.item(), getattr(memory.buffer.sampler, name)))
+        update(learner, memory, telemetry)
+        watched.last = learner.module.greedy, memory.buffer.sampler
 
     monkeypatch.setattr(off_policy, "update", watched)
     settings = [f"--config={CONFIGS / 'methods' / method}.yaml", "--scoring.mode=sync"]
@@ -265,7 +266,7 @@ def test_each_run_s_noisy_judge_tosses_other_coins():
     def tosses(seed, run):
         buffer = VLMGuided(capacity=64).buffer(0)
         settings = Scoring(RandomScorer(rate=0.5, seed=seed), mode="sync")
-        off_policy.build_scoring(buffer, DoorKey(5), settings, run)
+        build_scoring(buffer, DoorKey(5), settings, run)
         return settings.scorer(TensorDict({}, [64]))["score"].tolist()
 
     assert tosses(0, 3) == tosses(3, 0) == tosses(2**63 - 1, 4)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from recipes.running import report as reporting
 from recipes.running.report import (
     Outcome,
     difference_rows,
@@ -70,7 +71,10 @@ def test_interval_holds_the_mean_and_a_single_seed_has_none():
 
 
 @pytest.mark.parametrize(("seeds", "coverage"), [(3, 0.76), (10, 0.90)])
-def test_bootstrap_interval_of_few_seeds_is_as_narrow_as_its_docstring_says(seeds, coverage):
+def test_bootstrap_interval_of_few_seeds_is_as_narrow_as_its_docstring_says(
+    seeds, coverage, monkeypatch
+):
+    monkeypatch.setattr(reporting, "RESAMPLES", 1000)
     samples = np.random.default_rng(0).normal(size=(400, seeds))
     bounds = [interval(sample)[1:] for sample in samples]
     held = np.mean([low <= 0 <= high for low, high in bounds])

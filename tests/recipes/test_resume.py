@@ -1,7 +1,6 @@
 """A run that was stopped and resumed is, bit for bit, the run that was not."""
 
 import random
-from pathlib import Path
 
 import pytest
 
@@ -13,32 +12,34 @@ from recipes.td3 import TD3
 from tests.recipes.resuming import COLLECTIONS, assert_same_end, resume, start, stopped
 
 SYNC = "--scoring.mode=sync"
-DOORKEY = ["--env.size=5", "--env.max_steps=40"]
-LINE = ["--env=tests.recipes.line_task.Line", "--algorithm.hidden_features=[16]"]
-METHODS = Path(cli.__file__).parents[1] / "configs" / "methods"
-PRIVILEGED, NOISY = (f"--config={METHODS / name}.yaml" for name in ("privileged", "noisy"))
+SMALL = "--algorithm.hidden_features=[16]"
+DOORKEY = ["--env.size=5", "--env.max_steps=40", SMALL]
+LINE = ["--env=tests.recipes.line_task.Line", SMALL]
+PRIVILEGED, NOISY = (
+    f"--config={cli.CONFIGS / 'methods' / name}.yaml" for name in ("privileged", "noisy")
+)
 DEMONSTRATIONS = ["--demonstrations.episodes=4", "--demonstrations.batch_share=0.25"]
 RUNS = {
-    "dqn, judge": (DQN, [*DOORKEY, SYNC, PRIVILEGED]),
-    "dqn, embedded judge": (DQN, [*DOORKEY, SYNC, "--scoring.clip_transitions=32"]),
-    "dqn, judge and td boost": (
+    "dqn, judge that draws, td boost, demonstrations in batches": (
         DQN,
-        [*DOORKEY, SYNC, PRIVILEGED, "--replay.td_boost=true"],
+        [*DOORKEY, SYNC, NOISY, "--replay.td_boost=true", *DEMONSTRATIONS],
     ),
-    "iqn, judge that draws": (IQN, [*DOORKEY, SYNC, NOISY]),
-    "iqn, prioritized": (IQN, [*DOORKEY, "--replay=Prioritized"]),
     "sac, prioritized": (SAC, [*LINE, "--replay=Prioritized"]),
     "td3, uniform, n steps": (TD3, [*LINE, "--replay=Uniform", "--algorithm.n_steps=3"]),
-    "dqn, demonstrations in batches": (
-        DQN,
-        [*DOORKEY, *DEMONSTRATIONS, "--replay=Uniform"],
-    ),
+}
+SLOW = {
+    "dqn, judge": (DQN, [*DOORKEY, SYNC, PRIVILEGED]),
+    "dqn, embedded judge": (DQN, [*DOORKEY, SYNC, "--scoring.clip_transitions=32"]),
+    "iqn, judge that draws": (IQN, [*DOORKEY, SYNC, NOISY]),
+    "iqn, prioritized": (IQN, [*DOORKEY, "--replay=Prioritized"]),
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [*RUNS, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+)
 def test_resumed_run_is_bit_equal_to_an_uninterrupted_one(name, tmp_path, monkeypatch):
-    algorithm, arguments = RUNS[name]
+    algorithm, arguments = (RUNS | SLOW)[name]
     start(algorithm, tmp_path / "whole", *arguments)
     seed = random.SystemRandom().randrange(2**32)  # a run seeds the common generator
     print(f"seed {seed}")

@@ -5,10 +5,11 @@ import threading
 
 import torch
 
-from recipes import off_policy
+from recipes.demonstrations import Batches
 from recipes.dqn import DQN
+from recipes.running import run_state
 from recipes.running.metrics import read_rows
-from recipes.running.run_state import ReplayState, RunState
+from recipes.running.run_state import Memory, RunState
 from tests.recipes.resuming import resume, stopped
 from tests.recipes.test_resume import DOORKEY, PRIVILEGED
 from tests.scoring_doubles import Gate, Gated, Yes
@@ -24,9 +25,20 @@ def saved(run):
     return torch.load(file, weights_only=True)
 
 
+class Beside(Memory):
+    """A buffer and its judge, without a run."""
+
+    def __init__(self, buffer, scoring):
+        self.buffer, self.scoring, self.batches = buffer, scoring, Batches(buffer)
+        self._draws = torch.Generator()
+
+
 def run_of(buffer, scoring):
-    replay = ReplayState(buffer, torch.Generator())
-    return RunState({"replay": replay, "scoring": scoring})
+    return RunState({"memory": Beside(buffer, scoring)})
+
+
+def saved_scores(state, rows):
+    return state["memory"]["buffer"]["sampler"]["_score"][:rows].tolist()
 
 
 def test_clips_that_wait_and_that_are_being_judged_are_judged_after_the_resume(tmp_path):
@@ -43,7 +55,7 @@ def test_clips_that_wait_and_that_are_being_judged_are_judged_after_the_resume(t
         insert(buffer, scoring, stream([4, 2], start=8, open_end=True))
         state = saved(run_of(buffer, scoring))
         gate.release(9)
-    assert state["replay"]["sampler"]["_score"][:16].tolist() == [1] * 4 + [-1] * 12
+    assert saved_scores(state, 16) == [1] * 4 + [-1] * 12
     restored = make_buffer()
     with make(restored, Yes(), "thread") as after:
         run_of(restored, after).load_state_dict(state)
@@ -60,17 +72,16 @@ def test_score_that_comes_while_the_run_is_saved_is_not_lost(tmp_path, monkeypat
     with make(buffer, Gated(gate), "thread") as scoring:
         insert(buffer, scoring, stream([4]))
         gate.await_arrival()
-        replay = ReplayState(buffer, torch.Generator())
-        read = replay.state_dict
+        read = run_state.state_of_buffer
 
-        def scored_meanwhile():
+        def scored_meanwhile(buffer):
             gate.release()
             assert scoring.drain(PATIENT)
-            return read()
+            return read(buffer)
 
-        monkeypatch.setattr(replay, "state_dict", scored_meanwhile)
-        state = saved(RunState({"replay": replay, "scoring": scoring}))
-    assert state["replay"]["sampler"]["_score"][:4].tolist() == [1] * 4
+        monkeypatch.setattr(run_state, "state_of_buffer", scored_meanwhile)
+        state = saved(run_of(buffer, scoring))
+    assert saved_scores(state, 4) == [1] * 4
     restored = make_buffer()
     with make(restored, Yes(), "thread") as after:
         run_of(restored, after).load_state_dict(state)
@@ -113,7 +124,7 @@ def test_run_with_a_judge_that_has_answered_nothing_yet_is_judged_after_the_resu
     tmp_path, monkeypatch
 ):
     """Every transition inserted is, at the end, scored or waits or was overwritten."""
-    build, built = off_policy.build_scoring, []
+    build, built = run_state.build_scoring, []
 
     def of_held(buffer, task, settings, seed):
         settings.scorer = Held(["goal", "door", "key"], ["goal"])
@@ -121,17 +132,17 @@ def test_run_with_a_judge_that_has_answered_nothing_yet_is_judged_after_the_resu
         built.append((build(buffer, task, settings, seed), buffer))
         return built[-1][0]
 
-    monkeypatch.setattr(off_policy, "build_scoring", of_held)
+    monkeypatch.setattr(run_state, "build_scoring", of_held)
     folder, arguments = tmp_path / "run", [*DOORKEY, PRIVILEGED, "--scoring.clip_transitions=8"]
     Held.may.clear()
-    stopped(monkeypatch, DQN, folder, *arguments, after=20)
+    stopped(monkeypatch, DQN, folder, *arguments, after=10)
     before = built[-1][0].statistics()
     assert before["clips_scored"] == 0
-    assert before["clips_submitted"] > 50
+    assert before["clips_submitted"] > 25
     Held.may.set()
     resume(DQN, folder)
     last = [row for row in read_rows(folder) if "scoring/clips_scored" in row][-1]
     books = {name.removeprefix("scoring/"): value for name, value in last.items()}
     assert books["clips_dropped"] == books["clips_failed"] == 0
     done = sum(books[f"transitions_{fate}"] for fate in ("scored", "late", "pending", "open"))
-    assert done == books["env_steps"] == 1024
+    assert done == books["env_steps"] == 512

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -77,17 +78,18 @@ class Spoilt(Chain):
         return SpoiltEnv(num_envs, self.discrete, self.terminates)
 
 
-@pytest.mark.parametrize("reward", [math.nan, math.inf])
-@pytest.mark.parametrize(("algorithm", "discrete"), [(DQN, True), (SAC, False)])
+@pytest.mark.parametrize(
+    ("algorithm", "discrete", "reward"), [(DQN, True, math.nan), (SAC, False, math.inf)]
+)
 def test_reward_that_is_no_number_stops_the_run_before_a_weight_is_spoilt(
     algorithm, discrete, reward, tmp_path, monkeypatch
 ):
     """40 steps of 4 environments: 160 env steps, which no update meets; the reward is blamed."""
     modules, updates, update = [], [], off_policy.update
 
-    def counted(fabric, module, *others):
-        modules.append(module)
-        update(fabric, module, *others)
+    def counted(learner, *others):
+        modules.append(learner.module)
+        update(learner, *others)
         updates.append(None)
 
     monkeypatch.setattr(SpoiltEnv, "reward", reward)
@@ -98,13 +100,13 @@ def test_reward_that_is_no_number_stops_the_run_before_a_weight_is_spoilt(
         "--env=tests.recipes.test_run_faults.Spoilt",
         f"--env.discrete={discrete}",
         "--replay=Uniform",
-        "--replay.capacity=1000",
+        "--algorithm.hidden_features=[8]",
         "--training.checkpoint_every_env_steps=64",
     )
     assert "('next', 'reward')" in text
     (last,) = re.findall(r"the last good checkpoint is (\S+)", text)
     (file,) = Path(last).rglob("state.pt")
-    saved = torch.load(file, weights_only=True)["algorithm"]
+    saved = torch.load(file, weights_only=True)["algorithm"]["weights"]
     weights = list(leaves(saved))
     assert weights
     assert all(bool(each.isfinite().all()) for each in weights)
@@ -135,6 +137,7 @@ def test_weights_that_grow_beyond_all_numbers_stop_the_run_before_they_are_playe
         SAC,
         "--env=tests.recipes.chain.Chain",
         f"--replay={replay}",
+        "--algorithm.hidden_features=[8]",
         "--algorithm.learning_rate=1e30",
         "--training.checkpoint_every_env_steps=32",
     )
@@ -145,8 +148,10 @@ def test_weights_that_grow_beyond_all_numbers_stop_the_run_before_they_are_playe
     assert int(saved.name[-12:]) == 32 * (len(played) - 1)
 
 
-def test_environment_that_raises_ends_the_run_and_the_judge_s_process(tmp_path, monkeypatch):
+@pytest.mark.parametrize("mode", ["thread", pytest.param("process", marks=pytest.mark.slow)])
+def test_environment_that_raises_ends_the_run_and_the_judge(mode, tmp_path, monkeypatch):
     """Step 60 of 4 games fails, so 224 env steps are whole; their rows are written."""
+    threads = threading.active_count()
     pids, steps, step, extend = [], [], DoorKeyEnv._step, AsyncScorer.extend
 
     def fail(env, tensordict):
@@ -161,32 +166,22 @@ def test_environment_that_raises_ends_the_run_and_the_judge_s_process(tmp_path, 
 
     monkeypatch.setattr(DoorKeyEnv, "_step", fail)
     monkeypatch.setattr(AsyncScorer, "extend", watched)
-    judge = ["--scoring.scorer=ConstantScorer", "--scoring.mode=process"]
+    judge = ["--scoring.scorer=ConstantScorer", f"--scoring.mode={mode}"]
     with pytest.raises(OSError, match="the simulator is gone"):
         run(tmp_path, DQN, "--env.size=5", *judge)
     assert len(pids) == 224 / 32
-    assert vanishes(pids[-1], PATIENT)
+    assert mode == "thread" or vanishes(pids[-1], PATIENT)
+    assert threading.active_count() == threads
     assert [row["env_steps"] for row in read_rows(tmp_path / "run")] == [64, 128, 192]
 
 
-@pytest.mark.parametrize("how", ["missing", "cut short", "scrambled"])
-def test_judge_file_that_cannot_be_read_stops_the_run_before_the_first_step(how, tmp_path):
+def test_judge_file_that_cannot_be_read_stops_the_run_before_the_first_step(tmp_path):
     folder = tmp_path / "judge"
     shutil.copytree(FOLDER, folder)
     (weights,) = folder.glob("*.safetensors")
     whole = weights.read_bytes()
-    if how == "missing":
-        weights.unlink()
-    else:
-        weights.write_bytes(whole[: len(whole) // 2] if how == "cut short" else whole[::-1])
+    weights.write_bytes(whole[: len(whole) // 2])
     judge = f"{{class_path: HuggingFaceScorer, init_args: {{model: {folder}}}}}"
     text = refusal(tmp_path, DQN, f"--scoring.scorer={judge}", "--scoring.mode=thread")
     assert str(folder) in text
     assert not (tmp_path / "run" / "metrics.jsonl").is_file() or not read_rows(tmp_path / "run")
-
-
-def test_buffer_smaller_than_a_clip_is_refused_before_anything_is_built(tmp_path):
-    text = refusal(tmp_path, DQN, "--scoring.clip_transitions=1001")
-    assert "scoring.clip_transitions is 1001" in text
-    assert "replay.capacity (1000)" in text
-    assert not list(tmp_path.iterdir())

@@ -10,17 +10,17 @@ from pathlib import Path
 import psutil
 import pytest
 
+from recipes import off_policy
 from recipes.dqn import DQN
 from recipes.running import cli
 from recipes.running.checkpoint import latest
 from recipes.running.metrics import read_rows
 from tests.recipes.resuming import SHORT, resume
 
-ROOT = Path(cli.__file__).parents[2]
 PATIENT = 120
 ENDLESS = ["--training.total_env_steps=10000000", "--training.eval_every_env_steps=0"]
 JUDGED = ["--env.size=5", "--env.max_steps=40", "--scoring.mode=process"]
-JUDGED += [f"--config={ROOT / 'recipes' / 'configs' / 'methods' / 'privileged.yaml'}"]
+JUDGED += [f"--config={cli.CONFIGS / 'methods' / 'privileged.yaml'}"]
 
 
 def shared_memory():
@@ -59,7 +59,13 @@ def running(tmp_path):
         process.communicate()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGINT, id="SIGINT"),
+        pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.slow),
+    ],
+)
 def test_run_that_is_stopped_is_saved_and_leaves_nothing_behind(number, running, tmp_path):
     before = shared_memory()
     children = psutil.Process(running.pid).children(recursive=True)
@@ -74,12 +80,9 @@ def test_run_that_is_stopped_is_saved_and_leaves_nothing_behind(number, running,
     assert not leaked(before)
     saved = int(latest(tmp_path / "run").name[-12:])
     assert f"checkpoint at {saved} env steps" in said.strip().splitlines()[-1]
-    end = saved + 512
-    resume(DQN, tmp_path / "run", f"--training.total_env_steps={end}")
-    rows = [row for row in read_rows(tmp_path / "run") if "speed/env_steps_per_s" in row]
-    assert [row["env_steps"] for row in rows] == [*range(256, end, 256), end]
 
 
+@pytest.mark.slow
 def test_killed_run_leaves_no_process_and_no_shared_memory(running):
     before = shared_memory()
     children = psutil.Process(running.pid).children(recursive=True)
@@ -99,7 +102,7 @@ def test_second_ctrl_c_ends_at_once(tmp_path, monkeypatch):
         pytest.fail("went on after the second")
 
     handler = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr("recipes.off_policy.store", interrupted)
+    monkeypatch.setattr(off_policy, "store", interrupted)
     place = [f"--training.log_dir={tmp_path}", "--training.name=run"]
     with pytest.raises(SystemExit) as end:
         cli.run(DQN, [*SHORT, "--env.size=5", "--replay=Uniform", *place])
@@ -109,8 +112,6 @@ def test_second_ctrl_c_ends_at_once(tmp_path, monkeypatch):
 
 def test_ctrl_c_and_then_sigterm_is_one_request(tmp_path, monkeypatch, capsys):
     """As it comes to the runs of a comparison: from the terminal, then from who started them."""
-    from recipes import off_policy
-
     store = off_policy.store
 
     def interrupted(*arguments):
@@ -125,3 +126,6 @@ def test_ctrl_c_and_then_sigterm_is_one_request(tmp_path, monkeypatch, capsys):
     assert end.value.code == 130
     assert "stopped by SIGINT; go on: " in capsys.readouterr().err
     assert latest(tmp_path / "run").name == "checkpoint-000000000032"
+    resume(DQN, tmp_path / "run", "--training.total_env_steps=320")
+    rows = [row for row in read_rows(tmp_path / "run") if "speed/env_steps_per_s" in row]
+    assert [row["env_steps"] for row in rows] == [128, 256, 320]
