@@ -126,6 +126,7 @@ def test_ctrl_c_and_then_sigterm_is_one_request(tmp_path, monkeypatch, capsys):
     assert end.value.code == 130
     assert "stopped by SIGINT; go on: " in capsys.readouterr().err
     assert latest(tmp_path / "run").name == "checkpoint-000000000032"
+    monkeypatch.undo()
     resume(DQN, tmp_path / "run", "--training.total_env_steps=320")
     rows = [row for row in read_rows(tmp_path / "run") if "speed/env_steps_per_s" in row]
     assert [row["env_steps"] for row in rows] == [128, 256, 320]
