@@ -222,22 +222,15 @@ def compare(
     require(first_seed >= 0, "first_seed", first_seed, "use 0 or more")
     require(jobs is None or jobs >= 1, "jobs", jobs, "use at least 1, or null")
     require(bool(methods), "methods", methods, "name at least one")
-    numbers = list(range(first_seed, first_seed + seeds))
+    console, numbers = Console(), list(range(first_seed, first_seed + seeds))
     runs = plan(configs, algorithm, methods, numbers, out, extra)
-    console = Console()
     for advised in check([run for run in runs[: len(methods)] if not run.finished()], algorithm):
         console.print(advised, soft_wrap=True)
-    if finished := sum(run.finished() for run in runs):
-        console.print(
-            f"{finished} of {len(runs)} runs lie finished in {out}; remove it to repeat them"
-        )
-    columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:>7.0f}"),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
+    if done := sum(run.finished() for run in runs):
+        console.print(f"{done} of {len(runs)} runs lie finished in {out}; remove it to repeat them")
+    shown = "[bold]{task.description}", "{task.completed:>7.0f}", "{task.fields[note]}"
+    name, steps, note = map(TextColumn, shown)
+    columns = name, BarColumn(), steps, TimeElapsedColumn(), note
     with locked(out), Progress(*columns, console=console) as progress:
         execute(runs, jobs or len(os.sched_getaffinity(0)), progress)
     folders: dict[str, list[Path]] = {}

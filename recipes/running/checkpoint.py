@@ -103,10 +103,6 @@ class Checkpoints:
     def after_step(self, run: RunState, telemetry: Telemetry) -> None:
         """Write a checkpoint if it is time for one, or if the run is to end here.
 
-        Args:
-            run: The run.
-            telemetry: Where size and time are said; training time stands still meanwhile.
-
         Raises:
             StoppedError: A signal asked the run, on any rank, to end.
         """
@@ -167,16 +163,10 @@ def _sync(path: Path) -> None:
 
 
 def latest(folder: Path, world_size: int | None = None) -> Path:
-    """The last checkpoint that every rank has, rank 0's.
-
-    Raises:
-        ConfigError: There is none, or it is one of other than ``world_size`` ranks.
-    """
+    """The last checkpoint that every rank has, rank 0's; of ``world_size`` ranks, if given."""
     ranks = sorted((folder / CHECKPOINTS).glob("rank*"))
-    names = [
-        {path.name for path in CheckpointRotation(rank, keep_last=_KEPT).checkpoints()}
-        for rank in ranks
-    ]
+    whole = [CheckpointRotation(rank, keep_last=_KEPT).checkpoints() for rank in ranks]
+    names = [{path.name for path in paths} for paths in whole]
     common: set[str] = set.intersection(*names) if names else set()
     if not common:
         raise ConfigError(f"--resume {folder}: no checkpoint lies there, start another run")

@@ -17,13 +17,13 @@ from typing import Any, NoReturn
 import lightning as L
 import torch
 import yaml
-from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, Namespace, lazy_instance
+from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, Namespace
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import LightningEnvironment
 
 from recipes.demonstrations import Demonstrations
 from recipes.off_policy import train
-from recipes.replay import Replay, VLMGuided
+from recipes.replay import Replay
 from recipes.running.checkpoint import (
     Checkpoints,
     check_resumable,
@@ -35,7 +35,7 @@ from recipes.running.divergence import DivergedError
 from recipes.running.interruption import StoppedError
 from recipes.running.metrics import Telemetry
 from recipes.settings import Scoring, Training
-from recipes.tasks import DoorKey, Task
+from recipes.tasks import Task
 from vlmrb_torchrl import keys
 from vlmrb_torchrl.checks import ConfigError, one_line, require
 from vlmrb_torchrl.scorers import ClipScorer
@@ -115,14 +115,13 @@ def build_parser(algorithm: Algorithm) -> ArgumentParser:
         metavar="FOLDER",
         help="Folder of a run that was stopped, to go on with, under its settings.",
     )
-    # The default settings are those of DoorKey-6x6: whoever has others says which task is meant.
-    default = {"default": lazy_instance(DoorKey)} if "doorkey_6x6" in tasks else {}
-    parser.add_subclass_arguments(Task, "env", required=False, **default)
-    parser.add_subclass_arguments(
-        Replay, "replay", default=lazy_instance(VLMGuided), required=False
-    )
+    parser.add_subclass_arguments(Task, "env", required=False)
+    parser.add_subclass_arguments(Replay, "replay", required=False)
     parser.add_class_arguments(Scoring, "scoring")
-    parser.set_defaults({"scoring.scorer": {"class_path": DEFAULT_SCORER}})
+    defaults = {"replay": "recipes.replay.VLMGuided", "scoring.scorer": DEFAULT_SCORER}
+    if "doorkey_6x6" in tasks:  # other recipes' defaults suit no task: it has to be named
+        defaults["env"] = "recipes.tasks.DoorKey"
+    parser.set_defaults({name: {"class_path": path} for name, path in defaults.items()})
     parser.add_class_arguments(Demonstrations, "demonstrations")
     parser.add_class_arguments(algorithm, "algorithm", skip={"env"}, instantiate=False)
     parser.add_class_arguments(Training, "training")
@@ -130,11 +129,7 @@ def build_parser(algorithm: Algorithm) -> ArgumentParser:
 
 
 def resumed(argv: list[str] | None) -> tuple[Path | None, list[str]]:
-    """Turn ``--resume FOLDER`` into the arguments of the run that lies there.
-
-    Returns:
-        The folder, if one is named, and the command line without it.
-    """
+    """Turn ``--resume FOLDER``, if it is there, into the arguments of the run that lies there."""
     ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     ahead.add_argument("--resume", type=Path)
     named, others = ahead.parse_known_args(argv)
@@ -178,7 +173,6 @@ def build_algorithm(algorithm: Algorithm, settings: Namespace) -> Any:
 def check(settings: Namespace) -> None:
     """Refuse settings that are each in order and cannot work together."""
     replay, training = settings.replay, settings.training
-    batch = "training.num_envs x training.steps_per_collection"
     pairs = [("training.eval_every_env_steps", "training.total_env_steps")]
     if "n_steps" in settings.algorithm:  # a transition spans steps of one collection
         pairs.append(("algorithm.n_steps", "training.steps_per_collection"))
@@ -187,16 +181,13 @@ def check(settings: Namespace) -> None:
     for name, limit in pairs:
         value, most = attrgetter(name, limit)(settings)
         require(value <= most, name, value, f"use at most {limit} ({most})")
-    batch = training.env_steps_per_collection
-    require(
-        batch <= replay.capacity,
-        "training.num_envs x training.steps_per_collection",
-        batch,
-        f"use at most replay.capacity ({replay.capacity})",
-    )
+    steps = training.env_steps_per_collection
+    name = "training.num_envs x training.steps_per_collection"
+    remedy = f"use at most replay.capacity ({replay.capacity})"
+    require(steps <= replay.capacity, name, steps, remedy)
     warmup, total = training.warmup_env_steps, training.total_env_steps
-    less = f"use less than training.total_env_steps ({total})"
-    require(warmup < total, "training.warmup_env_steps", warmup, less)
+    remedy = f"use less than training.total_env_steps ({total})"
+    require(warmup < total, "training.warmup_env_steps", warmup, remedy)
     if training.accelerator == "cuda":
         here = torch.cuda.is_available()
         require(here, "training.accelerator", "cuda", "no GPU is here: use cpu")
@@ -272,10 +263,8 @@ def advice(algorithm: Algorithm, settings: Namespace) -> str:
     """Say which settings suit the task, where there are any and no file says how to train."""
     recipe, task = algorithm.__name__.lower(), settings.env
     file = CONFIGS / task.configs / f"{recipe}.yaml"
-    given = settings.get("config") or []
-    if file not in tuned(recipe) or not says_how_to_train(file):
-        return ""
-    if any(map(says_how_to_train, given)):
+    known = file in tuned(recipe) and says_how_to_train(file)
+    if not known or any(map(says_how_to_train, settings.get("config") or [])):
         return ""
     name = task.name or type(task).__name__
     return f"{name} is hardly learnt with the default settings: use --config {shown_path(file)}"
@@ -304,22 +293,9 @@ def refusal(error: Exception) -> str:
 
 
 def launch(
-    algorithm: Algorithm,
-    module: Any,
-    settings: Namespace,
-    saved: dict[str, Any],
-    *,
-    resume: bool = False,
+    algorithm: Algorithm, module: Any, settings: Namespace, saved: dict[str, Any], *, resume: bool
 ) -> None:
-    """Launch Fabric, unless ``fabric run`` did, and train.
-
-    Args:
-        algorithm: Class of ``module``.
-        module: What is trained.
-        settings: The configuration, instantiated.
-        saved: The configuration, as it is written down.
-        resume: Whether to go on from the last checkpoint.
-    """
+    """Launch Fabric, unless ``fabric run`` did, and train; ``saved`` are the settings as JSON."""
     training: Training = settings.training
     logging.getLogger("torchrl").setLevel(logging.WARNING)
     torch.set_num_threads(training.torch_threads)

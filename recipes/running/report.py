@@ -41,11 +41,6 @@ class Outcome:
     measure: str = "success"
 
     @property
-    def final(self) -> Array:
-        """Success rate, or return, at the last evaluation, ``[S]``."""
-        return self.curves[:, -1]
-
-    @property
     def area(self) -> Array:
         """Area under the curve: mean over the evaluations, ``[S]``."""
         area: Array = self.curves.mean(axis=1)
@@ -86,9 +81,8 @@ def read_outcome(folders: list[Path]) -> Outcome:
     for folder in folders:
         rows = read_rows(folder)
         evaluations = [row for row in rows if "eval/return" in row]
-        require(
-            bool(evaluations), f"the evaluations of {folder}", 0, "let it evaluate once at least"
-        )
+        name = f"the evaluations of {folder}"
+        require(bool(evaluations), name, 0, "let it evaluate once at least")
         measure = "success" if "eval/success" in evaluations[0] else "return"
         curves.append([row[f"eval/{measure}"] for row in evaluations])
         axes.append([row["env_steps"] for row in evaluations])
@@ -135,7 +129,7 @@ def outcome_rows(outcomes: dict[str, Outcome]) -> Rows:
     """Build the table of outcomes, header first: a row per method."""
     rows = []
     for method, outcome in outcomes.items():
-        row = {"method": method, f"final {outcome.measure}": cell(outcome.final)}
+        row = {"method": method, f"final {outcome.measure}": cell(outcome.curves[:, -1])}
         row["area under curve"] = cell(outcome.area)
         if outcome.measure == "success":
             row["steps to 80 %"] = steps_cell(outcome)
@@ -155,24 +149,24 @@ def difference_rows(outcomes: dict[str, Outcome]) -> Rows:
         return cell(outcome.area - baseline.area) if same else "other evaluations"
 
     baselines = [name for name in BASELINES if name in outcomes]
+    if not baselines or len(outcomes) < 2:
+        return []
     rows = [["area under curve of", *(f"minus {name}" for name in baselines)]]
     for method, outcome in outcomes.items():
-        differences = [
-            "" if name == method else minus(outcome, outcomes[name]) for name in baselines
-        ]
-        rows.append([method, *differences])
-    return rows if baselines and len(outcomes) > 1 else []
+        others = ["" if name == method else minus(outcome, outcomes[name]) for name in baselines]
+        rows.append([method, *others])
+    return rows
 
 
 def unscored(folders: list[Path]) -> str:
     """Say which runs lost clips, and how many; empty if none did."""
     lost = []
     for folder in folders:
-        figures = [row for row in read_rows(folder) if "scoring/clips_submitted" in row]
-        if figures and (
-            n := figures[-1]["scoring/clips_dropped"] + figures[-1]["scoring/clips_failed"]
-        ):
-            lost.append(f"{folder.name} {n:.0f} of {figures[-1]['scoring/clips_submitted']:.0f}")
+        rows = [row for row in read_rows(folder) if "scoring/clips_submitted" in row]
+        clips = rows[-1] if rows else {}
+        n = clips.get("scoring/clips_dropped", 0) + clips.get("scoring/clips_failed", 0)
+        if n:
+            lost.append(f"{folder.name} {n:.0f} of {clips['scoring/clips_submitted']:.0f}")
     return f"clips that got no score: {', '.join(lost)}" if lost else ""
 
 
@@ -211,19 +205,14 @@ def draw_curves(outcomes: dict[str, Outcome], path: Path) -> None:
 def report(folders: dict[str, list[Path]], out: Path, console: Console) -> None:
     """Print the table, write ``table.md`` and ``curves.png``, say where the logs lie.
 
-    Args:
-        folders: Run folders of each method, in the same order of seeds.
-        out: Folder to write to.
-        console: Where to print.
+    The folders of each method are in the same order of seeds.
     """
     outcomes = {method: read_outcome(paths) for method, paths in folders.items()}
     seeds = max(len(paths) for paths in folders.values())
     title = f"Mean (of steps: median) and 95 % bootstrap interval over {seeds} seeds"
-    tables = [
-        show(outcome_rows(outcomes), title, console),
-        show(difference_rows(outcomes), "Differences, paired by seed", console),
-    ]
-    (out / "table.md").write_text("\n".join(tables))
+    table = show(outcome_rows(outcomes), title, console)
+    differences = show(difference_rows(outcomes), "Differences, paired by seed", console)
+    (out / "table.md").write_text(f"{table}\n{differences}")
     draw_curves(outcomes, out / "curves.png")
     if lost := unscored([path for paths in folders.values() for path in paths]):
         console.print(lost, soft_wrap=True)

@@ -21,7 +21,7 @@ from recipes.running.checkpoint import CHECKPOINTS
 from recipes.running.metrics import read_rows
 from recipes.running.run_state import plain, restored
 from recipes.sac import SAC
-from tests.recipes.resuming import assert_same_end, resume, start, stopped
+from tests.recipes.resuming import SHORT, assert_same_end, resume, start, stopped
 from tests.recipes.runs import HOLD, held
 from vlmrb_torchrl.checks import ConfigError
 
@@ -129,7 +129,7 @@ def test_fresh_start_leaves_what_a_run_has_left_alone_and_names_two_ways_out(lef
         folder.mkdir()
         (folder / left).write_text("of a run")
     before = content(folder)
-    text = refused(SAC, *LINE, f"--training.log_dir={tmp_path}", "--training.name=run")
+    text = refused(SAC, *SHORT, *LINE, f"--training.log_dir={tmp_path}", "--training.name=run")
     assert f"{folder} holds a run: " in text
     assert "--training.name" in text
     assert f"--resume {folder}" in text
