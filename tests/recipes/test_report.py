@@ -1,13 +1,19 @@
-"""The figures of a comparison against values worked by hand."""
+"""The figures of a run and of a comparison against values worked by hand."""
 
 import io
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from lightning.fabric import Fabric
 from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from recipes.replay import Uniform
 from recipes.running import report as reporting
+from recipes.running.metrics import Telemetry, read_rows
 from recipes.running.report import (
     Outcome,
     difference_rows,
@@ -17,6 +23,9 @@ from recipes.running.report import (
     steps_cell,
     unscored,
 )
+from recipes.settings import Training
+from recipes.tasks import DoorKey
+from vlmrb_torchrl import VLMReplayBuffer
 from vlmrb_torchrl.checks import ConfigError
 
 STEPS = np.array([100.0, 200.0, 300.0, 400.0])
@@ -135,3 +144,22 @@ def test_runs_that_lost_clips_are_named(tmp_path):
         row |= {"env_steps": 1, "scoring/clips_failed": 1 if dropped else 0}
         (tmp_path / name / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     assert unscored([tmp_path / "a", tmp_path / "b"]) == "clips that got no score: b 4 of 9"
+
+
+def test_clips_are_shown_with_their_scores_at_a_row_and_after_each_distance(tmp_path):
+    """A grid of 8 columns, of 8 x 8 pixels each, holds 10 frames in two rows."""
+    clip = torch.zeros(10, 3, 8, 8, dtype=torch.uint8), 0.25
+    scoring = SimpleNamespace(statistics=dict, showcase=lambda: {"best": clip})
+    training = Training(log_every_env_steps=32, strip_every_env_steps=64, progress=False)
+    buffer = VLMReplayBuffer()
+    with Telemetry(Fabric(accelerator="cpu"), DoorKey(), training, tmp_path) as telemetry:
+        for env_steps in range(16, 161, 16):
+            telemetry.log(env_steps, None, Uniform(), buffer, scoring)
+    assert [row["env_steps"] for row in read_rows(tmp_path)] == [32, 64, 96, 128, 160]
+    events = EventAccumulator(str(tmp_path)).Reload()
+    shown = events.Images("clips/best")
+    assert [(image.step, image.width, image.height) for image in shown] == [
+        (64, 64, 16),
+        (128, 64, 16),
+    ]
+    assert [point.value for point in events.Scalars("clips/best_score")] == [0.25, 0.25]
