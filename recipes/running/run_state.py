@@ -205,7 +205,7 @@ def state_of_buffer(buffer: VLMReplayBuffer) -> State:
     sampler = whole["_sampler"]
     for name in _trees(buffer, sampler):
         sampler[name] = torch.as_tensor(sampler[name][torch.arange(slots)])
-    stored = buffer.storage[:rows] if rows else None
+    stored: Any = buffer.storage[:rows] if rows else None
     if 0 < rows < slots:  # torch.save would write all the memory that a view lies in
         stored = stored.clone()
     return {"stored": stored, "sampler": sampler, "writer": whole["_writer"]}
