@@ -66,20 +66,27 @@ def test_clips_that_wait_and_that_are_being_judged_are_judged_after_the_resume(t
 
 
 def test_score_that_comes_while_the_run_is_saved_is_not_lost(tmp_path, monkeypatch):
-    """It comes after the clips were read and before the buffer is: it is in the buffer."""
+    """It comes between the first read, of the clips, and the second: it is in the buffer."""
     gate = Gate(tmp_path)
     buffer = make_buffer()
     with make(buffer, Gated(gate), "thread") as scoring:
         insert(buffer, scoring, stream([4]))
         gate.await_arrival()
-        read = run_state.state_of_buffer
+        reads = []
 
-        def scored_meanwhile(buffer):
-            gate.release()
-            assert scoring.drain(PATIENT)
-            return read(buffer)
+        def then_scored(read):
+            def first(*buffer):
+                state = read(*buffer)
+                if not reads:
+                    gate.release()
+                    assert scoring.drain(PATIENT)
+                reads.append(read)
+                return state
 
-        monkeypatch.setattr(run_state, "state_of_buffer", scored_meanwhile)
+            return first
+
+        for owner, name in ((run_state, "state_of_buffer"), (scoring, "state_dict")):
+            monkeypatch.setattr(owner, name, then_scored(getattr(owner, name)))
         state = saved(run_of(buffer, scoring))
     assert saved_scores(state, 4) == [1] * 4
     restored = make_buffer()
