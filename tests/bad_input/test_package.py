@@ -251,10 +251,8 @@ CONSTRUCTORS: dict[Callable[..., Any], tuple[dict[str, Any], dict[str, tuple[Any
             "tau": torch.full((2, 3), 0.5),
         },
         {
-            "prediction": (torch.zeros(2, 3).long(), "x", None),
-            **dict.fromkeys(
-                ("tau", "target"), (torch.zeros(2), torch.zeros(3, 3), THREE, "x", None)
-            ),
+            "prediction": (torch.zeros(2, 3).long(),),
+            **dict.fromkeys(("tau", "target"), (torch.zeros(2), torch.zeros(3, 3), THREE)),
             "kappa": POSITIVE,
         },
     ),
@@ -299,7 +297,7 @@ class Games(envs.DoorKeyEnv):
     def act(self, action: Any) -> None:
         self.step(self.start.clone().set("action", action))
 
-    state_dict = envs.DoorKeyEnv.get_extra_state
+    state_dict = envs.DoorKeyEnv.games_state_dict
 
 
 def damaged_states() -> tuple[Any, ...]:
