@@ -1,6 +1,5 @@
 """Losses that TorchRL lacks, in its manner."""
 
-from vlmrb_torchrl.objectives.iqn import IQNLoss, quantile_huber
-from vlmrb_torchrl.objectives.quantile_network import QuantileNetwork, cvar
+from vlmrb_torchrl.objectives.iqn import IQNLoss, QuantileNetwork, cvar, quantile_huber
 
 __all__ = ["IQNLoss", "QuantileNetwork", "cvar", "quantile_huber"]

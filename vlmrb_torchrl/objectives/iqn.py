@@ -1,31 +1,151 @@
-"""Implicit quantile networks as a TorchRL loss.
+"""Implicit quantile networks: the network, its loss, and TorchRL's loss module around it.
 
 Source: Dabney et al. 2018, Implicit Quantile Networks, arXiv 1806.06923.
 
-B: batch, N: online quantiles, M: target quantiles, A: actions.
+B: batch, N: online quantiles, M: target quantiles, D: features, A: actions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams
-from tensordict.nn import TensorDictModule, dispatch
-from torch import Tensor
+from tensordict.nn import TensorDictModuleBase, dispatch
+from torch import Tensor, nn
 from torch.nn import functional
 from torchrl.data import TensorSpec
 from torchrl.data.utils import _find_action_space
 from torchrl.modules import QValueActor
-from torchrl.objectives import LossModule, ValueEstimators
-from torchrl.objectives.utils import dispatch_value_estimator
-from torchrl.objectives.value import ValueEstimatorBase
+from torchrl.objectives import DQNLoss, ValueEstimators
 
-from vlmrb_torchrl.checks import is_positive, is_whole, require, shown
+from vlmrb_torchrl.checks import is_key, is_positive, is_whole, require, shown
 
-_AT_LEAST_1 = "use a whole number >= 1"
+_MOST = 1 << 20  # features, cosines, fractions: beyond, they would not fit a memory
 _TINY = 1e-6  # of one fraction there is no slope
+
+
+def cvar(tau: Tensor, risk_level: float) -> Tensor:
+    """Distort fractions so that actions are chosen by the mean of the worst returns alone.
+
+    Args:
+        tau: Fractions, float32, any shape, in [0, 1].
+        risk_level: η in (0, 1], the share of the worst returns that counts; 1 is risk-neutral.
+
+    Returns:
+        β(τ) = η τ, in the shape of ``tau``.
+
+    Raises:
+        ValueError: ``risk_level`` is outside (0, 1], or ``tau`` is no tensor of floats.
+
+    Source:
+        Dabney et al. 2018, arXiv 1806.06923, CVaR.
+
+    Example:
+        >>> cvar(torch.tensor([0.0, 0.5, 1.0]), 0.1)
+        tensor([0.0000, 0.0500, 0.1000])
+    """
+    require(is_positive(risk_level, 1), "risk_level", risk_level, "use a share above 0, up to 1")
+    require(
+        isinstance(tau, Tensor) and tau.is_floating_point(), "tau", shown(tau), "pass fractions"
+    )
+    return risk_level * tau
+
+
+class QuantileNetwork(TensorDictModuleBase):
+    """Implicit quantile network: Z_τ(x, a) = f(ψ(x) ⊙ φ(τ))_a.
+
+    φ_j(τ) = ReLU(Σ_i cos(π i τ) w_ij + b_j), i from 0 to ``num_cosines`` − 1.
+
+    Given fractions under ``tau_key``, float32 ``[B, N]``, it writes the quantiles at them to
+    ``quantiles_key``, ``[B, N, A]``.  Given none, it acts: it takes the distorted midpoints
+    β((k + ½)/K).  Either way their mean is ``"action_value"``, ``[B, A]``, so that TorchRL's
+    ``QValueActor`` makes it a policy, π_β. The paper draws K fractions to act; the midpoints
+    approximate the same mean without noise, the policy is deterministic, and φ is computed once
+    for the whole batch.
+
+    Args:
+        features: ψ, from the observation to ``[B, num_features]``.
+        head: f, from ``[B, N, num_features]`` to ``[B, N, A]``.
+        num_features: D.
+        in_key: Key of the observation.
+        tau_key: Key of the fractions.
+        quantiles_key: Key of the quantiles at them.
+        num_cosines: Cosines of the embedding, 64 in the paper.
+        policy_quantiles: K, fractions that an action is chosen by, 32 in the paper.
+        distortion: β, from fractions to fractions, such as ``cvar``; None is risk-neutral.
+
+    Raises:
+        ValueError: An argument is outside its range.
+
+    Source:
+        Dabney et al. 2018, arXiv 1806.06923, eq. 4.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> network = QuantileNetwork(nn.Linear(3, 8), nn.Linear(8, 2), num_features=8)
+        >>> state = TensorDict({"observation": torch.rand(5, 3), "tau": torch.rand(5, 7)}, [5])
+        >>> network(state)["quantiles"].shape
+        torch.Size([5, 7, 2])
+    """
+
+    frequencies: Tensor
+    policy_tau: Tensor
+
+    def __init__(
+        self,
+        features: nn.Module,
+        head: nn.Module,
+        *,
+        num_features: int,
+        in_key: NestedKey = "observation",
+        tau_key: NestedKey = "tau",
+        quantiles_key: NestedKey = "quantiles",
+        num_cosines: int = 64,
+        policy_quantiles: int = 32,
+        distortion: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("num_features", num_features),
+            ("num_cosines", num_cosines),
+            ("policy_quantiles", policy_quantiles),
+        ):
+            require(is_whole(value, 1, _MOST), name, value, f"use a whole number, 1 to {_MOST}")
+        for name, module in (("features", features), ("head", head)):
+            require(isinstance(module, nn.Module), name, module, "pass a module of torch")
+        require(distortion is None or callable(distortion), "distortion", distortion, "use cvar")
+        require(is_key(in_key), "in_key", in_key, "name an entry")
+        self.in_keys, self.out_keys = [in_key], ["action_value"]
+        self.tau_key, self.quantiles_key = tau_key, quantiles_key
+        self.features, self.head = features, head
+        self.embedding = nn.Linear(num_cosines, num_features)
+        midpoints = (torch.arange(policy_quantiles) + 0.5) / policy_quantiles
+        policy_tau = midpoints if distortion is None else distortion(midpoints)
+        require(
+            bool(((policy_tau >= 0) & (policy_tau <= 1)).all()),
+            "distortion(tau)",
+            policy_tau.tolist(),
+            "use a function from [0, 1] to [0, 1]",
+        )
+        self.register_buffer("frequencies", torch.pi * torch.arange(num_cosines))
+        self.register_buffer("policy_tau", policy_tau)
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write ``"action_value"``, and the quantiles where fractions are given."""
+        tau = tensordict.get(self.tau_key, None)
+        fractions = self.policy_tau if tau is None else tau
+        phi = torch.relu(self.embedding(torch.cos(fractions.unsqueeze(-1) * self.frequencies)))
+        if tau is None and isinstance(self.head, nn.Linear):
+            # The mean over quantiles commutes with a linear f: one pass instead of K.
+            phi = phi.mean(-2, keepdim=True)
+        psi = self.features(tensordict.get(self.in_keys[0])).unsqueeze(-2)
+        quantiles = self.head(psi * phi)
+        if tau is not None:
+            tensordict.set(self.quantiles_key, quantiles)
+        return tensordict.set("action_value", quantiles.mean(-2))
 
 
 def quantile_huber(prediction: Tensor, tau: Tensor, target: Tensor, kappa: float = 1.0) -> Tensor:
@@ -52,12 +172,11 @@ def quantile_huber(prediction: Tensor, tau: Tensor, target: Tensor, kappa: float
         >>> quantile_huber(torch.zeros(1, 1), torch.full((1, 1), 0.5), torch.ones(1, 1))
         tensor([0.2500])
     """
-    given = {"prediction": prediction, "tau": tau, "target": target}
-    for name, quantiles in given.items():
-        floats = isinstance(quantiles, Tensor) and quantiles.is_floating_point()
-        fits = floats and quantiles.ndim == prediction.ndim >= 1 <= quantiles.shape[-1]
+    for name, quantiles in (("prediction", prediction), ("tau", tau), ("target", target)):
         require(
-            fits and quantiles.shape[:-1] == prediction.shape[:-1],
+            quantiles.is_floating_point()
+            and quantiles.ndim == prediction.ndim >= 1 <= quantiles.shape[-1]
+            and quantiles.shape[:-1] == prediction.shape[:-1],
             name,
             shown(quantiles),
             "pass floats, [B, N] for prediction and tau, [B, M] for target",
@@ -91,8 +210,8 @@ def _mean(quantiles: Tensor, tau: Tensor) -> Tensor:
     return level.squeeze(-1) + slope * (0.5 - middle.squeeze(-1))
 
 
-class IQNLoss(LossModule):
-    """The loss of implicit quantile networks.
+class IQNLoss(DQNLoss):
+    """`DQNLoss` with the loss of implicit quantile networks.
 
     For each transition, N fractions τ and M fractions τ′ are drawn from U(0, 1), and
 
@@ -121,7 +240,7 @@ class IQNLoss(LossModule):
             there (True and ``"auto"``), or never.
 
     Raises:
-        ValueError: An argument is outside its range.
+        ValueError: An argument is outside its range, or double_dqn lacks a target network.
 
     Source:
         Dabney et al. 2018, arXiv 1806.06923, eq. 3; double_dqn: van Hasselt et al. 2016,
@@ -130,12 +249,9 @@ class IQNLoss(LossModule):
     Example:
         >>> from torch import nn
         >>> from torchrl.data import Categorical
-        >>> from torchrl.objectives import SoftUpdate
-        >>> from vlmrb_torchrl.objectives import QuantileNetwork
         >>> network = QuantileNetwork(nn.Linear(3, 8), nn.Linear(8, 2), num_features=8)
         >>> loss = IQNLoss(QValueActor(network, spec=Categorical(2)))
         >>> _ = loss.make_value_estimator(gamma=0.95)
-        >>> target = SoftUpdate(loss, tau=0.01)
         >>> ended = torch.tensor([[False], [True]])
         >>> following = {"observation": torch.rand(2, 3), "reward": torch.ones(2, 1)}
         >>> following |= {"terminated": ended, "done": ended}
@@ -147,37 +263,20 @@ class IQNLoss(LossModule):
     """
 
     @dataclass
-    class _AcceptedKeys:
-        """Keys that ``set_keys`` can rename; ``DQNLoss`` has all but ``tau`` and ``quantiles``.
+    class _AcceptedKeys(DQNLoss._AcceptedKeys):
+        """Keys that ``set_keys`` can rename: ``DQNLoss``'s, and two more.
 
         Attributes:
-            action: Taken action, int64 ``[B]`` or ``[B, 1]``, or one-hot ``[B, A]``.
             tau: Fractions, handed to the network.
             quantiles: Quantiles at them, written by the network.
-            priority: |δ|, written to the input.
-            reward: Reward, below ``"next"``, ``[B, 1]``.
-            done: End of the episode, below ``"next"``, bool ``[B, 1]``.
-            terminated: End without a future, below ``"next"``, bool ``[B, 1]``.
-            priority_weight: Importance weight, ``[B]``.
         """
 
-        action: NestedKey = "action"
         tau: NestedKey = "tau"
         quantiles: NestedKey = "quantiles"
-        priority: NestedKey = "td_error"
-        reward: NestedKey = "reward"
-        done: NestedKey = "done"
-        terminated: NestedKey = "terminated"
-        priority_weight: NestedKey = "priority_weight"
 
-    tensor_keys: _AcceptedKeys
     default_keys = _AcceptedKeys
-    default_value_estimator = ValueEstimators.TD0
-    out_keys = ["loss"]  # noqa: RUF012
-
-    value_network: TensorDictModule
-    value_network_params: TensorDictParams
-    target_value_network_params: TensorDictParams
+    # Of n-step transitions γ is raised to the power of "steps_to_next_obs".
+    SUPPORTED_VALUE_ESTIMATORS = (ValueEstimators.TD0,)
 
     def __init__(
         self,
@@ -193,17 +292,19 @@ class IQNLoss(LossModule):
         reduction: Literal["mean", "sum", "none"] | None = None,
         use_prioritized_weights: bool | Literal["auto"] = "auto",
     ) -> None:
-        super().__init__()
-        reduction = "mean" if reduction is None else reduction
         require(
             isinstance(value_network, QValueActor),
             "value_network",
             value_network,
             "pass a QValueActor around a network",
         )
-        require(is_whole(online_quantiles, 1), "online_quantiles", online_quantiles, _AT_LEAST_1)
-        require(is_whole(target_quantiles, 1), "target_quantiles", target_quantiles, _AT_LEAST_1)
+        for name, count in (
+            ("online_quantiles", online_quantiles),
+            ("target_quantiles", target_quantiles),
+        ):
+            require(is_whole(count, 1), name, count, "use a whole number >= 1")
         require(is_positive(kappa), "kappa", kappa, "use more than 0")
+        reduction = "mean" if reduction is None else reduction
         for name, value, choices in (
             ("priority", priority, ("mean", "pairwise")),
             ("delay_value", delay_value, (True, False)),
@@ -213,47 +314,23 @@ class IQNLoss(LossModule):
         ):
             one = isinstance(value, (bool, str)) and value in choices
             require(one, name, value, f"use one of {choices}")
-        require(
-            delay_value or not double_dqn, "double_dqn", double_dqn, "it needs delay_value=True"
-        )
         given = value_network.action_space if action_space is None else action_space
         try:
             space = _find_action_space(given)
         except (ValueError, TypeError, AttributeError):
             space = None
-        known = ("categorical", "one_hot")
-        require(space in known, "action_space", given, "use categorical or one-hot")
-        self.action_space = space
-        self.convert_to_functional(value_network, "value_network", create_target_params=delay_value)
+        known = space in ("categorical", "one_hot")
+        require(known, "action_space", given, "use categorical or one-hot")
+        super().__init__(
+            value_network,
+            delay_value=delay_value,
+            double_dqn=double_dqn,
+            action_space=space,
+            reduction=reduction,
+            use_prioritized_weights=use_prioritized_weights,
+        )
         self.online_quantiles, self.target_quantiles = online_quantiles, target_quantiles
         self.kappa, self.priority = kappa, priority
-        self.delay_value, self.double_dqn = delay_value, double_dqn
-        self.reduction = reduction
-        self.use_prioritized_weights = use_prioritized_weights
-        self._set_in_keys()
-
-    def _set_in_keys(self) -> None:
-        observed = self.value_network.in_keys
-        ends = (self.tensor_keys.reward, self.tensor_keys.done, self.tensor_keys.terminated)
-        following = [("next", key) for key in (*ends, *observed)]
-        self.in_keys = [self.tensor_keys.action, *observed, *following]
-
-    def make_value_estimator(
-        self,
-        value_type: ValueEstimators | ValueEstimatorBase | type[ValueEstimatorBase] | None = None,
-        **hyperparams: Any,
-    ) -> Any:
-        """Choose how targets are built; only TD(0) is known, with ``gamma`` 0.99 by default.
-
-        Of transitions that span several steps (``MultiStepTransform``) γ is raised to the power of
-        ``"steps_to_next_obs"``.
-        """
-        value_type = self.default_value_estimator if value_type is None else value_type
-        if isinstance(value_type, (ValueEstimatorBase, type)):
-            return super().make_value_estimator(value_type, **hyperparams)
-        dispatch_value_estimator(self, value_type, supported=(ValueEstimators.TD0,), **hyperparams)
-        self._forward_value_estimator_keys()
-        return self
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
@@ -265,9 +342,8 @@ class IQNLoss(LossModule):
         Returns:
             ``"loss"``: float32, a scalar unless ``reduction`` is ``"none"``.
         """
-        online, tau = self._quantiles(
-            self._state(tensordict), self.value_network_params, self.online_quantiles
-        )
+        state = self._state(tensordict)
+        online, tau = self._quantiles(state, self.value_network_params, self.online_quantiles)
         action = self._index(tensordict.get(self.tensor_keys.action), tensordict.shape)
         prediction = _of_action(online, action)
         target, target_tau = self._target(tensordict)
