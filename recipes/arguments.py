@@ -1,55 +1,65 @@
-"""Arguments that the algorithms share, and what they may be."""
+"""Numbers with a range, as types for signatures: ``--help`` names it, bad values are refused.
+
+    def __init__(self, env: EnvBase, *, gamma: RightOpenUnitInterval = 0.95) -> None:
+
+Only the command line checks; what reaches a class is a plain number.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vlmrb_torchrl.checks import is_positive, is_real, is_whole, require
+import yaml
+from jsonargparse.typing import register_type, restricted_number_type
 
-Rule = tuple[Callable[[Any], bool], str]
-
-_POSITIVE: Rule = (is_positive, "use more than 0")
-_NOT_NEGATIVE: Rule = (lambda x: is_real(x, 0), "use 0 or more")
-_COUNT: Rule = (lambda x: is_whole(x, 1), "use >= 1")
-_WIDEST = 1 << 16
-_RULES: dict[str, Rule] = {
-    "hidden_features": (
-        lambda x: isinstance(x, (list, tuple)) and all(is_whole(width, 1, _WIDEST) for width in x),
-        f"use 1 to {_WIDEST} each",
-    ),
-    "gamma": (lambda x: is_real(x, 0) and x < 1, "use a number in [0, 1)"),
-    "n_steps": _COUNT,
-    "reward_scale": _POSITIVE,
-    "target_update_rate": (lambda x: is_positive(x, 1), "use a number in (0, 1]"),
-    "learning_rate": _POSITIVE,
-    "adam_eps": _POSITIVE,
-    "gradient_clip_norm": (lambda x: x == math.inf or is_positive(x), "use more than 0"),
-    "epsilon_final": (lambda x: is_real(x, 0, 1), "use 0 to 1"),
-    "epsilon_share": (lambda x: is_real(x, 0, 1), "use 0 to 1"),
-    "num_critics": _COUNT,
-    "alpha_init": _POSITIVE,
-    "target_entropy": (lambda x: x is None or is_real(x), "use a number, or null"),
-    "policy_delay": _COUNT,
-    "exploration_noise": _NOT_NEGATIVE,
-    "target_noise": _NOT_NEGATIVE,
-    "target_noise_clip": _NOT_NEGATIVE,
-}
+from vlmrb_torchrl.checks import ConfigError, shown
 
 
-def check_arguments(**arguments: Any) -> None:
-    """Refuse an argument of an algorithm that cannot work, by its name.
+def number(name: str, kind: type, *bounds: tuple[str, float]) -> Any:
+    """Build a type of numbers of ``kind`` within ``bounds``; ``--help`` calls it by its name."""
+    bounded = restricted_number_type(name, kind, list(bounds))
 
-    One that no other algorithm has is not known here: its algorithm checks it.
+    def read(value: Any) -> Any:  # a plain number: checkpoints hold no other
+        try:
+            given = yaml.safe_load(value) if isinstance(value, str) else value
+            return kind(bounded(given))
+        except (ValueError, TypeError, OverflowError, yaml.YAMLError):
+            # The parser knows of which argument: `cli.refusal` puts it before.
+            raise ConfigError(f"is {shown(value)}: must be {name}") from None
 
-    Raises:
-        ConfigError: In one line, with the argument, its value and the remedy.
+    register_type(bounded, kind, read, type_check=lambda *_: False)
+    return bounded
 
-    Example:
-        >>> check_arguments(gamma=0.99, learning_rate=3e-4)
-    """
-    for name, value in arguments.items():
-        if name in _RULES:
-            allowed, remedy = _RULES[name]
-            require(allowed(value), f"algorithm.{name}", value, remedy)
+
+if TYPE_CHECKING:
+    from builtins import float as ClosedUnitInterval
+    from builtins import float as FiniteFloat
+    from builtins import float as LeftOpenUnitInterval
+    from builtins import float as NonNegativeFinite
+    from builtins import float as PositiveFinite
+    from builtins import float as PositiveFloat
+    from builtins import float as RightOpenUnitInterval
+    from builtins import float as Seconds
+    from builtins import float as UpdateRatio
+    from builtins import int as NonNegativeInt
+    from builtins import int as PositiveInt
+    from builtins import int as Seed
+    from builtins import int as Slots
+    from builtins import int as Width
+else:
+    PositiveInt = number("PositiveInt", int, (">", 0))
+    NonNegativeInt = number("NonNegativeInt", int, (">=", 0))
+    Width = number("int from 1 to 65536", int, (">=", 1), ("<=", 1 << 16))
+    Slots = number("int from 1 to 10^9", int, (">=", 1), ("<=", 10**9))  # 50 GB of priorities alone
+    # Beyond, the seeds of demonstrations begin; numpy's generators take 32 bits.
+    Seed = number("int from 0 to 2^30 - 1", int, (">=", 0), ("<", 1 << 30))
+    ClosedUnitInterval = number("ClosedUnitInterval", float, (">=", 0), ("<=", 1))
+    LeftOpenUnitInterval = number("float in (0, 1]", float, (">", 0), ("<=", 1))
+    RightOpenUnitInterval = number("float in [0, 1)", float, (">=", 0), ("<", 1))
+    PositiveFloat = number("PositiveFloat", float, (">", 0))  # or infinite
+    PositiveFinite = number("finite float > 0", float, (">", 0), ("<", math.inf))
+    NonNegativeFinite = number("finite float >= 0", float, (">=", 0), ("<", math.inf))
+    FiniteFloat = number("finite float", float, (">", -math.inf), ("<", math.inf))
+    UpdateRatio = number("float in (0, 64]", float, (">", 0), ("<=", 64))
+    Seconds = number("float in (0, 1e9]", float, (">", 0), ("<=", 1e9))

@@ -19,12 +19,13 @@ from torch import Tensor
 from torchrl.data import Categorical
 from torchrl.envs import EnvBase
 
+from recipes.arguments import NonNegativeFinite, NonNegativeInt, RightOpenUnitInterval
 from recipes.replay import Replay
 from recipes.running.divergence import check_steps
 from recipes.tasks import Task
 from recipes.transitions import Transitions
 from vlmrb_torchrl import VLMReplayBuffer, keys
-from vlmrb_torchrl.checks import is_real, is_whole, require
+from vlmrb_torchrl.checks import require
 from vlmrb_torchrl.envs import DemonstratedEnv
 
 # Beyond the seed of any run: demonstrations start where training does not, and what is random about
@@ -45,26 +46,17 @@ class Demonstrations:
             random actions if they are discrete.
     """
 
-    episodes: int = 0
-    batch_share: float = 0.0
-    action_noise: float = 0.1
+    episodes: NonNegativeInt = 0
+    batch_share: RightOpenUnitInterval = 0.0
+    action_noise: NonNegativeFinite = 0.1
 
     def __post_init__(self) -> None:
-        episodes, share, noise = self.episodes, self.batch_share, self.action_noise
-        require(is_whole(episodes, 0), "demonstrations.episodes", episodes, "use 0 or more")
         require(
-            is_real(share, 0) and share < 1,
-            "demonstrations.batch_share",
-            share,
-            "use a number in [0, 1)",
-        )
-        require(
-            share == 0 or episodes > 0,
+            self.batch_share == 0 or self.episodes > 0,
             "demonstrations.episodes",
-            episodes,
-            f"with a batch_share of {share} play at least 1",
+            self.episodes,
+            f"with a batch_share of {self.batch_share} play at least 1",
         )
-        require(is_real(noise, 0), "demonstrations.action_noise", noise, "use 0 or more")
 
     def play(self, task: Task, seed: int) -> list[TensorDictBase]:
         """Play the episodes.

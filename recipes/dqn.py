@@ -18,11 +18,18 @@ from torchrl.envs import EnvBase
 from torchrl.modules import EGreedyModule, QValueActor
 from torchrl.objectives import DQNLoss, SoftUpdate, ValueEstimators
 
-from recipes.arguments import check_arguments
-from recipes.networks import GridQNetwork, grid_sizes
-from recipes.schedules import linear
+from recipes.arguments import (
+    ClosedUnitInterval,
+    LeftOpenUnitInterval,
+    PositiveFinite,
+    PositiveFloat,
+    PositiveInt,
+    RightOpenUnitInterval,
+    Width,
+)
+from recipes.networks import GridQNetwork, grid_sizes, keep_targets, value_figures
+from recipes.settings import linear
 from recipes.transitions import Transitions
-from recipes.values import keep_targets, value_figures
 from vlmrb_torchrl import keys
 
 
@@ -47,39 +54,27 @@ class DQN(L.LightningModule):
         self,
         env: EnvBase,
         *,
-        hidden_features: tuple[int, ...] = (128, 128),
-        gamma: float = 0.95,
-        n_steps: int = 1,
-        reward_scale: float = 1.0,
-        learning_rate: float = 1e-3,
-        adam_eps: float = 1e-5,
-        target_update_rate: float = 0.01,
-        gradient_clip_norm: float = 10.0,
-        epsilon_final: float = 0.1,
-        epsilon_share: float = 0.75,
+        hidden_features: tuple[Width, ...] = (128, 128),
+        gamma: RightOpenUnitInterval = 0.95,
+        n_steps: PositiveInt = 1,
+        reward_scale: PositiveFinite = 1.0,
+        learning_rate: PositiveFinite = 1e-3,
+        adam_eps: PositiveFinite = 1e-5,
+        target_update_rate: LeftOpenUnitInterval = 0.01,
+        gradient_clip_norm: PositiveFloat = 10.0,
+        epsilon_final: ClosedUnitInterval = 0.1,
+        epsilon_share: ClosedUnitInterval = 0.75,
     ) -> None:
         super().__init__()
-        check_arguments(
-            hidden_features=hidden_features,
-            gamma=gamma,
-            n_steps=n_steps,
-            reward_scale=reward_scale,
-            learning_rate=learning_rate,
-            adam_eps=adam_eps,
-            target_update_rate=target_update_rate,
-            gradient_clip_norm=gradient_clip_norm,
-            epsilon_final=epsilon_final,
-            epsilon_share=epsilon_share,
-        )
         action_spec = env.action_spec_unbatched
         network = GridQNetwork(
             *grid_sizes(env),
             hidden_features=hidden_features,
         )
-        self.actor = QValueActor(network, spec=action_spec)
+        self.policy = QValueActor(network, spec=action_spec)
         self.greedy = EGreedyModule(action_spec, eps_end=epsilon_final)
         self.loss = DQNLoss(
-            self.actor,
+            self.policy,
             action_space=action_spec,
             loss_function="smooth_l1",
             double_dqn=True,
@@ -94,14 +89,9 @@ class DQN(L.LightningModule):
         self.epsilon_final, self.epsilon_share = epsilon_final, epsilon_share
 
     @property
-    def policy(self) -> TensorDictModule:
-        """The greedy policy."""
-        return self.actor
-
-    @property
     def behaviour(self) -> TensorDictModule:
         """The policy that collects: greedy but for a share ε of random actions."""
-        return TensorDictSequential(self.actor, self.greedy)
+        return TensorDictSequential(self.policy, self.greedy)
 
     def configure_optimizers(self) -> dict[str, Optimizer]:
         """Build Adam over the online network."""
@@ -131,7 +121,7 @@ class DQN(L.LightningModule):
     @torch.no_grad()
     def figures(self, batch: TensorDictBase) -> dict[str, Tensor]:
         """Say what is worth logging after an update."""
-        values = self.actor(batch.select("observation"))["action_value"]
+        values = self.policy(batch.select("observation"))["action_value"]
         taken = values.gather(-1, batch["action"].unsqueeze(-1))
         return {**value_figures(self.loss, taken), "train/epsilon": self.greedy.eps}
 

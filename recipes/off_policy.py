@@ -25,7 +25,7 @@ from recipes.running.checkpoint import Checkpoints
 from recipes.running.divergence import check_learning
 from recipes.running.metrics import Telemetry
 from recipes.running.run_state import Games, Learner, Memory, RunState
-from recipes.schedules import progress_of
+from recipes.settings import progress_of
 from recipes.transitions import Transitions
 
 

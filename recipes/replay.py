@@ -18,11 +18,17 @@ from torchrl.data import (
 )
 from torchrl.data.replay_buffers.samplers import Sampler
 
-from recipes.schedules import linear
+from recipes.arguments import (
+    ClosedUnitInterval,
+    LeftOpenUnitInterval,
+    NonNegativeFinite,
+    PositiveFinite,
+    PositiveInt,
+    Slots,
+)
+from recipes.settings import linear
 from vlmrb_torchrl import VLMPrioritizedSampler, VLMReplayBuffer
-from vlmrb_torchrl.checks import is_positive, is_real, is_whole, require
-
-MOST_TRANSITIONS = 10**9  # 50 GB of priorities alone
+from vlmrb_torchrl.checks import require
 
 
 class Replay(ABC):
@@ -43,15 +49,9 @@ class Replay(ABC):
     buffer_class: type[TensorDictReplayBuffer] = VLMReplayBuffer
     """What holds the transitions; scores need a ``VLMReplayBuffer``."""
 
-    def __init__(self, capacity: int = 200_000, batch_size: int = 64) -> None:
+    def __init__(self, capacity: Slots = 200_000, batch_size: PositiveInt = 64) -> None:
         require(
-            is_whole(capacity, 1, MOST_TRANSITIONS),
-            "replay.capacity",
-            capacity,
-            f"use 1 to {MOST_TRANSITIONS} transitions",
-        )
-        require(
-            is_whole(batch_size, 1, capacity),
+            batch_size <= capacity,
             "replay.batch_size",
             batch_size,
             f"use 1 to replay.capacity ({capacity})",
@@ -111,8 +111,6 @@ class Prioritized(Replay):
     """PER: P(i) ∝ (|δ_i| + ε)^α with weights (N P)^-β (Schaul et al. 2016, arXiv 1511.05952).
 
     Args:
-        capacity: Slots of the buffer, in transitions, on each rank.
-        batch_size: Transitions per gradient step, on each rank.
         alpha: Exponent of the priority, 0 (uniform) to 1.
         beta_start: Exponent of the importance weight at the start, 0 to 1.
         beta_end: The same after ``beta_share``.
@@ -124,28 +122,14 @@ class Prioritized(Replay):
 
     def __init__(
         self,
-        capacity: int = 200_000,
-        batch_size: int = 64,
-        alpha: float = 0.6,
-        beta_start: float = 0.4,
-        beta_end: float = 1.0,
-        beta_share: float = 1.0,
-        td_error_offset: float = 1e-3,
+        alpha: ClosedUnitInterval = 0.6,
+        beta_start: ClosedUnitInterval = 0.4,
+        beta_end: ClosedUnitInterval = 1.0,
+        beta_share: ClosedUnitInterval = 1.0,
+        td_error_offset: PositiveFinite = 1e-3,
+        **ring: Any,
     ) -> None:
-        super().__init__(capacity, batch_size)
-        for name, value in (
-            ("alpha", alpha),
-            ("beta_start", beta_start),
-            ("beta_end", beta_end),
-            ("beta_share", beta_share),
-        ):
-            require(is_real(value, 0, 1), f"replay.{name}", value, "use a number from 0 to 1")
-        require(
-            is_positive(td_error_offset),
-            "replay.td_error_offset",
-            td_error_offset,
-            "use a small positive number such as 1e-3",
-        )
+        super().__init__(**ring)
         self.alpha, self.td_error_offset = alpha, td_error_offset
         self.beta_start, self.beta_end = beta_start, beta_end
         self.beta_share = beta_share
@@ -174,8 +158,6 @@ class VLMGuided(Replay):
     """VLM-RB: q(i) = λ q^P(i) + (1-λ)/N, where q^P follows the judge's scores (arXiv 2602.01915).
 
     Args:
-        capacity: Slots of the buffer, in transitions, on each rank.
-        batch_size: Transitions per gradient step, on each rank.
         lmbda: Final share λ of draws by score, 0 (uniform) to 1.
         lmbda_share: Share of the steps after the warm-up over which λ rises linearly from 0.
         alpha: Exponent of the priority.
@@ -190,36 +172,17 @@ class VLMGuided(Replay):
 
     def __init__(
         self,
-        capacity: int = 200_000,
-        batch_size: int = 64,
-        lmbda: float = 0.5,
-        lmbda_share: float = 1 / 12,
-        alpha: float = 0.6,
-        beta: float = 0.0,
-        eps: float = 1e-12,
+        lmbda: ClosedUnitInterval = 0.5,
+        lmbda_share: ClosedUnitInterval = 1 / 12,
+        alpha: NonNegativeFinite = 0.6,
+        beta: ClosedUnitInterval = 0.0,
+        eps: PositiveFinite = 1e-12,
         td_boost: bool = False,
-        threshold: float | None = 0.5,
-        unscored_priority: float = 0.0,
+        threshold: LeftOpenUnitInterval | None = 0.5,
+        unscored_priority: ClosedUnitInterval = 0.0,
+        **ring: Any,
     ) -> None:
-        super().__init__(capacity, batch_size)
-        require(is_real(lmbda, 0, 1), "replay.lmbda", lmbda, "use a number from 0 (uniform) to 1")
-        for name, value in (("lmbda_share", lmbda_share), ("beta", beta)):
-            require(is_real(value, 0, 1), f"replay.{name}", value, "use a number from 0 to 1")
-        require(is_real(alpha, 0), "replay.alpha", alpha, "use 0 or more")
-        require(is_positive(eps), "replay.eps", eps, "use a small positive number such as 1e-12")
-        require(isinstance(td_boost, bool), "replay.td_boost", td_boost, "use true or false")
-        require(
-            threshold is None or is_positive(threshold, 1),
-            "replay.threshold",
-            threshold,
-            "use a number in (0, 1], or null for raw scores",
-        )
-        require(
-            is_real(unscored_priority, 0, 1),
-            "replay.unscored_priority",
-            unscored_priority,
-            "use a number from 0 to 1",
-        )
+        super().__init__(**ring)
         self.lmbda, self.lmbda_share = lmbda, lmbda_share
         self.alpha, self.beta, self.eps = alpha, beta, eps
         self.threshold, self.unscored_priority = threshold, unscored_priority

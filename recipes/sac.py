@@ -19,15 +19,24 @@ from torchrl.envs import EnvBase
 from torchrl.modules import EGreedyModule, ProbabilisticActor, TanhNormal
 from torchrl.objectives import SACLoss, SoftUpdate, ValueEstimators
 
-from recipes.arguments import check_arguments
-from recipes.continuous_networks import (
+from recipes.arguments import (
+    FiniteFloat,
+    LeftOpenUnitInterval,
+    PositiveFinite,
+    PositiveFloat,
+    PositiveInt,
+    RightOpenUnitInterval,
+    Width,
+)
+from recipes.networks import (
     ActionValue,
     GaussianPolicy,
     critics_values,
+    keep_targets,
+    value_figures,
     vector_sizes,
 )
 from recipes.transitions import Transitions
-from recipes.values import keep_targets, value_figures
 from vlmrb_torchrl import keys
 
 
@@ -55,35 +64,23 @@ class SAC(L.LightningModule):
         self,
         env: EnvBase,
         *,
-        hidden_features: tuple[int, ...] = (256, 256),
-        num_critics: int = 2,
+        hidden_features: tuple[Width, ...] = (256, 256),
+        num_critics: PositiveInt = 2,
         critic_layer_norm: bool = False,
-        gamma: float = 0.99,
-        n_steps: int = 1,
-        reward_scale: float = 1.0,
-        learning_rate: float = 3e-4,
-        target_update_rate: float = 0.005,
-        gradient_clip_norm: float = math.inf,
-        alpha_init: float = 1.0,
-        target_entropy: float | None = None,
+        gamma: RightOpenUnitInterval = 0.99,
+        n_steps: PositiveInt = 1,
+        reward_scale: PositiveFinite = 1.0,
+        learning_rate: PositiveFinite = 3e-4,
+        target_update_rate: LeftOpenUnitInterval = 0.005,
+        gradient_clip_norm: PositiveFloat = math.inf,
+        alpha_init: PositiveFinite = 1.0,
+        target_entropy: FiniteFloat | None = None,
         weight_actor_loss: bool = False,
     ) -> None:
         super().__init__()
-        check_arguments(
-            hidden_features=hidden_features,
-            num_critics=num_critics,
-            gamma=gamma,
-            n_steps=n_steps,
-            reward_scale=reward_scale,
-            learning_rate=learning_rate,
-            target_update_rate=target_update_rate,
-            gradient_clip_norm=gradient_clip_norm,
-            alpha_init=alpha_init,
-            target_entropy=target_entropy,
-        )
         sizes = vector_sizes(env)
         action_spec = env.action_spec_unbatched
-        self.actor = ProbabilisticActor(
+        self.policy = ProbabilisticActor(
             GaussianPolicy(*sizes, hidden_features),
             in_keys=["loc", "scale"],
             spec=action_spec,
@@ -91,7 +88,7 @@ class SAC(L.LightningModule):
         )
         self.warmup = EGreedyModule(action_spec)
         self.loss = SACLoss(
-            self.actor,
+            self.policy,
             ActionValue(*sizes, hidden_features, critic_layer_norm),
             num_qvalue_nets=num_critics,
             loss_function="l2",
@@ -108,14 +105,9 @@ class SAC(L.LightningModule):
         self.weight_actor_loss = weight_actor_loss
 
     @property
-    def policy(self) -> TensorDictModule:
-        """The policy; in an evaluation the tanh of its location."""
-        return self.actor
-
-    @property
     def behaviour(self) -> TensorDictModule:
         """The policy that collects: draws of the policy, uniform ones before the first update."""
-        return TensorDictSequential(self.actor, self.warmup)
+        return TensorDictSequential(self.policy, self.warmup)
 
     def configure_optimizers(self) -> dict[str, Optimizer]:
         """Build Adam over the critics, the actor and the logarithm of the temperature."""

@@ -1,4 +1,7 @@
-"""Settings that every recipe shares; defaults live here, YAML files hold departures only."""
+"""Settings that every recipe shares, and what they say about a run's schedules.
+
+Defaults live here, YAML files hold departures only.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,17 @@ import shutil
 from dataclasses import dataclass
 from typing import Literal
 
-from vlmrb_torchrl.checks import MOST_SECONDS, is_positive, is_real, is_whole, require
+from recipes.arguments import (
+    ClosedUnitInterval,
+    LeftOpenUnitInterval,
+    NonNegativeInt,
+    PositiveInt,
+    Seconds,
+    Seed,
+    UpdateRatio,
+)
+from vlmrb_torchrl.checks import require
 from vlmrb_torchrl.scorers import ClipScorer
-
-MOST_SEED = 1 << 30  # beyond, the seeds of demonstrations begin; numpy's generators take 32 bits
 
 
 @dataclass
@@ -47,42 +57,26 @@ class Training:
         progress: Show a progress bar.
     """
 
-    total_env_steps: int = 240_000
-    num_envs: int = 16
-    steps_per_collection: int = 8
-    warmup_env_steps: int = 2_000
-    updates_per_env_step: float = 0.125
-    seed: int = 0
-    eval_every_env_steps: int = 15_000
-    eval_episodes: int = 40
-    eval_epsilon: float = 0.05
-    log_every_env_steps: int = 4_000
-    strip_every_env_steps: int = 60_000
-    checkpoint_every_env_steps: int = 40_000
+    total_env_steps: PositiveInt = 240_000
+    num_envs: PositiveInt = 16
+    steps_per_collection: PositiveInt = 8
+    warmup_env_steps: NonNegativeInt = 2_000
+    updates_per_env_step: UpdateRatio = 0.125
+    seed: Seed = 0
+    eval_every_env_steps: NonNegativeInt = 15_000
+    eval_episodes: PositiveInt = 40
+    eval_epsilon: ClosedUnitInterval = 0.05
+    log_every_env_steps: PositiveInt = 4_000
+    strip_every_env_steps: NonNegativeInt = 60_000
+    checkpoint_every_env_steps: NonNegativeInt = 40_000
     log_dir: str = "runs"
     name: str | None = None
     accelerator: Literal["cpu", "cuda", "auto"] = "cpu"
-    torch_threads: int = 1
+    torch_threads: PositiveInt = 1
     compile: bool = False
     progress: bool = True
 
     def __post_init__(self) -> None:
-        positive = (
-            "total_env_steps",
-            "num_envs",
-            "steps_per_collection",
-            "eval_episodes",
-            "log_every_env_steps",
-            "torch_threads",
-        )
-        for name in positive:
-            value = getattr(self, name)
-            require(is_whole(value, 1), f"training.{name}", value, "use at least 1")
-        distances = ("eval", "strip", "checkpoint")
-        for name in ("warmup_env_steps", "seed", *(f"{d}_every_env_steps" for d in distances)):
-            value = getattr(self, name)
-            require(is_whole(value, 0), f"training.{name}", value, "use 0 or more")
-        require(self.seed < MOST_SEED, "training.seed", self.seed, f"use less than {MOST_SEED}")
         compiler = os.environ.get("CXX", "g++")
         require(
             not self.compile or shutil.which(compiler) is not None,
@@ -90,10 +84,6 @@ class Training:
             self.compile,
             f"install {compiler}, or name another C++ compiler in CXX",
         )
-        ratio = self.updates_per_env_step
-        require(is_positive(ratio, 64), "training.updates_per_env_step", ratio, "use (0, 64]")
-        epsilon = self.eval_epsilon
-        require(is_real(epsilon, 0, 1), "training.eval_epsilon", epsilon, "use 0 to 1")
 
     @property
     def env_steps_per_collection(self) -> int:
@@ -120,34 +110,47 @@ class Scoring:
     """
 
     scorer: ClipScorer
-    clip_transitions: int = 32
-    frames_per_clip: int = 32
-    stride: int | None = None
-    queue_clips: int = 2048
-    batch_clips: int = 16
-    timeout_s: float = 60.0
-    duty_cycle: float = 1.0
+    clip_transitions: PositiveInt = 32
+    frames_per_clip: PositiveInt = 32
+    stride: PositiveInt | None = None
+    queue_clips: PositiveInt = 2048
+    batch_clips: PositiveInt = 16
+    timeout_s: Seconds = 60.0
+    duty_cycle: LeftOpenUnitInterval = 1.0
     mode: Literal["auto", "process", "thread", "sync"] = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("clip_transitions", "frames_per_clip", "queue_clips", "batch_clips"):
-            value = getattr(self, name)
-            require(is_whole(value, 1), f"scoring.{name}", value, "use at least 1")
         require(
-            is_positive(self.timeout_s, MOST_SECONDS),
-            "scoring.timeout_s",
-            self.timeout_s,
-            f"use a number above 0, up to {MOST_SECONDS:g}",
-        )
-        require(
-            is_positive(self.duty_cycle, 1),
-            "scoring.duty_cycle",
-            self.duty_cycle,
-            "use a share above 0, up to 1",
-        )
-        require(
-            self.stride is None or is_whole(self.stride, 1, self.clip_transitions),
+            self.stride is None or self.stride <= self.clip_transitions,
             "scoring.stride",
             self.stride,
             f"use 1 to scoring.clip_transitions ({self.clip_transitions}), or null for no overlap",
         )
+
+
+def progress_of(training: Training, env_steps: int) -> float:
+    """Share of the steps after the warm-up that is done after ``env_steps``, 0 to 1.
+
+    Example:
+        >>> progress_of(Training(total_env_steps=50_000, warmup_env_steps=2_000), 26_000)
+        0.5
+    """
+    learning = training.total_env_steps - training.warmup_env_steps
+    return min(1.0, (env_steps - training.warmup_env_steps) / learning)
+
+
+def linear(start: float, end: float, share: float, progress: float) -> float:
+    """A line from ``start`` to ``end``, which is kept from then on.
+
+    Args:
+        start: Value at the end of the warm-up.
+        end: Value once ``share`` of the steps after the warm-up is done, exactly.
+        share: Of the steps after the warm-up, 0 (at once) to 1 (at the end of the run).
+        progress: Share of those steps that is done, 0 to 1.
+
+    Example:
+        >>> [linear(1.0, 0.1, 0.5, progress) for progress in (0.0, 0.25, 0.5, 1.0)]
+        [1.0, 0.55, 0.1, 0.1]
+    """
+    done = 1.0 if progress >= share else progress / share
+    return start * (1 - done) + end * done

@@ -6,13 +6,14 @@ A task of one's own is a subclass in any importable module: ``--env my_module.My
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Literal
 
 from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.envs import EnvBase
 
+from recipes.arguments import PositiveInt
 from vlmrb_torchrl import keys
-from vlmrb_torchrl.checks import is_whole, require
 from vlmrb_torchrl.envs import DoorKeyEnv, OGBenchEnv
 from vlmrb_torchrl.envs.ogbench import event_names, ogbench_renderer
 from vlmrb_torchrl.renderers import MiniGridRenderer, MuJoCoRenderer, Renderer
@@ -57,12 +58,6 @@ class Task(ABC):
         return events[..., self.event_names.index(self.success_event)]
 
 
-def check_steps(max_steps: int | None) -> None:
-    """Refuse a time limit that is none."""
-    limited = max_steps is None or is_whole(max_steps, 1)
-    require(limited, "env.max_steps", max_steps, "use 1 or more, or null")
-
-
 class DoorKey(Task):
     """MiniGrid DoorKey: fetch the key, open the door, reach the green goal.
 
@@ -79,16 +74,11 @@ class DoorKey(Task):
 
     def __init__(
         self,
-        size: int = 6,
-        max_steps: int | None = None,
-        tile_size: int = 8,
-        window: int | None = 8,
+        size: PositiveInt = 6,
+        max_steps: PositiveInt | None = None,
+        tile_size: PositiveInt = 8,
+        window: PositiveInt | None = 8,
     ) -> None:
-        require(is_whole(size, 5, 256), "env.size", size, "use 5 to 256: DoorKey has two rooms")
-        check_steps(max_steps)
-        require(is_whole(tile_size, 1, 1024), "env.tile_size", tile_size, "use 1 to 1024 pixels")
-        seen = window is None or is_whole(window, 1, 1024)
-        require(seen, "env.window", window, "use 1 to 1024, or null")
         self.size, self.max_steps = size, max_steps
         self.tile_size, self.window = tile_size, window
         self.name = f"doorkey_{size}x{size}"
@@ -123,16 +113,12 @@ class Scene(Task):
 
     def __init__(
         self,
-        task: int = 1,
-        max_steps: int | None = None,
-        workers: int = 1,
-        width: int = 200,
-        height: int = 200,
+        task: Literal[1, 2, 3, 4, 5] = 1,
+        max_steps: PositiveInt | None = None,
+        workers: PositiveInt = 1,
+        width: PositiveInt = 200,
+        height: PositiveInt = 200,
     ) -> None:
-        require(is_whole(task, 1, 5), "env.task", task, "use 1 to 5")
-        check_steps(max_steps)
-        for name, value in (("workers", workers), ("width", width), ("height", height)):
-            require(is_whole(value, 1, 8192), f"env.{name}", value, "use 1 to 8192")
         self.env_id = f"{self._family}-singletask-task{task}-v0"
         self.max_steps, self.workers = max_steps, workers
         self.width, self.height = width, height

@@ -19,15 +19,24 @@ from torchrl.envs import EnvBase
 from torchrl.modules import AdditiveGaussianModule, EGreedyModule
 from torchrl.objectives import SoftUpdate, TD3Loss, ValueEstimators
 
-from recipes.arguments import check_arguments
-from recipes.continuous_networks import (
+from recipes.arguments import (
+    LeftOpenUnitInterval,
+    NonNegativeFinite,
+    PositiveFinite,
+    PositiveFloat,
+    PositiveInt,
+    RightOpenUnitInterval,
+    Width,
+)
+from recipes.networks import (
     ActionValue,
     DeterministicPolicy,
     critics_values,
+    keep_targets,
+    value_figures,
     vector_sizes,
 )
 from recipes.transitions import Transitions
-from recipes.values import keep_targets, value_figures
 from vlmrb_torchrl import keys
 
 
@@ -56,45 +65,31 @@ class TD3(L.LightningModule):
         self,
         env: EnvBase,
         *,
-        hidden_features: tuple[int, ...] = (256, 256),
-        num_critics: int = 2,
+        hidden_features: tuple[Width, ...] = (256, 256),
+        num_critics: PositiveInt = 2,
         critic_layer_norm: bool = False,
-        gamma: float = 0.99,
-        n_steps: int = 1,
-        reward_scale: float = 1.0,
-        learning_rate: float = 3e-4,
-        target_update_rate: float = 0.005,
-        gradient_clip_norm: float = math.inf,
-        policy_delay: int = 2,
-        target_noise: float = 0.2,
-        target_noise_clip: float = 0.5,
-        exploration_noise: float = 0.1,
+        gamma: RightOpenUnitInterval = 0.99,
+        n_steps: PositiveInt = 1,
+        reward_scale: PositiveFinite = 1.0,
+        learning_rate: PositiveFinite = 3e-4,
+        target_update_rate: LeftOpenUnitInterval = 0.005,
+        gradient_clip_norm: PositiveFloat = math.inf,
+        policy_delay: PositiveInt = 2,
+        target_noise: NonNegativeFinite = 0.2,
+        target_noise_clip: NonNegativeFinite = 0.5,
+        exploration_noise: NonNegativeFinite = 0.1,
         weight_actor_loss: bool = False,
     ) -> None:
         super().__init__()
-        check_arguments(
-            hidden_features=hidden_features,
-            num_critics=num_critics,
-            gamma=gamma,
-            n_steps=n_steps,
-            reward_scale=reward_scale,
-            learning_rate=learning_rate,
-            target_update_rate=target_update_rate,
-            gradient_clip_norm=gradient_clip_norm,
-            policy_delay=policy_delay,
-            target_noise=target_noise,
-            target_noise_clip=target_noise_clip,
-            exploration_noise=exploration_noise,
-        )
         sizes = vector_sizes(env)
         action_spec = env.action_spec_unbatched
-        self.actor = DeterministicPolicy(*sizes, hidden_features)
+        self.policy = DeterministicPolicy(*sizes, hidden_features)
         self.noise = AdditiveGaussianModule(
             action_spec, sigma_init=exploration_noise, sigma_end=exploration_noise
         )
         self.warmup = EGreedyModule(action_spec)
         self.loss = TD3Loss(
-            self.actor,
+            self.policy,
             ActionValue(*sizes, hidden_features, critic_layer_norm),
             num_qvalue_nets=num_critics,
             loss_function="l2",
@@ -114,14 +109,9 @@ class TD3(L.LightningModule):
     """What checkpoints hold beside the weights: by them the actor's turns are counted."""
 
     @property
-    def policy(self) -> TensorDictModule:
-        """The policy without noise."""
-        return self.actor
-
-    @property
     def behaviour(self) -> TensorDictModule:
         """The policy that collects: with noise; uniform actions before the first update."""
-        return TensorDictSequential(self.actor, self.noise, self.warmup)
+        return TensorDictSequential(self.policy, self.noise, self.warmup)
 
     def configure_optimizers(self) -> dict[str, Optimizer]:
         """Build Adam over the critics and over the actor."""

@@ -26,8 +26,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
 from recipes.benchmarks.timing import Spread, program, rates, show
-from recipes.continuous_networks import ActionValue, DeterministicPolicy, GaussianPolicy
-from recipes.networks import GridQNetwork
+from recipes.networks import ActionValue, DeterministicPolicy, GaussianPolicy, GridQNetwork
 from recipes.running import cli
 
 GENERAL, OWN, RECIPE, COMPILED = (

@@ -7,6 +7,7 @@ import errno
 import json
 import logging
 import os
+import re
 import signal
 import sys
 from contextlib import ExitStack, closing
@@ -52,6 +53,7 @@ GUIDE = (
 )
 CONFIGS = Path(__file__).parents[1] / "configs"
 LAUNCHED_BY_FABRIC_CLI = "LT_CLI_USED"
+_KEY = r'Parser key "([^"]+)"'
 REFUSALS = (ArgumentError, ValueError, TypeError, OSError, RuntimeError, ImportError)
 
 Algorithm = type[L.LightningModule]
@@ -284,6 +286,8 @@ def shown_path(path: Path) -> str:
 def refusal(error: Exception) -> str:
     """Say in one line what was refused, with the remedy."""
     text = one_line(error)
+    if text.startswith("is "):  # a number of a type of `recipes.arguments`
+        text = f"{'.'.join(re.findall(_KEY, str(error)))} {text}"
     if "dot import path" in text:  # jsonargparse's words for a class that it does not know
         text += "; --help lists the classes known, my_module.MyClass would be one of your own"
     return text

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchrl.envs import ExcludeTransform, GymEnv, TransformedEnv
 
 import recipes
-from recipes.arguments import check_arguments
+from recipes.arguments import PositiveFinite
 from recipes.dqn import DQN
 from recipes.iqn import IQN
 from recipes.running import cli
@@ -25,7 +25,7 @@ from recipes.sac import SAC
 from recipes.tasks import DoorKey, Task
 from recipes.td3 import TD3
 from tests.recipes.resuming import start
-from vlmrb_torchrl.checks import one_line, require
+from vlmrb_torchrl.checks import one_line
 from vlmrb_torchrl.prompts import OGBENCH
 from vlmrb_torchrl.renderers import mujoco as drawing
 
@@ -244,14 +244,12 @@ class Capped(DQN):
         ceiling: Largest return.
     """
 
-    def __init__(self, env, *, gamma: float = 0.95, ceiling: float = 1.0) -> None:
-        check_arguments(gamma=gamma, ceiling=ceiling)
-        require(ceiling > 0, "algorithm.ceiling", ceiling, "use more than 0")
+    def __init__(self, env, *, gamma: float = 0.95, ceiling: PositiveFinite = 1.0) -> None:
         super().__init__(env, gamma=gamma)
 
 
 def test_algorithm_of_one_s_own_is_one_file_with_arguments_of_its_own(tmp_path):
-    with pytest.raises(SystemExit, match=r"algorithm\.ceiling is -1.0: use more than 0"):
+    with pytest.raises(SystemExit, match=r"algorithm\.ceiling is -1: must be finite float > 0"):
         cli.run(Capped, ["--env=DoorKey", "--algorithm.ceiling=-1"])
     with pytest.raises(SystemExit, match=r"env is not set: name a task"):
         cli.run(Capped, [])

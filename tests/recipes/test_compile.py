@@ -53,7 +53,9 @@ def updates(module, batches):
     return [*left, *(weight.detach() for weight in module.loss.parameters())]
 
 
-@pytest.mark.parametrize("algorithm", [DQN, IQN, SAC, TD3])
+@pytest.mark.parametrize(
+    "algorithm", [DQN, *(pytest.param(each, marks=pytest.mark.slow) for each in (IQN, SAC, TD3))]
+)
 def test_compiled_losses_are_the_same_and_compiled_once(algorithm):
     """The graph as it was captured, without the C++ of the backend, which rounds otherwise."""
     discrete = algorithm in (DQN, IQN)

@@ -5,12 +5,6 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from recipes.dqn import DQN
-from recipes.iqn import IQN
-from recipes.running import cli
-from recipes.running.metrics import read_rows
-from recipes.sac import SAC
-from recipes.td3 import TD3
 from recipes.transitions import Transitions
 
 
@@ -90,47 +84,3 @@ def test_one_step_keeps_what_the_loss_reads_and_nothing_else():
     kept = Transitions(gamma=0.9)(data)
     assert (kept == data.exclude("events")).all()
     assert kept.get("steps_to_next_obs", None) is None
-
-
-CONTINUOUS = ["--env=tests.recipes.gymnasium_task.Gymnasium", "--env.id=Pendulum-v1"]
-DISCRETE = ["--env.size=5"]
-
-
-@pytest.mark.parametrize(
-    ("algorithm", "task"),
-    [(DQN, DISCRETE), (IQN, DISCRETE), (SAC, CONTINUOUS), (TD3, CONTINUOUS)],
-    ids=lambda case: getattr(case, "__name__", ""),
-)
-def test_value_of_a_spanned_transition_is_discounted_by_its_steps(algorithm, task):
-    """|δ| of a zero critic whose target says 1 everywhere: r + γ^n; γ^0 would be γ itself."""
-    settings = cli.build_parser(algorithm).parse_args([*task, "--algorithm.n_steps=3"])
-    made = cli.build_parser(algorithm).instantiate(settings)
-    module = cli.build_algorithm(algorithm, made)
-    data = made.env.make(1, seed=0).rollout(3)
-    data["next", "reward"] = torch.zeros_like(data["next", "reward"])
-    data["next", "terminated"] = torch.zeros_like(data["next", "terminated"])
-    batch = module.transitions(data).reshape(-1)
-    discrete = task is DISCRETE
-    names = ("value_network", "target_value_network") if discrete else ()
-    names = names or ("qvalue_network", "target_qvalue_network")
-    with torch.no_grad():
-        for name in names:
-            getattr(module.loss, f"{name}_params").apply(lambda weight: weight.data.zero_())
-        target = getattr(module.loss, f"{names[1]}_params")
-        last = sorted(key for key in target.keys(True, True) if key[-1] == "bias")[-1]
-        target[last].data.fill_(1.0)
-        if algorithm is SAC:
-            module.loss.log_alpha.fill_(-40.0)  # no entropy in the value
-    module.training_step(batch, "value" if discrete else "critic")
-    gamma = settings.algorithm.gamma
-    expected = [gamma**3, gamma**2, gamma]
-    assert batch["td_error"].flatten().tolist() == pytest.approx(expected, abs=1e-5)
-
-
-def test_run_with_three_steps_trains(tmp_path):
-    arguments = ["--env.size=5", "--replay=Uniform", "--algorithm.n_steps=3"]
-    arguments += ["--training.total_env_steps=400", "--training.warmup_env_steps=100"]
-    arguments += ["--training.eval_every_env_steps=0", "--training.log_every_env_steps=200"]
-    arguments += ["--training.progress=false", f"--training.log_dir={tmp_path}"]
-    cli.run(DQN, [*arguments, "--training.name=run"])
-    assert read_rows(tmp_path / "run")[-1]["loss/value"] > 0
