@@ -20,10 +20,12 @@ def number(name: str, kind: type, *bounds: tuple[str, float]) -> Any:
     """Build a type of numbers of ``kind`` within ``bounds``; ``--help`` calls it by its name."""
     bounded = restricted_number_type(name, kind, list(bounds))
 
-    def read(value: Any) -> Any:  # a plain number: checkpoints hold no other
+    def read(value: Any) -> Any:
         try:
             given = yaml.safe_load(value) if isinstance(value, str) else value
-            return kind(bounded(given))
+            if kind is int and isinstance(given, float):
+                raise TypeError
+            return kind(bounded(given))  # a plain number: checkpoints hold no other
         except (ValueError, TypeError, OverflowError, yaml.YAMLError):
             # The parser knows of which argument: `cli.refusal` puts it before.
             raise ConfigError(f"is {shown(value)}: must be {name}") from None
@@ -33,20 +35,20 @@ def number(name: str, kind: type, *bounds: tuple[str, float]) -> Any:
 
 
 if TYPE_CHECKING:
-    from builtins import float as ClosedUnitInterval
-    from builtins import float as FiniteFloat
-    from builtins import float as LeftOpenUnitInterval
-    from builtins import float as NonNegativeFinite
-    from builtins import float as PositiveFinite
-    from builtins import float as PositiveFloat
-    from builtins import float as RightOpenUnitInterval
-    from builtins import float as Seconds
-    from builtins import float as UpdateRatio
-    from builtins import int as NonNegativeInt
-    from builtins import int as PositiveInt
-    from builtins import int as Seed
-    from builtins import int as Slots
-    from builtins import int as Width
+    NonNegativeInt = int
+    PositiveInt = int
+    Seed = int
+    Slots = int
+    Width = int
+    ClosedUnitInterval = float
+    FiniteFloat = float
+    LeftOpenUnitInterval = float
+    NonNegativeFinite = float
+    PositiveFinite = float
+    PositiveFloat = float
+    RightOpenUnitInterval = float
+    Seconds = float
+    UpdateRatio = float
 else:
     PositiveInt = number("PositiveInt", int, (">", 0))
     NonNegativeInt = number("NonNegativeInt", int, (">=", 0))

@@ -59,14 +59,10 @@ class Demonstrations:
         )
 
     def play(self, task: Task, seed: int) -> list[TensorDictBase]:
-        """Play the episodes.
-
-        Args:
-            task: Its environments must have a ``demonstrator`` and know success.
-            seed: Of the run.
+        """Play the episodes on ``task`` in the run of ``seed``.
 
         Returns:
-            Successful episodes, each ``[T]`` and done in its last transition.
+            Successful ones, each ``[T]`` and done in its last transition.
 
         Raises:
             ConfigError: The environment has no demonstrator, or no episode succeeded.
@@ -82,9 +78,14 @@ class Demonstrations:
             )
             rollout = self._rollout(env, seed)
         check_steps(rollout)
+
+        def succeeds(episode: TensorDictBase) -> bool:
+            success = task.success(episode["next"])
+            return success is not None and bool(success.any())
+
         ends = rollout["next", "done"].squeeze(-1).int().argmax(-1).tolist()
         whole = [rollout[game, : end + 1] for game, end in enumerate(ends)]
-        played = [episode for episode in whole if _succeeds(task, episode)]
+        played = [episode for episode in whole if succeeds(episode)]
         require(bool(played), "demonstrations.episodes", self.episodes, "none of them succeeded")
         return played
 
@@ -130,11 +131,6 @@ class Demonstrations:
 
         with torch.no_grad():
             return env.rollout(_LONGEST, act, break_when_any_done=False, break_when_all_done=True)
-
-
-def _succeeds(task: Task, episode: TensorDictBase) -> bool:
-    success = task.success(episode["next"])
-    return success is not None and bool(success.any())
 
 
 class Batches:

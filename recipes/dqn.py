@@ -67,10 +67,7 @@ class DQN(L.LightningModule):
     ) -> None:
         super().__init__()
         action_spec = env.action_spec_unbatched
-        network = GridQNetwork(
-            *grid_sizes(env),
-            hidden_features=hidden_features,
-        )
+        network = GridQNetwork(*grid_sizes(env), hidden_features)
         self.policy = QValueActor(network, spec=action_spec)
         self.greedy = EGreedyModule(action_spec, eps_end=epsilon_final)
         self.loss = DQNLoss(

@@ -7,7 +7,6 @@ from contextlib import closing
 import torch
 from tensordict.nn import TensorDictModuleBase
 from torchrl.data import Categorical
-from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from recipes.settings import Training
@@ -34,30 +33,22 @@ def evaluate(
         ``success`` (share of episodes, if the task knows it), ``return`` (mean, undiscounted) and
         ``length`` (mean, environment steps).
     """
-    threads = torch.get_num_threads()
-    with closing(task.make(training.eval_episodes, seed=number, held_out=True)) as env:
-        result = _play(env, policy, task, training, number)
-    torch.set_num_threads(threads)  # TorchRL's batched environments raise it when they close
-    return result
-
-
-def _play(
-    env: EnvBase, policy: TensorDictModuleBase, task: Task, training: Training, number: int
-) -> dict[str, float]:
-    episodes = training.eval_episodes
+    episodes, threads = training.eval_episodes, torch.get_num_threads()
     device = next(policy.parameters()).device
     noise = torch.Generator().manual_seed(number)
-    discrete = isinstance(env.action_spec, Categorical)
     alive = torch.ones(episodes, dtype=torch.bool)
     success = torch.zeros(episodes, dtype=torch.bool)
     total, length = torch.zeros(episodes), torch.zeros(episodes)
-    state = env.reset()
-    with set_exploration_type(ExplorationType.DETERMINISTIC):
+    with (
+        closing(task.make(episodes, seed=number, held_out=True)) as env,
+        set_exploration_type(ExplorationType.DETERMINISTIC),
+    ):
+        spec, state = env.action_spec, env.reset()
         while alive.any():
             action = policy(state.to(device)).get("action").cpu()
-            if discrete:
+            if isinstance(spec, Categorical):
                 random = torch.rand(episodes, generator=noise) < training.eval_epsilon
-                anything = torch.randint(env.action_spec.space.n, (episodes,), generator=noise)
+                anything = torch.randint(spec.space.n, (episodes,), generator=noise)
                 action = torch.where(random, anything, action)
             # Finished games wait, where the environment can leave some alone.
             state = state.set("action", action).set("_step", alive.clone())
@@ -69,5 +60,6 @@ def _play(
             total += outcome["reward"].squeeze(-1) * alive
             length += alive
             alive &= ~outcome["done"].squeeze(-1)
+    torch.set_num_threads(threads)  # TorchRL's batched environments raise it when they close
     result = {} if succeeded is None else {"success": success.float().mean().item()}
     return result | {"return": total.mean().item(), "length": length.mean().item()}

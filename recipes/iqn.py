@@ -81,11 +81,7 @@ class IQN(L.LightningModule):
     ) -> None:
         super().__init__()
         action_spec = env.action_spec_unbatched
-        network = GridQuantileNetwork(
-            *grid_sizes(env),
-            hidden_features=hidden_features,
-            policy_quantiles=policy_quantiles,
-        )
+        network = GridQuantileNetwork(*grid_sizes(env), hidden_features, policy_quantiles)
         self.policy = QValueActor(network, spec=action_spec)
         self.greedy = EGreedyModule(action_spec, eps_end=epsilon_final)
         self.loss = IQNLoss(

@@ -56,8 +56,7 @@ class Replay(ABC):
             batch_size,
             f"use 1 to replay.capacity ({capacity})",
         )
-        self.capacity = capacity
-        self.batch_size = batch_size
+        self.capacity, self.batch_size = capacity, batch_size
 
     @abstractmethod
     def sampler(self) -> Sampler:
@@ -184,22 +183,19 @@ class VLMGuided(Replay):
     ) -> None:
         super().__init__(**ring)
         self.lmbda, self.lmbda_share = lmbda, lmbda_share
-        self.alpha, self.beta, self.eps = alpha, beta, eps
-        self.threshold, self.unscored_priority = threshold, unscored_priority
         self.td_boost = self.uses_td_error = td_boost
+        self._priorities: dict[str, Any] = {
+            "alpha": alpha,
+            "beta": beta,
+            "eps": eps,
+            "td_boost": td_boost,
+            "threshold": threshold,
+            "unscored_priority": unscored_priority,
+        }
 
     def sampler(self) -> Sampler:
         """Build the mixture sampler, λ still at 0."""
-        return VLMPrioritizedSampler(
-            self.capacity,
-            lmbda=0.0,
-            alpha=self.alpha,
-            beta=self.beta,
-            eps=self.eps,
-            td_boost=self.td_boost,
-            threshold=self.threshold,
-            unscored_priority=self.unscored_priority,
-        )
+        return VLMPrioritizedSampler(self.capacity, lmbda=0.0, **self._priorities)
 
     def anneal(self, sampler: VLMPrioritizedSampler, progress: float) -> None:
         """Raise λ from 0 to ``lmbda``."""
@@ -208,8 +204,7 @@ class VLMGuided(Replay):
     def figures(self, buffer: VLMReplayBuffer, drawn: Tensor | None) -> dict[str, float]:
         """Add λ, β, and how much of the buffer and of the batches the judge has praised."""
         sampler = buffer.sampler
-        figures = super().figures(buffer, drawn)
-        figures |= sampler.statistics(len(buffer))
+        figures = super().figures(buffer, drawn) | sampler.statistics(len(buffer))
         figures |= {"lambda": float(sampler.lmbda), "beta": float(sampler.beta)}
         if drawn is not None:
             # As they are by now: a verdict that came after the draw counts as well.

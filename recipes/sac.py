@@ -57,7 +57,6 @@ class SAC(L.LightningModule):
         alpha_init: Temperature at the start.
         target_entropy: Entropy that the temperature steers to, in nats; null: -1 per number of an
             action, as in the paper.
-        weight_actor_loss: Whether importance weights weight the actor's loss, too.
     """
 
     def __init__(
@@ -75,7 +74,6 @@ class SAC(L.LightningModule):
         gradient_clip_norm: PositiveFloat = math.inf,
         alpha_init: PositiveFinite = 1.0,
         target_entropy: FiniteFloat | None = None,
-        weight_actor_loss: bool = False,
     ) -> None:
         super().__init__()
         sizes = vector_sizes(env)
@@ -102,7 +100,6 @@ class SAC(L.LightningModule):
         self.transitions = Transitions(gamma, n_steps, reward_scale)
         self.target = SoftUpdate(self.loss, tau=target_update_rate)
         self.learning_rate, self.gradient_clip_norm = learning_rate, gradient_clip_norm
-        self.weight_actor_loss = weight_actor_loss
 
     @property
     def behaviour(self) -> TensorDictModule:
@@ -133,8 +130,8 @@ class SAC(L.LightningModule):
             loss, metadata = self.loss.qvalue_v2_loss(batch)
             batch.set(keys.TD_ERROR, metadata["td_error"])  # |δ|, the larger of the critics'
         elif optimizer == "actor":
-            unweighted = batch.exclude(keys.WEIGHT)
-            loss, metadata = self.loss.actor_loss(batch if self.weight_actor_loss else unweighted)
+            # Importance weights are the critics' alone.
+            loss, metadata = self.loss.actor_loss(batch.exclude(keys.WEIGHT))
             batch.set("log_prob", metadata["log_prob"])
         else:
             loss = self.loss.alpha_loss(batch.get("log_prob")).mean()

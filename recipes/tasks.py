@@ -99,8 +99,9 @@ class Scene(Task):
     """OGBench's scene: a robot arm, a cube, a drawer, a window and the buttons that lock them.
 
     Args:
-        task: 1 open, 2 unlock and lock, 3 rearrange (medium), 4 put in drawer, 5 rearrange (hard).
-        max_steps: Steps until an episode is truncated; null: OGBench's own 750.
+        task: 1 open, 2 unlock and lock, 3 rearrange (medium), 4 put in drawer, 5 rearrange (hard);
+            of the cube 1 horizontal, 2 and 3 vertical, 4 and 5 diagonal.
+        max_steps: Steps until an episode is truncated; null: OGBench's own 750, of the cube 200.
         workers: Processes that the physics is spread over, at most one for each environment.
             Evaluations, which build their environments anew, are played in one.
         width: Of the judge's frames, in pixels.
@@ -142,15 +143,7 @@ class Scene(Task):
 
 
 class Cube(Scene):
-    """OGBench's single cube: a robot arm brings a cube to its place.
-
-    Args:
-        task: 1 horizontal, 2 and 3 vertical, 4 and 5 diagonal.
-        max_steps: Steps until an episode is truncated; null: OGBench's own 200.
-        workers: As of ``Scene``.
-        width: Of the judge's frames, in pixels.
-        height: Of the judge's frames, in pixels.
-    """
+    """OGBench's single cube: a robot arm brings a cube to its place."""
 
     configs = "cube_task1"
     _family = "cube-single"

@@ -58,7 +58,6 @@ class TD3(L.LightningModule):
         target_noise: Standard deviation of the noise that smooths the target's actions.
         target_noise_clip: Largest size of that noise.
         exploration_noise: Standard deviation of the noise on the actions that collect.
-        weight_actor_loss: Whether importance weights weight the actor's loss, too.
     """
 
     def __init__(
@@ -78,7 +77,6 @@ class TD3(L.LightningModule):
         target_noise: NonNegativeFinite = 0.2,
         target_noise_clip: NonNegativeFinite = 0.5,
         exploration_noise: NonNegativeFinite = 0.1,
-        weight_actor_loss: bool = False,
     ) -> None:
         super().__init__()
         sizes = vector_sizes(env)
@@ -103,7 +101,6 @@ class TD3(L.LightningModule):
         self.target = SoftUpdate(self.loss, tau=target_update_rate)
         self.learning_rate, self.gradient_clip_norm = learning_rate, gradient_clip_norm
         self.policy_delay, self.updates = policy_delay, 0
-        self.weight_actor_loss = weight_actor_loss
 
     counts = ("updates",)
     """What checkpoints hold beside the weights: by them the actor's turns are counted."""
@@ -144,8 +141,7 @@ class TD3(L.LightningModule):
             return loss
         if not self.actor_is_due:
             return None
-        unweighted = batch.exclude(keys.WEIGHT)
-        loss, _ = self.loss.actor_loss(batch if self.weight_actor_loss else unweighted)
+        loss, _ = self.loss.actor_loss(batch.exclude(keys.WEIGHT))  # weights are the critics' alone
         return loss
 
     def after_update(self) -> None:

@@ -15,7 +15,6 @@ from recipes.running import cli
 from recipes.running.metrics import read_rows
 from recipes.sac import SAC
 from recipes.tasks import Cube, DoorKey, Scene
-from recipes.td3 import TD3
 from recipes.transitions import Transitions
 from tests.streams import stream
 from vlmrb_torchrl import AsyncScorer, VLMPrioritizedSampler, VLMReplayBuffer
@@ -23,7 +22,7 @@ from vlmrb_torchrl.checks import ConfigError
 from vlmrb_torchrl.scorers import PrivilegedScorer
 
 SHORT = [
-    "--training.total_env_steps=300",
+    "--training.total_env_steps=200",
     "--training.warmup_env_steps=100",
     "--training.eval_every_env_steps=0",
     "--training.log_every_env_steps=100",
@@ -184,8 +183,7 @@ def test_without_a_share_they_are_for_the_buffer_and_batches_are_the_buffer_s():
     assert batch["x"].max() < 8
 
 
-@pytest.mark.parametrize("share", ["0", "0.5"])
-@pytest.mark.parametrize("method", ["uer", "per", "privileged"])
+@pytest.mark.parametrize(("method", "share"), [("per", "0.5"), ("privileged", "0")])
 def test_every_method_trains_with_the_same_ones_and_logs_them(method, share, tmp_path, monkeypatch):
     used, play = [], Demonstrations.play
     expected = Demonstrations(4).play(DoorKey(5), seed=0)
@@ -213,6 +211,7 @@ def test_every_method_trains_with_the_same_ones_and_logs_them(method, share, tmp
         assert last["scoring/clips_positive"] >= 4
 
 
+@pytest.mark.slow
 def test_sac_trains_on_the_cube_with_half_of_each_batch_shown(tmp_path):
     rows = train(
         tmp_path,
@@ -223,7 +222,7 @@ def test_sac_trains_on_the_cube_with_half_of_each_batch_shown(tmp_path):
         "--replay.batch_size=16",
         "--demonstrations.episodes=2",
         "--demonstrations.batch_share=0.5",
-        "--training.eval_every_env_steps=300",
+        "--training.eval_every_env_steps=200",
         "--training.eval_episodes=2",
         algorithm=SAC,
     )
@@ -245,37 +244,9 @@ def test_scene_is_chosen_on_the_command_line_and_names_its_events():
     assert Cube().event_names == ("success", "cube")
 
 
-@pytest.mark.parametrize("judge", ["privileged", "noisy"])
-@pytest.mark.parametrize("task", ["scene", "cube"])
-@pytest.mark.parametrize("algorithm", [SAC, TD3])
-def test_configurations_judge_the_events_of_their_task(algorithm, task, judge):
-    parser = cli.build_parser(algorithm)
-    files = [f"{task}_task1/{algorithm.__name__.lower()}.yaml", f"ogbench/{task}_{judge}.yaml"]
-    settings = parser.instantiate(
-        parser.parse_args([f"--config={cli.CONFIGS / file}" for file in files])
-    )
-    scorer = settings.scoring.scorer
-    privileged = scorer if judge == "privileged" else scorer.scorer
-    assert privileged.event_names == privileged.events == settings.env.event_names
-    assert settings.replay.td_boost
-    assert settings.replay.batch_size == 128
-    assert settings.demonstrations.rows(128) == 64
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--demonstrations.episodes=-1"], "demonstrations.episodes is -1"),
-        (["--demonstrations.batch_share=0.5"], "with a batch_share of 0.5 play at least 1"),
-        (["--demonstrations.episodes=1", "--demonstrations.batch_share=1"], r"\[0, 1\)"),
-        (["--demonstrations.action_noise=-1"], "demonstrations.action_noise is -1"),
-        (["--env=Scene", "--env.task=6"], "env.task is 6: use 1 to 5"),
-        (["--env=Cube", "--env.workers=0"], "env.workers is 0"),
-    ],
-)
-def test_impossible_settings_are_refused_in_one_line(arguments, message):
-    with pytest.raises(SystemExit, match=message) as refusal:
-        cli.run(DQN, arguments)
+def test_share_of_no_episodes_is_refused_in_one_line():
+    with pytest.raises(SystemExit, match=r"with a batch_share of 0.5 play at least 1") as refusal:
+        cli.run(DQN, ["--demonstrations.batch_share=0.5"])
     assert "\n" not in str(refusal.value)
 
 

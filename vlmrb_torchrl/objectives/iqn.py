@@ -60,11 +60,10 @@ class QuantileNetwork(TensorDictModuleBase):
     φ_j(τ) = ReLU(Σ_i cos(π i τ) w_ij + b_j), i from 0 to ``num_cosines`` − 1.
 
     Given fractions under ``tau_key``, float32 ``[B, N]``, it writes the quantiles at them to
-    ``quantiles_key``, ``[B, N, A]``.  Given none, it acts: it takes the distorted midpoints
-    β((k + ½)/K).  Either way their mean is ``"action_value"``, ``[B, A]``, so that TorchRL's
-    ``QValueActor`` makes it a policy, π_β. The paper draws K fractions to act; the midpoints
-    approximate the same mean without noise, the policy is deterministic, and φ is computed once
-    for the whole batch.
+    ``quantiles_key``, ``[B, N, A]``.  Given none, it acts: by the distorted midpoints β((k + ½)/K),
+    where the paper draws K fractions, so that the policy has no noise and φ is computed once for a
+    batch.  Either way their mean is ``"action_value"``, ``[B, A]``, and TorchRL's ``QValueActor``
+    makes it a policy, π_β.
 
     Args:
         features: ψ, from the observation to ``[B, num_features]``.
