@@ -11,9 +11,12 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from jsonargparse import set_parsing_settings
 from jsonargparse.typing import register_type, restricted_number_type
 
 from vlmrb_torchrl.checks import ConfigError, shown
+
+set_parsing_settings(unset_sentinel=True)  # null is a value, and as such checked
 
 
 def number(name: str, kind: type, *bounds: tuple[str, float]) -> Any:
