@@ -204,7 +204,8 @@ class VLMGuided(Replay):
     def figures(self, buffer: VLMReplayBuffer, drawn: Tensor | None) -> dict[str, float]:
         """Add λ, β, and how much of the buffer and of the batches the judge has praised."""
         sampler = buffer.sampler
-        figures = super().figures(buffer, drawn) | sampler.statistics(len(buffer))
+        figures = super().figures(buffer, drawn)
+        figures |= sampler.statistics(len(buffer))
         figures |= {"lambda": float(sampler.lmbda), "beta": float(sampler.beta)}
         if drawn is not None:
             # As they are by now: a verdict that came after the draw counts as well.
