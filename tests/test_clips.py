@@ -24,11 +24,11 @@ from torchrl.envs.utils import check_env_specs
 from tests.scoring_doubles import Brightness, NumberRenderer
 from tests.streams import stream
 from vlmrb_torchrl.buffer import VLMReplayBuffer
-from vlmrb_torchrl.clips import ClipRenderTransform, stack_clips
+from vlmrb_torchrl.clips import stack_clips
 from vlmrb_torchrl.cutting import ClipCutter
 from vlmrb_torchrl.envs import DoorKeyEnv
 from vlmrb_torchrl.frames import shown_outcomes
-from vlmrb_torchrl.renderers import MiniGridRenderer
+from vlmrb_torchrl.renderers import ClipRenderTransform, MiniGridRenderer
 from vlmrb_torchrl.samplers import VLMPrioritizedSampler
 from vlmrb_torchrl.scorers import PrivilegedScorer
 from vlmrb_torchrl.scoring import AsyncScorer

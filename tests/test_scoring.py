@@ -36,9 +36,8 @@ from tests.scoring_doubles import (
 )
 from tests.streams import stream
 from vlmrb_torchrl.buffer import VLMReplayBuffer
-from vlmrb_torchrl.clips import ClipRenderTransform
 from vlmrb_torchrl.envs import DoorKeyEnv
-from vlmrb_torchrl.renderers import MiniGridRenderer
+from vlmrb_torchrl.renderers import ClipRenderTransform, MiniGridRenderer
 from vlmrb_torchrl.samplers import VLMPrioritizedSampler
 from vlmrb_torchrl.scorers import ConstantScorer, NoisyScorer, PrivilegedScorer, RandomScorer
 from vlmrb_torchrl.scoring import AsyncScorer, choose_mode

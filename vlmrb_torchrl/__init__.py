@@ -1,7 +1,7 @@
 """VLM-guided experience replay for TorchRL (VLM-RB, arXiv 2602.01915)."""
 
 from vlmrb_torchrl.buffer import VLMReplayBuffer
-from vlmrb_torchrl.clips import ClipRenderTransform
+from vlmrb_torchrl.renderers import ClipRenderTransform
 from vlmrb_torchrl.samplers import VLMPrioritizedSampler
 from vlmrb_torchrl.scoring import AsyncScorer
 

@@ -30,11 +30,11 @@ from recipes.benchmarks.perception_lm import SHAPES, Shape, build, teraflops
 from recipes.benchmarks.timing import rates
 from recipes.benchmarks.training import training
 from vlmrb_torchrl.checks import ConfigError, require
-from vlmrb_torchrl.clips import ClipRenderTransform
 from vlmrb_torchrl.envs import DoorKeyEnv
 from vlmrb_torchrl.judge.collection import collect
 from vlmrb_torchrl.judge.settings import Settings
 from vlmrb_torchrl.keys import CLIP
+from vlmrb_torchrl.renderers import ClipRenderTransform
 from vlmrb_torchrl.scorers import EmbeddedJudge, HuggingFaceScorer
 
 

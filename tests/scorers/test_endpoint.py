@@ -29,7 +29,7 @@ from tests.scorers.endpoint_server import (
 from tests.scoring_doubles import NumberRenderer
 from tests.streams import stream
 from tests.test_scoring import books, insert, make_buffer, scores
-from vlmrb_torchrl.clips import ClipRenderTransform
+from vlmrb_torchrl.renderers import ClipRenderTransform
 from vlmrb_torchrl.scorers import EndpointScorer, ScorerUnavailableError
 from vlmrb_torchrl.scorers.chat import RequestRefusedError
 from vlmrb_torchrl.scoring import AsyncScorer, choose_mode

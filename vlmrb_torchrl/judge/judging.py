@@ -20,11 +20,11 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from vlmrb_torchrl.checks import ConfigError, one_line
-from vlmrb_torchrl.clips import ClipRenderTransform
 from vlmrb_torchrl.judge.collection import behaviour, collect, load
 from vlmrb_torchrl.judge.settings import Settings
 from vlmrb_torchrl.judge.statistics import Answers, Estimate, Threshold, best_threshold, estimate
 from vlmrb_torchrl.keys import CLIP, EVENTS, SCORE
+from vlmrb_torchrl.renderers import ClipRenderTransform
 from vlmrb_torchrl.scorers import ClipScorer, PromptedScorer
 from vlmrb_torchrl.scorers.base import check_scores
 

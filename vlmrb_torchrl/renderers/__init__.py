@@ -8,9 +8,11 @@ from vlmrb_torchrl.renderers.minigrid import (
     minigrid_render_state,
 )
 from vlmrb_torchrl.renderers.mujoco import MuJoCoRenderer
+from vlmrb_torchrl.renderers.transform import ClipRenderTransform
 
 __all__ = [
     "AbstractSprites",
+    "ClipRenderTransform",
     "MiniGridRenderer",
     "MuJoCoRenderer",
     "Renderer",
