@@ -2,6 +2,9 @@
 
 import os
 import select
+import subprocess
+import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -41,6 +44,30 @@ class Gate:
 
     def release(self, times=1):
         os.write(self._released, b"x" * times)
+
+
+class Forked(subprocess.Popen):
+    """A worker process that is a fork of the tests' own, which has imported torch already."""
+
+    def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *_):
+        self.pid = os.fork()
+        if self.pid:
+            self._child_created = True
+            os.close(self._devnull)
+            return
+        code = 0
+        try:
+            (pipe,) = pass_fds
+            os.closerange(3, pipe)
+            os.closerange(pipe + 1, 1024)
+            os.environ.update(env)
+            sys.argv = args[2:]
+            exec(args[2], {})
+        except Exception:
+            traceback.print_exc()
+            code = 1
+        finally:
+            os._exit(code)
 
 
 class Yes(ClipScorer):

@@ -24,8 +24,7 @@ from torchrl.envs.utils import check_env_specs
 from tests.scoring_doubles import Brightness, NumberRenderer
 from tests.streams import stream
 from vlmrb_torchrl.buffer import VLMReplayBuffer
-from vlmrb_torchrl.clips import stack_clips
-from vlmrb_torchrl.cutting import ClipCutter
+from vlmrb_torchrl.clips import ClipCutter, stack_clips
 from vlmrb_torchrl.envs import DoorKeyEnv
 from vlmrb_torchrl.frames import shown_outcomes
 from vlmrb_torchrl.renderers import ClipRenderTransform, MiniGridRenderer
@@ -569,7 +568,7 @@ def test_clips_of_torchrls_collector_follow_its_environments(flat):
 
 def test_impossible_numbers_are_refused_by_name():
     for name in ("clip_transitions", "frames_per_clip", "stride", "patience"):
-        with pytest.raises(ValueError, match=f"^{name} is 0; it must be a whole number >= 1.$"):
+        with pytest.raises(ValueError, match=f"^{name} is 0: use a whole number from 1 on$"):
             ClipCutter(**{name: 0})
 
 

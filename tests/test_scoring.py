@@ -28,6 +28,7 @@ from tests.scoring_doubles import (
     Brightness,
     Faulty,
     Foreign,
+    Forked,
     Gate,
     Gated,
     NumberRenderer,
@@ -41,9 +42,7 @@ from vlmrb_torchrl.renderers import ClipRenderTransform, MiniGridRenderer
 from vlmrb_torchrl.samplers import VLMPrioritizedSampler
 from vlmrb_torchrl.scorers import ConstantScorer, NoisyScorer, PrivilegedScorer, RandomScorer
 from vlmrb_torchrl.scoring import AsyncScorer, choose_mode
-from vlmrb_torchrl.scoring_backends import InlineBackend
-from vlmrb_torchrl.scoring_process import ProcessBackend
-from vlmrb_torchrl.scoring_worker import ScorerError, judge
+from vlmrb_torchrl.scoring_worker import InPlaceWorker, ProcessWorker, ScorerError, judge
 
 ROOT = Path(__file__).parent.parent
 # Starting a process takes seconds: what is one code path is tested with a thread alone.
@@ -95,6 +94,12 @@ def vanishes(pid, timeout_s=PATIENT):
         return bool(select.select([handle], [], [], timeout_s)[0])
     finally:
         os.close(handle)
+
+
+@pytest.fixture(autouse=True)
+def forked(monkeypatch):
+    """Worker processes start at once."""
+    monkeypatch.setattr("vlmrb_torchrl.scoring_worker.Popen", Forked)
 
 
 @pytest.fixture
@@ -539,7 +544,7 @@ def test_a_process_that_does_not_start_in_time_is_not_ready_and_is_replaced():
     buffer = make_buffer()
     with make(buffer, Yes(), "process", start_timeout_s=0.01) as scoring:
         assert not scoring.wait_until_ready()
-        scoring._worker._start_timeout_s = PATIENT
+        scoring._worker.start_timeout_s = PATIENT
         insert(buffer, scoring, stream([4]))
         assert scoring.drain(PATIENT)
         assert scoring.wait_until_ready()
@@ -600,7 +605,7 @@ def test_loading_and_the_first_batch_have_a_limit_of_their_own():
 
     said, clips = [], TensorDict({}, [1])
     limits = {"timeout_s": 1e-9, "start_timeout_s": 3600.0}
-    backend = InlineBackend(None, Asks(), own_stream=False, **limits)
+    backend = InPlaceWorker(None, Asks(), own_stream=False, **limits)
     for _ in range(3):
         backend.score(clips)
     assert [bool(text) for text in said] == [False, False, True, True]
@@ -609,26 +614,27 @@ def test_loading_and_the_first_batch_have_a_limit_of_their_own():
 
 def test_a_process_has_the_time_of_a_start_for_its_first_batch_too(monkeypatch):
     limits = []
-    backend = ProcessBackend(None, Yes(), timeout_s=1.0, start_timeout_s=7.0, niceness=0, threads=1)
+    backend = ProcessWorker(None, Yes(), timeout_s=1.0, start_timeout_s=7.0, niceness=0, threads=1)
 
     def exchange(timeout_s, *messages):
         limits.append(timeout_s)
-        return ("ready",) if len(messages) == 2 else ("scores", np.ones(1))
+        return np.ones(1)
 
-    monkeypatch.setattr(backend, "_launch", lambda: setattr(backend, "_connection", "a pipe"))
+    monkeypatch.setattr("vlmrb_torchrl.scoring_worker.Popen", lambda *_, **__: None)
     monkeypatch.setattr(backend, "_exchange", exchange)
-    for connection in ("a pipe", None, "a pipe"):  # it is gone after the first two batches
+    for gone in (False, True, False):  # after four batches
         for _ in range(2):
             backend.score(TensorDict({}, [1]))
-        backend._connection = connection
+        if gone:
+            backend._end()
     assert limits == [7, 7, 1, 1, 1, 7, 7, 1]
 
 
 def test_a_process_that_reads_nothing_is_ended_within_its_limit(monkeypatch):
     """What is sent to it is more than the pipe holds."""
-    monkeypatch.setattr("vlmrb_torchrl.scoring_process.BOOTSTRAP", "import time; time.sleep(3600)")
+    monkeypatch.setattr("vlmrb_torchrl.scoring_worker.BOOTSTRAP", "import time; time.sleep(3600)")
     limits = {"timeout_s": 0.2, "start_timeout_s": 0.2}
-    backend = ProcessBackend(None, Yes(), niceness=0, threads=1, **limits)
+    backend = ProcessWorker(None, Yes(), niceness=0, threads=1, **limits)
     backend._payload = bytes(1 << 20)
     with pytest.raises(ScorerError, match=r"no answer within 0\.2 s; its process") as refusal:
         backend.start()
@@ -640,7 +646,7 @@ def test_a_process_that_reads_nothing_is_ended_within_its_limit(monkeypatch):
 def test_a_stopped_process_is_replaced_although_a_batch_fills_its_pipe():
     clips = TensorDict({"render_state": torch.zeros(2, 1 << 20)}, [2])
     limits = {"timeout_s": 1.0, "start_timeout_s": PATIENT}
-    backend = ProcessBackend(None, Yes(), niceness=0, threads=1, **limits)
+    backend = ProcessWorker(None, Yes(), niceness=0, threads=1, **limits)
     assert backend.score(clips).tolist() == [1, 1]
     stopped = backend.pid
     os.kill(stopped, signal.SIGSTOP)
@@ -655,7 +661,7 @@ def test_the_pause_doubles_from_fault_to_fault_up_to_its_longest(tmp_path, monke
     pauses = []
     buffer = make_buffer()
     scoring = make(buffer, Faulty(["raises"] * 5, tmp_path), "thread", backoff_s=(0.25, 1.0))
-    wait_for = scoring._dispatcher._changed.wait_for
+    wait_for = scoring._queue.changed.wait_for
 
     def skip(predicate, timeout=None):
         if timeout is not None and timeout < PATIENT:
@@ -663,7 +669,7 @@ def test_the_pause_doubles_from_fault_to_fault_up_to_its_longest(tmp_path, monke
             return predicate()
         return wait_for(predicate, timeout)
 
-    monkeypatch.setattr(scoring._dispatcher._changed, "wait_for", skip)
+    monkeypatch.setattr(scoring._queue.changed, "wait_for", skip)
     with scoring:
         insert(buffer, scoring, stream([4] * 4))
         assert scoring.drain(PATIENT)
@@ -676,10 +682,10 @@ def test_a_scorer_rests_until_its_share_of_the_time_is_kept(monkeypatch):
     rests = []
     buffer = make_buffer()
     scoring = make(buffer, Yes(), "thread", duty_cycle=0.25, batch_clips=2, max_wait_s=3600.0)
-    dispatcher = scoring._dispatcher
+    dispatcher = scoring._queue
     assert scoring.wait_until_ready(PATIENT)
     rested = threading.Event()
-    wait_for = dispatcher._changed.wait_for
+    wait_for = dispatcher.changed.wait_for
 
     def rest(predicate, timeout=None):
         if threading.current_thread() is not dispatcher._thread:
@@ -688,9 +694,9 @@ def test_a_scorer_rests_until_its_share_of_the_time_is_kept(monkeypatch):
         rested.set()
         return True
 
-    monkeypatch.setattr(dispatcher._changed, "wait_for", rest)
+    monkeypatch.setattr(dispatcher.changed, "wait_for", rest)
     with scoring:
-        monkeypatch.setattr("vlmrb_torchrl.scoring_dispatcher.time.monotonic", clock.__next__)
+        monkeypatch.setattr("vlmrb_torchrl.scoring.time.monotonic", clock.__next__)
         insert(buffer, scoring, stream([8]))
         assert rested.wait(PATIENT)
         monkeypatch.undo()
@@ -705,7 +711,7 @@ def test_a_pause_ends_when_the_scorer_is_closed(tmp_path):
     insert(buffer, scoring, stream([4, 4]))
     assert not scoring.drain(0.05)
     scoring.close()
-    assert not scoring._dispatcher._thread.is_alive()
+    assert not scoring._queue._thread.is_alive()
     assert books(scoring)["clips_dropped"] == 2
 
 
@@ -784,7 +790,7 @@ def test_closing_in_the_middle_of_a_batch_leaves_no_worker_and_balanced_books(
 ):
     """A thread that sits in its scorer cannot be ended: it ends, and writes nothing, once back."""
     if mode == "thread":
-        monkeypatch.setattr("vlmrb_torchrl.scoring_dispatcher._JOIN_SECONDS", 0.01)
+        monkeypatch.setattr("vlmrb_torchrl.scoring._END_SECONDS", 0.01)
     buffer = make_buffer()
     scoring = make(buffer, Gated(gate), mode)
     insert(buffer, scoring, stream([4, 4]))
@@ -793,9 +799,9 @@ def test_closing_in_the_middle_of_a_batch_leaves_no_worker_and_balanced_books(
     with pytest.raises(ZeroDivisionError), scoring:
         raise ZeroDivisionError
     assert books(scoring)["clips_dropped"] == 2
-    assert scoring._dispatcher._thread.is_alive() == (mode == "thread")
+    assert scoring._queue._thread.is_alive() == (mode == "thread")
     gate.release()
-    scoring._dispatcher._thread.join(PATIENT)
+    scoring._queue._thread.join(PATIENT)
     assert (pid is None) == (mode == "thread")
     assert pid is None or vanishes(pid)
     assert scoring.worker_pid is None
@@ -811,7 +817,7 @@ def test_a_forgotten_scorer_ends_its_worker(gate):
     scoring = make(buffer, Gated(gate), "process")
     insert(buffer, scoring, stream([4]))
     gate.await_arrival()
-    pid, thread = scoring.worker_pid, scoring._dispatcher._thread
+    pid, thread = scoring.worker_pid, scoring._queue._thread
     del scoring
     gc.collect()
     assert vanishes(pid)
@@ -822,7 +828,7 @@ def test_a_forgotten_scorer_ends_its_worker(gate):
 def test_a_worker_that_is_still_starting_is_ended_too():
     scoring = make(make_buffer(), Yes(), "process")
     scoring.close()
-    assert not scoring._dispatcher._thread.is_alive()
+    assert not scoring._queue._thread.is_alive()
     assert scoring.worker_pid is None
 
 
@@ -972,6 +978,22 @@ def test_a_synchronous_run_is_repeated_bit_for_bit_and_resumed_as_if_uninterrupt
         assert books(after)[name] == books(scoring)[name]
 
 
+def test_counts_go_on_from_a_loaded_state_and_a_fault_is_told_again(tmp_path, caplog):
+    """Before: a fault, its retry, a clip. After: one more of each."""
+    buffer, state = make_buffer(), None
+    for turn in (1, 2):
+        folder = tmp_path / str(turn)
+        folder.mkdir()
+        with make(buffer, Faulty(["raises"], folder), "sync") as scoring:
+            if state is not None:
+                scoring.load_state_dict(state)
+            insert(buffer, scoring, stream([4]))
+            state = scoring.state_dict()
+            figures = books(scoring)
+            assert figures["faults_raised"] == figures["retries"] == figures["clips_scored"] == turn
+    assert sum("Learning goes on" in record.message for record in caplog.records) == 2
+
+
 def test_what_is_pending_is_saved_and_scored_after_loading(gate):
     buffer = make_buffer()
     with make(buffer, Gated(gate), "thread", batch_clips=2) as scoring:
@@ -1010,15 +1032,15 @@ def replaced(value, *path):
 DAMAGES = {
     "no cutter": removed("cutter"),
     "no pending": removed("pending"),
-    "no ledger": removed("ledger"),
+    "no ledger": removed("counts"),
     "no scorer": removed("scorer"),
     "a scorer's state that is none": replaced(3, "scorer", ""),
     "a clip without slots": removed("pending", 0, "index"),
     "a clip beyond the buffer": replaced(torch.tensor([10**6]), "pending", 0, "index"),
     "slots that are no numbers": replaced(torch.ones(4), "pending", 0, "index"),
     "fewer generations than slots": replaced(torch.tensor([1]), "pending", 0, "generation"),
-    "a count missing": removed("ledger", "clips_scored"),
-    "a count that is none": replaced(float("nan"), "ledger", "clips_scored"),
+    "a count missing": removed("counts", "clips_scored"),
+    "a count that is none": replaced(float("nan"), "counts", "clips_scored"),
     "a track without its rest": replaced({}, "cutter", "tracks", 0),
 }
 
@@ -1105,14 +1127,14 @@ def test_auto_takes_a_process_for_cpu_models_and_a_thread_for_the_others():
     assert choose_mode("auto", ConstantScorer()) == "thread"
     assert choose_mode("auto", NoisyScorer(Yes())) == "process"
     assert choose_mode("sync", Yes()) == "sync"
-    with pytest.raises(ValueError, match="mode is 'fast'; choose one of"):
+    with pytest.raises(ValueError, match="mode is fast: use one of"):
         choose_mode("fast", Yes())
 
 
 def test_impossible_settings_are_refused_in_one_line():
     buffer = make_buffer(8)
     for settings, message in (
-        ({"clip_transitions": 9}, "clip_transitions is 9, but the buffer holds 8"),
+        ({"clip_transitions": 9}, "clip_transitions is 9: use at most 8"),
         ({"clip_transitions": 0}, "clip_transitions is 0"),
         ({"frames_per_clip": 0}, "frames_per_clip is 0"),
         ({"stride": 0}, "stride is 0"),
@@ -1207,7 +1229,7 @@ def test_minigrid_reads_states_on_the_host_and_draws_on_the_scorers_device():
 
     transform = ClipRenderTransform(MiniGridRenderer(tile_size=4))
     limits = {"timeout_s": 60, "start_timeout_s": 60}
-    backend = InlineBackend(transform, OnMeta(), own_stream=False, **limits)
+    backend = InPlaceWorker(transform, OnMeta(), own_stream=False, **limits)
     clips = TensorDict({"render_state": torch.zeros(2, 3, 5, 5, 4, dtype=torch.uint8)}, [2])
     assert backend.score(clips).tolist() == [1, 1]
     assert seen == [("meta", (2, 3, 3, 20, 20))]

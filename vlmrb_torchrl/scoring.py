@@ -3,33 +3,66 @@
 from __future__ import annotations
 
 import logging
+import os
+import random
 import threading
+import time
 import weakref
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
-from torchrl.envs import Transform
+from torchrl.envs import Compose, Transform
 
 from vlmrb_torchrl.buffer import VLMReplayBuffer
-from vlmrb_torchrl.checks import checked_seconds, is_whole, shown
-from vlmrb_torchrl.clips import Clip, check_clip_keys, check_slots, stack_clips
-from vlmrb_torchrl.cutting import ClipCutter
-from vlmrb_torchrl.insertions import check_index
+from vlmrb_torchrl.checks import (
+    MOST_SECONDS,
+    checked_seconds,
+    is_positive,
+    is_real,
+    is_whole,
+    require,
+    shown,
+)
+from vlmrb_torchrl.clips import Clip, ClipCutter, stack_clips
 from vlmrb_torchrl.keys import CLIP, EVENTS, GENERATION, INDEX, RENDER_STATE
 from vlmrb_torchrl.scorers.base import SeededScorer
 from vlmrb_torchrl.scorers.local import LocalScorer
-from vlmrb_torchrl.scoring_backends import Mode, check_scorer, choose_mode
-from vlmrb_torchrl.scoring_dispatcher import Dispatcher, check_buffer
-from vlmrb_torchrl.scoring_ledger import Ledger
-from vlmrb_torchrl.scoring_process import ProcessBackend, make_backend
+from vlmrb_torchrl.scoring_worker import (
+    InPlaceWorker,
+    ProcessWorker,
+    ScorerError,
+    device_of,
+    one_line,
+)
+
+Mode = Literal["auto", "process", "thread", "sync"]
+
 
 _LOGGER = logging.getLogger(__name__)
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_FATES = ("scored", "late", "dropped", "failed")
+_FAULTS = ("raised", "invalid", "unavailable", "timeout", "died", "write")
+_POSITIVE = 0.5
+"""A score from here on counts as positive, as in the sampler's default threshold."""
+_TRIES = 2
+"""How often a clip is asked about: once more, since its process may have died of something else."""
+_WINDOW_SECONDS = 30.0
+"""Rates and latencies are those of the answers of this many last seconds."""
+_LONGEST_ABSENCE_SECONDS = 5.0
+"""Pause, at most, until a scorer that was unavailable is asked again."""
 _END_SECONDS = 5.0
-"""How long a worker that does not start in time may take to end."""
+"""How long `close` waits for the thread, which does not outlive the interpreter anyway, and how
+long a worker that does not start in time may take to end."""
 
 
 class AsyncScorer:
@@ -122,42 +155,56 @@ class AsyncScorer:
         patience: int = 8,
         seed: int = 0,
     ) -> None:
-        check_scorer(scorer, transform)
-        check_buffer(buffer, clip_transitions)
-        check_clip_keys(transform, scorer)
-        needs_frames = CLIP in scorer.in_keys
-        needs = {EVENTS if key == EVENTS else RENDER_STATE for key in scorer.in_keys}
+        _check_parts(buffer, transform, scorer)
+        for name, number in (
+            ("queue_clips", queue_clips),
+            ("batch_clips", batch_clips),
+            ("worker_threads", worker_threads),
+        ):
+            require(is_whole(number, 1), name, number, "use a whole number from 1 on")
+        for name, seconds in (("timeout_s", timeout_s), ("start_timeout_s", start_timeout_s)):
+            remedy = f"use a number above 0, up to {MOST_SECONDS:g}"
+            require(is_positive(seconds, MOST_SECONDS), name, seconds, remedy)
+        require(is_real(max_wait_s, 0, MOST_SECONDS), "max_wait_s", max_wait_s, "use 0 or more")
+        require(is_positive(duty_cycle, 1), "duty_cycle", duty_cycle, "use above 0, up to 1")
+        require(_are_pauses(backoff_s), "backoff_s", backoff_s, "use (shortest, longest) seconds")
+        require(is_whole(niceness, 0, 19), "niceness", niceness, "use 0 (as the learner) to 19")
+        require(is_whole(seed, 0), "seed", seed, "use a whole number from 0 on")
         self._buffer, self._transform, self._scorer = buffer, transform, scorer
         self._cutter = ClipCutter(
-            clip_transitions, frames_per_clip, stride, needs=needs, patience=patience
+            clip_transitions,
+            frames_per_clip,
+            stride,
+            needs={EVENTS if key == EVENTS else RENDER_STATE for key in scorer.in_keys},
+            patience=patience,
         )
+        slots = buffer.storage.max_size
+        remedy = f"use at most {slots}, which the buffer holds"
+        require(clip_transitions <= slots, "clip_transitions", clip_transitions, remedy)
         self._cutting = threading.Lock()
-        self._start_timeout_s = start_timeout_s
         self._blind = False  # pictures to look at failed
-        self._ledger = Ledger(seed)
         self.mode = choose_mode(mode, scorer)
-        self._worker = make_backend(
-            self.mode,
-            transform if needs_frames else None,
-            scorer,
-            timeout_s=timeout_s,
-            start_timeout_s=start_timeout_s,
-            niceness=niceness,
-            worker_threads=worker_threads,
-        )
-        self._dispatcher = Dispatcher(
+        drawn = transform if CLIP in scorer.in_keys else None
+        limits = timeout_s, start_timeout_s
+        self._worker: InPlaceWorker | ProcessWorker
+        if self.mode == "process":
+            self._worker = ProcessWorker(drawn, scorer, *limits, niceness, worker_threads)
+        else:
+            self._worker = InPlaceWorker(drawn, scorer, *limits, self.mode == "thread")
+        self._queue = _Queue(
             buffer,
             self._worker,
-            self._ledger,
-            queue_clips=queue_clips,
-            batch_clips=batch_clips,
-            max_wait_s=max_wait_s,
-            duty_cycle=duty_cycle,
-            backoff_s=backoff_s,
-            threaded=self.mode != "sync",
+            _Counts(seed),
+            queue_clips,
+            batch_clips,
+            max_wait_s,
+            duty_cycle,
+            backoff_s,
         )
+        if self.mode != "sync":
+            self._queue.start()
         # Runs when this object is collected and when the interpreter ends, Ctrl-C included.
-        self._finalizer = weakref.finalize(self, self._dispatcher.close)
+        self._finalizer = weakref.finalize(self, self._queue.close)
 
     def extend(
         self, data: TensorDictBase, stored: TensorDictBase | None = None, *, source: int = 0
@@ -225,7 +272,12 @@ class AsyncScorer:
             RuntimeError: If this scorer is closed.
         """
         self._check(data, source)
-        check_index(index, self._buffer.storage.max_size)
+        if not isinstance(index, Tensor) or index.dtype not in _WHOLE:
+            raise TypeError(f"index is {shown(index)}; pass the slots that extend returned.")
+        slots = self._buffer.storage.max_size
+        outside = index[(index < -1) | (index >= slots)].tolist()
+        remedy = f"pass the slots that extend returned, of {slots}"
+        require(not outside, "index", outside, remedy)
         index = index.detach().reshape(-1).to("cpu", torch.int64)
         generation = self._stamps(data, index)
         with self._cutting:
@@ -233,14 +285,13 @@ class AsyncScorer:
 
     def _check(self, data: TensorDictBase, source: int) -> None:
         self._cutter.check(data)
-        if not is_whole(source, 0):
-            raise ValueError(f"source is {shown(source)}; number the collectors 0, 1, …")
-        if self._dispatcher.closed:
+        require(is_whole(source, 0), "source", source, "number the collectors 0, 1, …")
+        if self._queue.closed:
             raise RuntimeError("This AsyncScorer is closed; make a new one.")
 
     def _take(self, data: TensorDictBase, index: Tensor, generation: Tensor, source: int) -> None:
         clips = self._cutter.cut(data, index, generation, source)
-        self._dispatcher.put(clips, self._cutter.transitions)
+        self._queue.put(clips, self._cutter.transitions)
 
     def _stamps(self, data: TensorDictBase, index: Tensor) -> Tensor:
         """The slots' generations at this insertion, of the shape of ``index``."""
@@ -265,7 +316,7 @@ class AsyncScorer:
     def flush(self) -> None:
         """Queue every open clip as it is. For when the environments start afresh."""
         with self._cutting:
-            self._dispatcher.put(self._cutter.flush(), self._cutter.transitions)
+            self._queue.put(self._cutter.flush(), self._cutter.transitions)
 
     def wait_until_ready(self, timeout_s: float | None = None) -> bool:
         """Wait until the scorer has loaded, or failed to; in ``"sync"`` mode, let it load.
@@ -281,8 +332,8 @@ class AsyncScorer:
             try again.
         """
         if timeout_s is None:
-            timeout_s = self._start_timeout_s + _END_SECONDS
-        return self._dispatcher.wait_until_ready(checked_seconds(timeout_s))
+            timeout_s = self._worker.start_timeout_s + _END_SECONDS
+        return self._queue.wait_until_ready(checked_seconds(timeout_s))
 
     def drain(self, timeout_s: float = 60.0, *, flush: bool = False) -> bool:
         """Wait until every queued clip is scored or given up.
@@ -297,7 +348,7 @@ class AsyncScorer:
         timeout_s = checked_seconds(timeout_s)
         if flush:
             self.flush()
-        return self._dispatcher.drain(timeout_s)
+        return self._queue.drain(timeout_s)
 
     def statistics(self) -> dict[str, float]:
         """What became of the clips and how fast, for logging.
@@ -309,8 +360,9 @@ class AsyncScorer:
         the end of a clip to its score in the buffer, the latter in transitions inserted meanwhile.
         ``transitions_open`` are those whose clip is not complete.
         """
-        with self._cutting:
-            return {**self._ledger.statistics(), "transitions_open": float(len(self._cutter))}
+        with self._cutting, self._queue.changed:
+            figures = self._queue.counts.statistics(self._queue.pending())
+            return {**figures, "transitions_open": float(len(self._cutter))}
 
     def showcase(self) -> dict[str, tuple[Tensor, float]]:
         """Clips to look at: the best-scored and a random one of those since the last call.
@@ -320,7 +372,8 @@ class AsyncScorer:
             a transform, if nothing was scored since, or if they cannot be drawn: that is logged
             once, and not tried again.
         """
-        shown = self._ledger.pop_shown()
+        with self._queue.changed:
+            shown = self._queue.counts.pop_shown()
         if self._transform is None or self._blind:
             return {}
         try:
@@ -331,8 +384,7 @@ class AsyncScorer:
             }
         except Exception as error:
             self._blind = True
-            text = " ".join(str(error).split())
-            _LOGGER.warning("No clips will be shown: %s: %s", type(error).__name__, text)
+            _LOGGER.warning("No clips will be shown: %s", one_line(error))
             return {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -342,11 +394,12 @@ class AsyncScorer:
         and is judged once more; the other way round its score would be lost.
         """
         with self._cutting:
-            pending, books = self._dispatcher.snapshot()
+            with self._queue.changed:
+                pending, counts = self._queue.pending(), dict(self._queue.counts.count)
             return {
                 **self._state_of_parts(),
                 "pending": [clip.state_dict() for clip in pending],
-                "ledger": books,
+                "counts": counts,
             }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -362,16 +415,17 @@ class AsyncScorer:
             before = self._state_of_parts()
             try:
                 pending = [Clip.from_state_dict(clip) for clip in state["pending"]]
-                check_slots(pending, self._buffer.storage.max_size)
+                _check_slots(pending, self._buffer.storage.max_size)
                 self._load_parts(state)
-                self._ledger.load_state_dict(state["ledger"])
+                with self._queue.changed:
+                    self._queue.counts.load(state["counts"])
             except Exception as error:  # whatever a damaged state makes its reader say
                 self._load_parts(before)
                 raise ValueError(
                     "state must be one that AsyncScorer.state_dict returned for the same scorer "
                     f"and buffer, got {shown(state)}: {type(error).__name__}: {shown(error)}"
                 ) from error
-            self._dispatcher.put(pending, self._cutter.transitions, bounded=False)
+            self._queue.put(pending, self._cutter.transitions, bounded=False)
 
     def _state_of_parts(self) -> dict[str, Any]:
         return {
@@ -398,7 +452,7 @@ class AsyncScorer:
     @property
     def worker_pid(self) -> int | None:
         """Process id of the worker; None in other modes, and while there is none."""
-        return self._worker.pid if isinstance(self._worker, ProcessBackend) else None
+        return self._worker.pid
 
     def close(self) -> None:
         """End the worker, leaving what is pending unscored. May be called again."""
@@ -414,3 +468,424 @@ class AsyncScorer:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+@dataclass(eq=False)
+class _Queue:
+    """The clips that wait, and the thread that has them scored in small batches.
+
+    It knows nothing of the `AsyncScorer`, which may be collected while the thread runs. Nothing
+    that a scorer does reaches the learner. A call that hangs in the thread itself holds it for
+    good; the learner's next `put` counts that as a fault. Without `start` clips are scored by
+    `put`, without pauses.
+    """
+
+    buffer: VLMReplayBuffer
+    worker: InPlaceWorker | ProcessWorker
+    counts: _Counts
+    queue_clips: int
+    batch_clips: int
+    max_wait_s: float
+    duty_cycle: float
+    backoff_s: tuple[float, float]
+
+    def __post_init__(self) -> None:
+        self.closed = False
+        self.changed = threading.Condition()  # its lock is that of the counts, too
+        self._waiting: deque[Clip] = deque()
+        self._batch: list[Clip] = []  # being scored
+        self._draining = 0
+        self._ready: bool | None = None  # None: it loads
+        self._silent = True  # no clip has a score, nor was that said
+        self._warned: set[str] = set()  # kinds of faults, those of a loaded state not among them
+        self._faults_in_a_row = 0
+        self._env_steps = 0
+        self._pid = os.getpid()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Start the thread; what hangs in it must not keep the interpreter from ending."""
+        self._thread = threading.Thread(target=self._run, name="scoring", daemon=True)
+        self._thread.start()
+
+    # ------------------------------------------------------------ the learner's side
+
+    def put(self, clips: Sequence[Clip], env_steps: int, *, bounded: bool = True) -> None:
+        """Queue ``clips``; ``env_steps`` transitions have been inserted until now.
+
+        The oldest make room. With ``bounded=False`` none is dropped: what a checkpoint held waits,
+        all of it.
+        """
+        with self.changed:
+            self._env_steps = env_steps
+            before = len(self._waiting)
+            for clip in clips:
+                clip.queued_at = time.monotonic()
+                self._waiting.append(clip)
+            excess = len(self._waiting) - self.queue_clips
+            if self._thread is not None and clips and bounded and excess > 0:
+                self.counts.add("dropped", [self._waiting.popleft() for _ in range(excess)])
+            # The thread sleeps until the first clip comes, then until a batch is full.
+            if not before or before < self.batch_clips <= len(self._waiting):
+                self.changed.notify_all()
+        while self._thread is None and self._waiting:
+            self._attempt(self._next())
+        self._watch()
+
+    def _watch(self) -> None:
+        """Count a call of the scorer that takes longer than it may; it cannot say so itself."""
+        with self.changed:
+            overdue = self.worker.overdue()
+        if overdue:
+            self._fault("timeout", overdue)
+
+    def wait_until_ready(self, timeout_s: float) -> bool:
+        """Wait until the scorer has loaded, or failed to; whether it has."""
+        if self._thread is None and not self._ready:
+            self._load()
+        with self.changed:
+            self.changed.wait_for(lambda: self._ready is not None or self.closed, timeout_s)
+        self._watch()
+        return self._ready is True
+
+    def drain(self, timeout_s: float) -> bool:
+        """Wait until nothing is pending; whether that came true within ``timeout_s``."""
+        with self.changed:
+            self._draining += 1
+            self.changed.notify_all()
+            try:
+                done = self.changed.wait_for(
+                    lambda: self.closed or not (self._waiting or self._batch), timeout_s
+                )
+            finally:
+                self._draining -= 1
+        self._watch()
+        return done
+
+    def pending(self) -> list[Clip]:
+        """Clips neither scored nor given up, the oldest first; call it under the lock."""
+        return [*self._batch, *self._waiting]
+
+    def close(self) -> None:
+        """Stop, leaving what is pending unscored. May be called again."""
+        if os.getpid() != self._pid:
+            return  # a fork of the owner: nothing here is its own
+        with self.changed:
+            if self.closed:
+                return
+            self.closed = True
+            self.counts.add("dropped", self._waiting)
+            self._waiting.clear()
+            self.changed.notify_all()
+        self.worker.abort()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(_END_SECONDS)
+        with self.changed:
+            self.counts.add("dropped", self._batch)
+            self._batch = []
+
+    # ------------------------------------------------------------ the thread's side
+
+    def _run(self) -> None:
+        self._load()
+        while batch := self._next():
+            begun = time.monotonic()
+            self._attempt(batch)
+            rest_s = (time.monotonic() - begun) * (1 / self.duty_cycle - 1)
+            if rest_s:
+                with self.changed:
+                    self.changed.wait_for(lambda: self.closed or self._draining, rest_s)
+
+    def _load(self) -> None:
+        """Let the scorer load; if it cannot, each batch tries again."""
+        _, fault = self._asked(self.worker.start)
+        if self.closed:
+            return
+        if fault is not None:
+            self._fault(fault.kind, str(fault))
+        with self.changed:
+            self._ready = fault is None
+            self.changed.notify_all()
+        if fault is not None:
+            self._pause(fault.kind)
+
+    def _next(self) -> list[Clip]:
+        """The next batch, as soon as there is one; none when closed."""
+        with self.changed:
+            while not self.closed:
+                wait_s = None
+                if self._waiting:
+                    wait_s = self._waiting[0].queued_at + self.max_wait_s - time.monotonic()
+                    full = len(self._waiting) >= self.batch_clips
+                    if full or wait_s <= 0 or self._draining or self._thread is None:
+                        size = min(self.batch_clips, len(self._waiting))
+                        self._batch = [self._waiting.popleft() for _ in range(size)]
+                        return self._batch
+                self.changed.wait(wait_s)
+            return []
+
+    def _attempt(self, batch: list[Clip]) -> None:
+        """Have a batch scored and the scores written; whatever goes wrong is counted.
+
+        Clips that get no score are asked about once more: one by one if nothing tells which of
+        them is to blame, so that none costs another its score.
+        """
+        parts, answered = deque([(batch, _TRIES)]), False
+        while parts and not self.closed:
+            part, tries = parts.popleft()
+            answer, fault = self._asked(partial(self.worker.score, stack_clips(part)))
+            if self.closed:
+                return
+            if fault is not None:
+                # A server that is down says nothing of the batch: it waits.
+                tries -= fault.kind != "unavailable" or self._thread is None
+                self._fault(fault.kind, str(fault), retried=tries > 0)
+            if answer is None:
+                answer = np.full(len(part), np.nan, np.float32)
+            none = np.isnan(answer)
+            if not none.all():
+                answered = self._ready = True
+                self._silent, self._faults_in_a_row = False, 0
+                self._write([part[i] for i in np.flatnonzero(~none)], answer[~none])
+            if fault is None:
+                continue
+            left = [part[i] for i in np.flatnonzero(none)]
+            if not tries:
+                self._settle(left, partial(self.counts.add, "failed"))
+                if self._silent:
+                    self._silent = False
+                    _LOGGER.warning(
+                        "Scoring: no clip has a score yet, and the first were given up after two "
+                        "tries. As long as that lasts, replay is what it is without a scorer."
+                    )
+            elif fault.scores is not None or fault.kind == "unavailable":
+                parts.append((left, tries))
+            else:
+                parts.extend(([clip], tries) for clip in left)
+            if not answered or fault.kind == "unavailable":
+                self._pause(fault.kind)
+
+    def _asked(self, call: Callable[[], Any]) -> tuple[Any, ScorerError | None]:
+        """What ``call`` returns, and what was wrong with it if something was."""
+        try:
+            return call(), None
+        except ScorerError as fault:
+            return fault.scores, fault
+        except BaseException as error:
+            # Nothing else may end this thread; the learner's own is ended by Ctrl-C and exit.
+            if self._thread is None and not isinstance(error, Exception):
+                raise
+            return None, ScorerError("raised", one_line(error))
+
+    def _write(self, clips: list[Clip], scores: NDArray[np.float32]) -> None:
+        """Write the scores of clips to their transitions."""
+        lengths = [len(clip) for clip in clips]
+        try:
+            live = self.buffer.write_scores(
+                torch.from_numpy(np.concatenate([clip.index for clip in clips])),
+                torch.from_numpy(np.concatenate([clip.generation for clip in clips])),
+                torch.from_numpy(scores.repeat(lengths)),
+            )
+        except Exception as error:
+            self._fault("write", one_line(error))
+            self._settle(clips, partial(self.counts.add, "failed"))
+            self._pause("write")
+            return
+        written = [int(part.sum()) for part in live.cpu().split(lengths)]
+        count = partial(
+            self.counts.answered,
+            scores=scores.tolist(),
+            written=written,
+            env_steps=self._env_steps,
+        )
+        self._settle(clips, count)
+
+    def _settle(self, clips: list[Clip], count: Callable[[list[Clip]], None]) -> None:
+        """Count the fate of clips: they are pending until then, never both."""
+        with self.changed:
+            if self._batch:  # else `close` has dropped it
+                count(clips)
+                settled = set(clips)
+                self._batch = [clip for clip in self._batch if clip not in settled]
+                self.changed.notify_all()
+
+    def _fault(self, kind: str, message: str, retried: bool = False) -> None:
+        """Count a fault, and log the first of its kind."""
+        with self.changed:
+            self.counts.count[f"faults_{kind}"] += 1
+            self.counts.count["retries"] += retried
+            first = kind not in self._warned
+            self._warned.add(kind)
+        if first:
+            _LOGGER.warning(
+                "Scoring: %s (%s). Learning goes on with the scores there are; further faults of "
+                "this kind are only counted, as faults_%s of statistics().",
+                message,
+                kind,
+                kind,
+            )
+
+    def _pause(self, kind: str) -> None:
+        """Leave a scorer alone that has failed; the pause doubles from fault to fault."""
+        if self._thread is None:
+            return
+        first, longest = self.backoff_s
+        if kind == "unavailable":  # meanwhile the queue fills
+            longest = min(longest, _LONGEST_ABSENCE_SECONDS)
+        pause_s = min(first * 2.0**self._faults_in_a_row, longest)
+        self._faults_in_a_row = min(self._faults_in_a_row + 1, 30)
+        with self.changed:
+            self.changed.wait_for(lambda: self.closed, pause_s)
+
+
+class _Counts:
+    """What became of every clip and of the transitions in it, how fast, and which to show.
+
+    A clip is scored, late (each of its slots was overwritten before), dropped (the queue was full),
+    failed (the scorer gave no score) or pending. A transition in two clips counts twice. Whoever
+    calls holds the queue's lock.
+    """
+
+    def __init__(self, seed: int) -> None:
+        fates = [f"{unit}_{fate}" for unit in ("clips", "transitions") for fate in _FATES]
+        faults = [f"faults_{kind}" for kind in _FAULTS]
+        self.count = dict.fromkeys((*fates, *faults, "clips_positive", "retries"), 0)
+        # Of each batch answered: when, clips, their summed latencies in seconds and in env steps.
+        self._recent: deque[tuple[float, int, float, int]] = deque()
+        self._started = time.monotonic()
+        self._random = random.Random(seed)
+        self._shown: dict[str, tuple[Clip, float]] = {}
+        self._since_shown = 0
+
+    def add(self, fate: str, clips: Collection[Clip]) -> None:
+        """Count clips and all of their transitions."""
+        self.count[f"clips_{fate}"] += len(clips)
+        self.count[f"transitions_{fate}"] += sum(map(len, clips))
+
+    def answered(
+        self, clips: list[Clip], scores: list[float], written: list[int], env_steps: int
+    ) -> None:
+        """Count scores, of each clip to the ``written`` transitions that were still there."""
+        now = time.monotonic()
+        for clip, score, live in zip(clips, scores, written, strict=True):
+            self.count["clips_scored" if live else "clips_late"] += 1
+            self.count["transitions_scored"] += live
+            self.count["transitions_late"] += len(clip) - live
+            self.count["clips_positive"] += score >= _POSITIVE
+            self._since_shown += 1
+            if "best" not in self._shown or score > self._shown["best"][1]:
+                self._shown["best"] = clip, score
+            if self._random.randrange(self._since_shown) == 0:  # each equally likely
+                self._shown["random"] = clip, score
+        seconds = sum(now - clip.queued_at for clip in clips)
+        steps = sum(env_steps - clip.cut_at for clip in clips)
+        self._recent.append((now, len(clips), seconds, steps))
+        self._forget(now)
+
+    def _forget(self, now: float) -> None:
+        while self._recent and now - self._recent[0][0] > _WINDOW_SECONDS:
+            self._recent.popleft()
+
+    def statistics(self, pending: list[Clip]) -> dict[str, float]:
+        """As `AsyncScorer.statistics`."""
+        now = time.monotonic()
+        self._forget(now)
+        figures = {name: float(count) for name, count in self.count.items()}
+        for unit, waiting in (("clips", len(pending)), ("transitions", sum(map(len, pending)))):
+            done = sum(figures[f"{unit}_{fate}"] for fate in _FATES)
+            figures |= {f"{unit}_pending": waiting, f"{unit}_submitted": done + waiting}
+        clips = sum(answer[1] for answer in self._recent)
+        return figures | {
+            "clips_per_s": clips / max(min(_WINDOW_SECONDS, now - self._started), 1e-9),
+            "latency_s": sum(answer[2] for answer in self._recent) / max(clips, 1),
+            "latency_env_steps": sum(answer[3] for answer in self._recent) / max(clips, 1),
+        }
+
+    def pop_shown(self) -> dict[str, tuple[Clip, float]]:
+        """The best-scored and a random clip of those answered since the last call."""
+        shown, self._shown, self._since_shown = self._shown, {}, 0
+        return shown
+
+    def load(self, count: dict[str, int]) -> None:
+        """Go on counting; what was pending counts once it is queued again."""
+        whole = all(is_whole(number, 0) for number in count.values())
+        remedy = "use whole numbers, one of each kind"
+        require(whole and count.keys() == self.count.keys(), "counts", count, remedy)
+        self.count = dict(count)
+
+
+# ---------------------------------------------------------------- the boundary
+
+
+def choose_mode(mode: str, scorer: TensorDictModuleBase) -> str:
+    """The mode that ``"auto"`` stands for, else ``mode`` itself.
+
+    A scorer on CUDA waits for the GPU, which lets go of the interpreter lock: a thread does. One
+    that computes on the CPU would take the lock from the learner: a process. One that is cheap
+    costs less than the way to a process.
+    """
+    modes = get_args(Mode)
+    require(isinstance(mode, str) and mode in modes, "mode", mode, f"use one of {modes}")
+    if mode != "auto":
+        return mode
+    wants_process = device_of(scorer).type == "cpu" and not getattr(scorer, "cheap", False)
+    return "process" if wants_process and os.name == "posix" else "thread"
+
+
+def _are_pauses(backoff_s: Any) -> bool:
+    if not isinstance(backoff_s, (tuple, list)) or len(backoff_s) != 2:
+        return False
+    shortest, longest = backoff_s
+    return is_real(shortest, 0, MOST_SECONDS) and is_real(longest, shortest, MOST_SECONDS)
+
+
+def _check_parts(buffer: Any, transform: Any, scorer: Any) -> None:
+    """Refuse what cannot take scores, draw or judge, or reads what no clip holds."""
+    if not isinstance(scorer, TensorDictModuleBase):
+        raise TypeError(
+            f"scorer is {shown(scorer)}; pass a ClipScorer or another TensorDictModule."
+        )
+    if transform is not None and not isinstance(transform, Transform):
+        raise TypeError(f"transform is {shown(transform)}; pass ClipRenderTransform(renderer).")
+    if not hasattr(buffer, "write_scores"):
+        raise TypeError(f"buffer is {shown(buffer)}; scores go to a VLMReplayBuffer.")
+    if not hasattr(buffer.sampler, "update_score"):
+        raise TypeError(
+            f"The buffer's {type(buffer.sampler).__name__} takes no scores; "
+            "build the buffer with sampler=VLMPrioritizedSampler(capacity)."
+        )
+    if buffer.storage.ndim > 1:
+        raise ValueError(
+            f"The buffer's storage has {buffer.storage.ndim} dimensions; clips are cut from flat "
+            "slots: leave ndim at 1 and insert data.reshape(-1)."
+        )
+    if CLIP in scorer.in_keys and transform is None:
+        raise ValueError(f"{scorer!r} reads frames; pass ClipRenderTransform(renderer).")
+    held, known = {RENDER_STATE, EVENTS}, True
+    for part in () if transform is None else transform.modules():
+        if isinstance(part, Transform) and not isinstance(part, Compose):
+            if missing := [key for key in part.in_keys if key not in held]:
+                raise ValueError(
+                    f"transform reads {missing}, but clips hold {sorted(held)}: build "
+                    "ClipRenderTransform(renderer) with its own keys."
+                )
+            held.update(part.out_keys)
+            known = known and bool(part.out_keys)
+    if CLIP not in scorer.in_keys:  # then nothing is drawn for it
+        held, known = {RENDER_STATE, EVENTS}, True
+    missing = [key for key in scorer.in_keys if key not in held]
+    if missing and known:
+        raise ValueError(
+            f"scorer reads {missing}, but with this transform clips hold {sorted(held)}: build "
+            "ClipRenderTransform(renderer) with its own keys."
+        )
+
+
+def _check_slots(clips: list[Clip], capacity: int) -> None:
+    """Refuse clips of a state whose transitions cannot lie in a buffer of ``capacity`` slots."""
+    for clip in clips:
+        index, generation = clip.index, clip.generation
+        if not (index.dtype == generation.dtype == np.int64 and index.shape == generation.shape):
+            raise ValueError("a clip's index and generation must be int64 of one length")
+        if not ((index >= -1) & (index < capacity)).all():
+            raise ValueError(f"a clip's slots must be 0 to {capacity - 1}, got {index}")

@@ -1,7 +1,7 @@
-"""Judging a batch of clips, and the worker process that does so at the other end of a pipe.
+"""Judging a batch of clips: in the thread that asks, or in a process with a deadline.
 
-The process is started by `BOOTSTRAP` instead of by ``multiprocessing``: it then neither imports
-the user's script again (unless the scorer is defined there) nor refuses to start from a daemonic
+A process is started by `BOOTSTRAP` instead of by ``multiprocessing``: it then neither imports the
+user's script again (unless the scorer is defined there) nor refuses to start from a daemonic
 process, and it ignores Ctrl-C, which a terminal sends to it too, from its first line on.
 """
 
@@ -14,8 +14,10 @@ import signal
 import sys
 import threading
 import time
-from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterator
+from multiprocessing.connection import Connection, Pipe
+from subprocess import DEVNULL, Popen, TimeoutExpired
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,17 +25,10 @@ from numpy.typing import NDArray
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
+from torchrl.envs import Transform
 
-from vlmrb_torchrl.keys import CLIP, SCORE
-from vlmrb_torchrl.scorers.base import (
-    InvalidScoreError,
-    ScorerUnavailableError,
-    check_scores,
-)
-
-if TYPE_CHECKING:
-    # Not at run time: a worker without frames to draw starts a second sooner without torchrl.
-    from torchrl.envs import Transform
+from vlmrb_torchrl.keys import SCORE
+from vlmrb_torchrl.scorers.base import InvalidScoreError, ScorerUnavailableError, check_scores
 
 FaultKind = Literal["raised", "invalid", "unavailable", "timeout", "died"]
 
@@ -49,14 +44,14 @@ spawn.prepare(connection.recv())
 from vlmrb_torchrl.scoring_worker import serve
 serve(connection, parent)
 """
-"""Program of the worker process; arguments: file descriptor of its end of the pipe, pid of the
-parent, niceness. The first message is what ``multiprocessing`` tells a spawned process."""
-
-IN_WORKER = "VLMRB_SCORING_WORKER"
+"""Program of the process; arguments: file descriptor of its end of the pipe, pid of the parent,
+niceness. The first message is what ``multiprocessing`` tells a spawned process."""
+_IN_WORKER = "VLMRB_SCORING_WORKER"
 """Environment variable that is set in worker processes."""
-
 _WATCH_SECONDS = 1.0
-"""How long a worker may outlive a parent that was killed while the worker was busy."""
+"""How long a process may outlive a parent that was killed while the process was busy."""
+_EXIT_SECONDS = 3.0
+"""How long a process may take to clean up after it was asked to end."""
 
 
 class ScorerError(Exception):
@@ -73,15 +68,30 @@ class ScorerError(Exception):
     def __init__(
         self, kind: FaultKind, message: str, scores: NDArray[np.float32] | None = None
     ) -> None:
-        super().__init__(message)
-        self.kind: FaultKind = kind
-        self.scores = scores
+        super().__init__(kind, message, scores)  # all of them: it is pickled
+        self.kind, self.message, self.scores = kind, message, scores
+
+    def __str__(self) -> str:
+        return self.message
+
+
+# ---------------------------------------------------------------- judging
+
+
+def load(scorer: TensorDictModuleBase) -> None:
+    """Let ``scorer`` load what is heavy, if it is one that does."""
+    try:
+        getattr(scorer, "load", lambda: None)()
+    except ScorerUnavailableError as error:
+        raise ScorerError("unavailable", one_line(error)) from error
+    except Exception as error:
+        raise ScorerError("raised", f"loading the scorer failed: {one_line(error)}") from error
 
 
 def judge(
     transform: Transform | None, scorer: TensorDictModuleBase, clips: TensorDictBase
 ) -> NDArray[np.float32]:
-    """Draw the clips if ``scorer`` wants frames, and score them.
+    """Draw the clips, if there is a transform, and score them.
 
     What ``scorer`` reads goes to its device once: the states, if they are drawn there, or else
     the frames.
@@ -101,7 +111,7 @@ def judge(
     try:
         with torch.no_grad():
             device = device_of(scorer)
-            if transform is not None and CLIP in scorer.in_keys:
+            if transform is not None:
                 renderer = getattr(transform, "renderer", None)
                 clips = transform(_moved(clips, getattr(renderer, "device", device)))
             clips = _moved(clips.select(*scorer.in_keys, strict=False), device)
@@ -135,7 +145,7 @@ def _moved(clips: TensorDictBase, device: torch.device) -> TensorDictBase:
     return clips.apply(move, device=None)  # no device of its own: a score may stay on the CPU
 
 
-def drawing_on(transform: Transform | None, device: torch.device) -> Transform | None:
+def _drawing_on(transform: Transform | None, device: torch.device) -> Transform | None:
     """One like ``transform`` that draws on ``device``, if its renderer can, else itself."""
     renderer: Any = getattr(transform, "renderer", None)
     if transform is None or not hasattr(renderer, "on"):
@@ -145,44 +155,272 @@ def drawing_on(transform: Transform | None, device: torch.device) -> Transform |
     return placed
 
 
-def load(scorer: TensorDictModuleBase) -> None:
-    """Let ``scorer`` load what is heavy, if it is one that does."""
-    try:
-        getattr(scorer, "load", lambda: None)()
-    except ScorerUnavailableError as error:
-        raise ScorerError("unavailable", one_line(error)) from error
-    except Exception as error:
-        raise ScorerError("raised", f"loading the scorer failed: {one_line(error)}") from error
-
-
 def one_line(error: BaseException) -> str:
     """``Type: message`` of an error, on one line of moderate length."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
 
 
-def to_numpy(clips: TensorDictBase) -> dict[str, Any]:
-    """Nested dict of arrays: what is sent to a worker, with no shared memory of torch's."""
-    return {
-        key: to_numpy(value) if isinstance(value, TensorDictBase) else value.numpy()
-        for key, value in clips.items()
-    }
+# ---------------------------------------------------------------- in the thread that asks
 
 
-def from_numpy(arrays: dict[str, Any], batch_size: list[int]) -> TensorDict:
-    """The inverse of `to_numpy`."""
+class InPlaceWorker:
+    """Judges in the thread that calls, on CUDA in a stream of its own if told to.
 
-    def tensors(tree: dict[str, Any]) -> dict[str, Any]:
-        return {k: tensors(v) if isinstance(v, dict) else _tensor(v) for k, v in tree.items()}
+    A call that hangs cannot be ended; whatever it answers, however late, is taken. One thread
+    calls `start` and `score`, any thread the others; so it is with a `ProcessWorker`.
+    """
 
-    return TensorDict(tensors(arrays), batch_size)
+    pid = None
+
+    def __init__(
+        self,
+        transform: Transform | None,
+        scorer: TensorDictModuleBase,
+        timeout_s: float,
+        start_timeout_s: float,
+        own_stream: bool,
+    ) -> None:
+        self._transform, self._scorer = transform, scorer
+        self._timeout_s, self.start_timeout_s = timeout_s, start_timeout_s
+        self._own_stream = own_stream
+        self._stream: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        self._loaded = False
+        self._limit_s = max(timeout_s, start_timeout_s)  # of the next batch: it may compile
+        # The call that runs: when it should have ended, and its limit; then the last that was told.
+        self._call: tuple[float, float] | None = None
+        self._told: tuple[float, float] | None = None
+
+    def start(self) -> None:
+        """Load the scorer, if it is not loaded yet; raises `ScorerError` if that fails."""
+        if self._loaded:
+            return
+        with self._within(self.start_timeout_s):
+            load(self._scorer)
+        device = device_of(self._scorer)
+        self._transform = _drawing_on(self._transform, device)
+        if self._own_stream and device.type == "cuda":
+            # Of priority 0, the least. The weights may still be on their way: this stream waits
+            # for them, nothing ever waits for it.
+            stream = torch.cuda.Stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
+            self._stream = torch.cuda.stream(stream)
+        self._loaded = True
+
+    def score(self, clips: TensorDictBase) -> NDArray[np.float32]:
+        """Scores of a batch of clips, float32 ``[B]``; raises `ScorerError` if one has none."""
+        self.start()
+        try:
+            with self._within(self._limit_s), self._stream:
+                return judge(self._transform, self._scorer, clips)
+        finally:
+            self._limit_s = self._timeout_s
+
+    @contextlib.contextmanager
+    def _within(self, limit_s: float) -> Iterator[None]:
+        self._call = (time.monotonic() + limit_s, limit_s)
+        try:
+            yield
+        finally:
+            self._call = None
+
+    def overdue(self) -> str:
+        """What is to be said, once, of a call that takes longer than it may; else ``""``."""
+        call = self._call
+        if call is None or call is self._told or time.monotonic() < call[0]:
+            return ""
+        self._told = call
+        return (
+            f"no answer within {call[1]:g} s; a thread cannot be ended, so it is waited for, and "
+            "clips that find no room meanwhile are dropped"
+        )
+
+    def abort(self) -> None:
+        """Nothing can be ended."""
 
 
-def _tensor(array: NDArray[Any]) -> Tensor:
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
+# ---------------------------------------------------------------- in a process
+
+
+class ProcessWorker:
+    """Judges in a process of its own, which shares no interpreter lock with the learner.
+
+    It is killed when it does not answer in time, and started again for the next batch. It ends
+    when this process ends, however that ends. Its first batch, in which a scorer may compile,
+    has the time of a start.
+
+    Raises:
+        ValueError: If ``transform`` or ``scorer`` cannot be pickled, or is defined where no
+            process can import it from.
+        RuntimeError: If this process is itself a worker.
+    """
+
+    def __init__(
+        self,
+        transform: Transform | None,
+        scorer: TensorDictModuleBase,
+        timeout_s: float,
+        start_timeout_s: float,
+        niceness: int,
+        threads: int,
+    ) -> None:
+        if os.environ.get(_IN_WORKER):
+            raise RuntimeError(
+                "AsyncScorer was made while its worker process imported your script; put the "
+                'script\'s code under `if __name__ == "__main__":`, or the scorer into a module.'
+            )
+        try:
+            # A transform that belongs to an environment would take it along: hence the clone.
+            clone = None if transform is None else transform.clone()
+            self._payload = pickle.dumps((clone, scorer))
+        except Exception as error:
+            raise ValueError(
+                f"The scorer or its transform cannot be sent to a process ({error}); define what "
+                'they use at the top level of a module, or pass mode="thread".'
+            ) from error
+        self._script: dict[str, str] = {}  # where the process imports the script that runs from
+        if b"__main__" in self._payload:
+            self._script = _script()
+            if not self._script:
+                raise ValueError(
+                    "The scorer or its transform is defined in a script that is no file (standard "
+                    "input, python -c, a notebook), from which a process cannot import it: put it "
+                    'into a module, or pass mode="thread".'
+                )
+        self._timeout_s, self.start_timeout_s = timeout_s, start_timeout_s
+        self._limit_s = timeout_s  # of the next batch
+        self._niceness, self._threads = niceness, threads
+        self._lock = threading.Lock()  # of _process and _aborted
+        self._process: Popen[bytes] | None = None
+        self._connection: Connection | None = None
+        self._aborted = False
+
+    @property
+    def pid(self) -> int | None:
+        """Process id; None while there is none."""
+        process = self._process
+        return None if process is None else process.pid
+
+    def start(self) -> None:
+        """Start the process, if there is none, and let it load the scorer."""
+        if self._connection is not None:
+            return
+        ours, theirs = Pipe()
+        one_thread = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(self._threads))
+        arguments = map(str, (theirs.fileno(), os.getpid(), self._niceness))
+        with self._lock, theirs:
+            if self._aborted:
+                raise ScorerError("died", "aborted")
+            try:
+                self._process = Popen(
+                    [sys.executable, "-c", BOOTSTRAP, *arguments],
+                    stdin=DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                    env={**os.environ, **one_thread, _IN_WORKER: "1"},
+                )
+            except OSError as error:
+                text = f"its process did not start: {one_line(error)}"
+                raise ScorerError("died", text) from error
+        self._connection = ours
+        place = {"sys_path": [path or os.getcwd() for path in sys.path], "dir": os.getcwd()}
+        try:
+            self._exchange(
+                self.start_timeout_s, place | self._script, (self._payload, self._threads)
+            )
+        except ScorerError:
+            self._end()
+            raise
+        self._limit_s = max(self._timeout_s, self.start_timeout_s)
+
+    def score(self, clips: TensorDictBase) -> NDArray[np.float32]:
+        """Send ``clips`` to the process and wait for the answer."""
+        self.start()
+        limit_s, self._limit_s = self._limit_s, self._timeout_s
+        # As arrays: torch would put each tensor into shared memory.
+        scores: NDArray[np.float32] = self._exchange(limit_s, (clips.numpy(), clips.shape[0]))
+        return scores
+
+    def _exchange(self, timeout_s: float, *messages: Any) -> Any:
+        """Send ``messages`` and return the answer; a process that takes too long is ended.
+
+        It may hang before it reads, and a message may be larger than the pipe: hence a thread
+        that ends it, whatever is waited for.
+        """
+        process, connection = self._process, self._connection
+        assert process is not None
+        assert connection is not None
+        late_at = time.monotonic() + timeout_s
+        timer = threading.Timer(timeout_s, _end, [process])
+        timer.daemon = True
+        timer.start()
+        try:
+            for message in messages:
+                connection.send(message)
+            answer = connection.recv()
+        except (EOFError, OSError) as error:
+            late, how = time.monotonic() >= late_at, self._end()
+            if late:
+                how = f"no answer within {timeout_s:g} s; its process was ended"
+                raise ScorerError("timeout", how) from error
+            raise ScorerError("died", how) from error
+        finally:
+            timer.cancel()
+        if isinstance(answer, ScorerError):
+            raise answer
+        return answer
+
+    def _end(self) -> str:
+        """Let a process that is ending, or has nothing more to do, end; say how it did."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        with self._lock:
+            process, self._process = self._process, None
+        return "its process is gone" if process is None else _end(process, ask=False)
+
+    def overdue(self) -> str:
+        """Nothing: what takes too long is ended."""
+        return ""
+
+    def abort(self) -> None:
+        """End the process; a `score` that waits for it fails at once."""
+        with self._lock:
+            self._aborted = True
+            if self._process is not None:
+                _end(self._process)
+
+
+def _end(process: Popen[bytes], ask: bool = True) -> str:
+    """End ``process``, by force if need be; say how it ended.
+
+    Args:
+        process: The process.
+        ask: Whether to ask it to; one whose pipe is closed ends by itself, with its own code.
+    """
+    if ask:
+        process.terminate()
+    with contextlib.suppress(TimeoutExpired):
+        return f"its process ended with code {process.wait(_EXIT_SECONDS)}"
+    process.kill()
+    process.wait()
+    return "its process was killed"
+
+
+def _script() -> dict[str, str]:
+    """Where a process imports the script that runs from; empty if it is no file."""
+    main = sys.modules["__main__"]
+    if main.__spec__ is not None:
+        return {"init_main_from_name": main.__spec__.name}
+    file = getattr(main, "__file__", None)
+    if file is None or not os.path.isfile(file):
+        return {}
+    return {"init_main_from_path": os.path.abspath(file)}
+
+
+# ---------------------------------------------------------------- the process itself
 
 
 def serve(connection: Connection, parent: int) -> None:
-    """Answer requests until the other end of ``connection`` closes."""
+    """Answer requests, each by scores or a `ScorerError`, until the pipe's other end closes."""
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     # Lets what the scorer imported clean up; a scorer that does not return is killed later.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
@@ -192,26 +430,21 @@ def serve(connection: Connection, parent: int) -> None:
         try:
             transform, scorer = pickle.loads(payload)
             load(scorer)
-            transform = drawing_on(transform, device_of(scorer))
+            transform = _drawing_on(transform, device_of(scorer))
         except ScorerError as error:
-            connection.send((error.kind, str(error)))
+            connection.send(error)
             return
         except Exception as error:
-            connection.send(("raised", f"the worker cannot read the scorer: {one_line(error)}"))
+            text = f"the worker cannot read the scorer: {one_line(error)}"
+            connection.send(ScorerError("raised", text))
             return
-        connection.send(("ready",))
+        connection.send("ready")
         while True:
             arrays, clips = connection.recv()
-            connection.send(_answer(transform, scorer, from_numpy(arrays, [clips])))
-
-
-def _answer(
-    transform: Transform | None, scorer: TensorDictModuleBase, clips: TensorDict
-) -> tuple[Any, ...]:
-    try:
-        return "scores", judge(transform, scorer, clips)
-    except ScorerError as error:
-        return error.kind, str(error), error.scores
+            try:
+                connection.send(judge(transform, scorer, TensorDict(arrays, [clips])))
+            except ScorerError as error:
+                connection.send(error)
 
 
 def _end_with(parent: int) -> None:

@@ -22,8 +22,7 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType
 
 from vlmrb_torchrl.checks import ConfigError, one_line, require
-from vlmrb_torchrl.clips import Clip, stack_clips
-from vlmrb_torchrl.cutting import ClipCutter
+from vlmrb_torchrl.clips import Clip, ClipCutter, stack_clips
 from vlmrb_torchrl.frames import shown_outcomes
 from vlmrb_torchrl.judge.settings import SCRIPTED, Settings
 from vlmrb_torchrl.keys import EVENTS

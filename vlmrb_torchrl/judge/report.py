@@ -23,7 +23,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from vlmrb_torchrl.clips import ClipRenderTransform
+from vlmrb_torchrl.renderers import ClipRenderTransform
 from vlmrb_torchrl.frames import frame_digests
 from vlmrb_torchrl.judge.collection import save
 from vlmrb_torchrl.judge.judging import Cost, Examination, Verdict
