@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
 import numpy as np
@@ -79,14 +78,13 @@ class AsyncScorer:
     | ``"sync"`` | inside `extend`, before it returns | tests and bit-exact reruns |
     | ``"auto"`` | thread if it is on CUDA or ``scorer.cheap``, else process | |
 
-    A scorer that raises, answers nonsense, hangs or dies is counted, logged once per kind, and
-    asked once more about the same clips, one by one, after a pause that doubles from fault to
-    fault; then those without a score are given up. A clip that it answers NaN or another number
-    outside [0, 1] costs the others nothing: it alone is asked about once more. A process that
-    hangs or dies is replaced; a thread cannot be: one that is late is counted as a fault and its
-    answer still taken, one that never comes back scores nothing more, and the queue drops what it
-    cannot hold. A scorer that raises `ScorerUnavailableError` (its server is down) is asked about
-    the same batch until it answers; in ``"sync"`` mode, where learning would wait, once more.
+    A fault of the scorer is counted, logged once per kind, and followed by a pause that doubles
+    from fault to fault. Its clips are asked about once more, one by one, then given up; one that is
+    answered NaN, or a number outside [0, 1], costs the others nothing. A process that hangs or dies
+    is replaced. A thread cannot be: one that is late is counted as a fault and its answer still
+    taken; one that never comes back scores nothing more, and the queue drops what it cannot hold.
+    After `ScorerUnavailableError` (a server is down) the same batch is asked about until it is
+    answered; in ``"sync"`` mode, where learning would wait, once more.
 
     Args:
         buffer: Where the transitions are and the scores go. Its sampler must take scores.
@@ -105,9 +103,8 @@ class AsyncScorer:
         start_timeout_s: Seconds for the scorer to start and load, and again for its first batch,
             in which it may compile.
         duty_cycle: Share of the time that the scorer may compute, in (0, 1]; after a batch it
-            rests until its share is kept. For a scorer on the learner's own GPU: the streams
-            share one set of cores, and only new work sees that the learner's has priority
-            (give it ``torch.cuda.Stream(priority=-1)``; a scorer's stream has the least, 0).
+            rests. For a scorer on the learner's own GPU, whose cores its stream shares: only new
+            work sees the learner's priority (``torch.cuda.Stream(priority=-1)``; a scorer has 0).
         backoff_s: Shortest and longest pause after a fault, in seconds.
         niceness: Of the worker process, 0 (as important as the learner) to 19.
         worker_threads: Threads that torch may use in the worker process.
@@ -156,18 +153,22 @@ class AsyncScorer:
         seed: int = 0,
     ) -> None:
         _check_parts(buffer, transform, scorer)
-        for name, number in (
-            ("queue_clips", queue_clips),
-            ("batch_clips", batch_clips),
-            ("worker_threads", worker_threads),
-        ):
+        whole = {
+            "queue_clips": queue_clips,
+            "batch_clips": batch_clips,
+            "worker_threads": worker_threads,
+        }
+        for name, number in whole.items():
             require(is_whole(number, 1), name, number, "use a whole number from 1 on")
-        for name, seconds in (("timeout_s", timeout_s), ("start_timeout_s", start_timeout_s)):
+        for name, seconds in {"timeout_s": timeout_s, "start_timeout_s": start_timeout_s}.items():
             remedy = f"use a number above 0, up to {MOST_SECONDS:g}"
             require(is_positive(seconds, MOST_SECONDS), name, seconds, remedy)
         require(is_real(max_wait_s, 0, MOST_SECONDS), "max_wait_s", max_wait_s, "use 0 or more")
         require(is_positive(duty_cycle, 1), "duty_cycle", duty_cycle, "use above 0, up to 1")
-        require(_are_pauses(backoff_s), "backoff_s", backoff_s, "use (shortest, longest) seconds")
+        pair = isinstance(backoff_s, (tuple, list)) and len(backoff_s) == 2
+        pauses = pair and all(is_real(pause, 0, MOST_SECONDS) for pause in backoff_s)
+        rising = pauses and backoff_s[0] <= backoff_s[1]
+        require(rising, "backoff_s", backoff_s, "use (shortest, longest) seconds")
         require(is_whole(niceness, 0, 19), "niceness", niceness, "use 0 (as the learner) to 19")
         require(is_whole(seed, 0), "seed", seed, "use a whole number from 0 on")
         self._buffer, self._transform, self._scorer = buffer, transform, scorer
@@ -191,16 +192,8 @@ class AsyncScorer:
             self._worker = ProcessWorker(drawn, scorer, *limits, niceness, worker_threads)
         else:
             self._worker = InPlaceWorker(drawn, scorer, *limits, self.mode == "thread")
-        self._queue = _Queue(
-            buffer,
-            self._worker,
-            _Counts(seed),
-            queue_clips,
-            batch_clips,
-            max_wait_s,
-            duty_cycle,
-            backoff_s,
-        )
+        waits = queue_clips, batch_clips, max_wait_s, duty_cycle, backoff_s
+        self._queue = _Queue(buffer, self._worker, _Counts(seed), *waits)
         if self.mode != "sync":
             self._queue.start()
         # Runs when this object is collected and when the interpreter ends, Ctrl-C included.
@@ -430,24 +423,25 @@ class AsyncScorer:
     def _state_of_parts(self) -> dict[str, Any]:
         return {
             "cutter": self._cutter.state_dict(),
-            "scorer": {name: module.get_extra_state() for name, module in self._of(SeededScorer)},
+            "scorer": {name: module.get_extra_state() for name, module in self._seeded()},
             "kept": {name: module.kept_state() for name, module in self._exact()},
         }
 
     def _load_parts(self, state: dict[str, Any]) -> None:
         self._cutter.load_state_dict(state["cutter"])
-        for name, module in self._of(SeededScorer):
+        for name, module in self._seeded():
             module.set_extra_state(state["scorer"][name])
         for name, module in self._exact():
             module.load_kept_state(state["kept"][name])
 
-    def _of(self, kind: type) -> list[tuple[str, Any]]:
+    def _seeded(self) -> list[tuple[str, SeededScorer]]:
         # A worker process has its own copy, which starts from the seed.
-        return [pair for pair in self._scorer.named_modules() if isinstance(pair[1], kind)]
+        return [(n, m) for n, m in self._scorer.named_modules() if isinstance(m, SeededScorer)]
 
-    def _exact(self) -> list[tuple[str, Any]]:
+    def _exact(self) -> list[tuple[str, LocalScorer]]:
         # Bit by bit the same scores are the "sync" mode's promise; elsewhere this is weight only.
-        return self._of(LocalScorer) if self.mode == "sync" else []
+        modules = self._scorer.named_modules() if self.mode == "sync" else ()
+        return [(name, module) for name, module in modules if isinstance(module, LocalScorer)]
 
     @property
     def worker_pid(self) -> int | None:
@@ -461,12 +455,7 @@ class AsyncScorer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
@@ -633,7 +622,7 @@ class _Queue:
         parts, answered = deque([(batch, _TRIES)]), False
         while parts and not self.closed:
             part, tries = parts.popleft()
-            answer, fault = self._asked(partial(self.worker.score, stack_clips(part)))
+            answer, fault = self._asked(self._score, part)
             if self.closed:
                 return
             if fault is not None:
@@ -665,10 +654,13 @@ class _Queue:
             if not answered or fault.kind == "unavailable":
                 self._pause(fault.kind)
 
-    def _asked(self, call: Callable[[], Any]) -> tuple[Any, ScorerError | None]:
+    def _score(self, clips: list[Clip]) -> NDArray[np.float32]:
+        return self.worker.score(stack_clips(clips))
+
+    def _asked(self, call: Callable[..., Any], *arguments: Any) -> tuple[Any, ScorerError | None]:
         """What ``call`` returns, and what was wrong with it if something was."""
         try:
-            return call(), None
+            return call(*arguments), None
         except ScorerError as fault:
             return fault.scores, fault
         except BaseException as error:
@@ -832,13 +824,6 @@ def choose_mode(mode: str, scorer: TensorDictModuleBase) -> str:
     return "process" if wants_process and os.name == "posix" else "thread"
 
 
-def _are_pauses(backoff_s: Any) -> bool:
-    if not isinstance(backoff_s, (tuple, list)) or len(backoff_s) != 2:
-        return False
-    shortest, longest = backoff_s
-    return is_real(shortest, 0, MOST_SECONDS) and is_real(longest, shortest, MOST_SECONDS)
-
-
 def _check_parts(buffer: Any, transform: Any, scorer: Any) -> None:
     """Refuse what cannot take scores, draw or judge, or reads what no clip holds."""
     if not isinstance(scorer, TensorDictModuleBase):
@@ -861,24 +846,22 @@ def _check_parts(buffer: Any, transform: Any, scorer: Any) -> None:
         )
     if CLIP in scorer.in_keys and transform is None:
         raise ValueError(f"{scorer!r} reads frames; pass ClipRenderTransform(renderer).")
-    held, known = {RENDER_STATE, EVENTS}, True
-    for part in () if transform is None else transform.modules():
+    steps = [] if transform is None else list(transform.modules())
+    held = {RENDER_STATE, EVENTS}
+    for part in steps:
         if isinstance(part, Transform) and not isinstance(part, Compose):
-            if missing := [key for key in part.in_keys if key not in held]:
-                raise ValueError(
-                    f"transform reads {missing}, but clips hold {sorted(held)}: build "
-                    "ClipRenderTransform(renderer) with its own keys."
-                )
-            held.update(part.out_keys)
-            known = known and bool(part.out_keys)
-    if CLIP not in scorer.in_keys:  # then nothing is drawn for it
-        held, known = {RENDER_STATE, EVENTS}, True
-    missing = [key for key in scorer.in_keys if key not in held]
-    if missing and known:
-        raise ValueError(
-            f"scorer reads {missing}, but with this transform clips hold {sorted(held)}: build "
-            "ClipRenderTransform(renderer) with its own keys."
-        )
+            _check_keys("transform", part, held)
+            # One that does not say what it writes may write anything.
+            held.update(part.out_keys or scorer.in_keys)
+    # For a scorer that reads no frames nothing is drawn.
+    _check_keys("scorer", scorer, held if CLIP in scorer.in_keys else {RENDER_STATE, EVENTS})
+
+
+def _check_keys(name: str, part: Any, held: set[Any]) -> None:
+    missing = [key for key in part.in_keys if key not in held]
+    remedy = f"clips hold {sorted(held)}: build ClipRenderTransform(renderer) with its own keys."
+    if missing:
+        raise ValueError(f"{name} reads {missing}, but {remedy}")
 
 
 def _check_slots(clips: list[Clip], capacity: int) -> None:

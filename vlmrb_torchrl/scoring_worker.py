@@ -78,14 +78,26 @@ class ScorerError(Exception):
 # ---------------------------------------------------------------- judging
 
 
-def load(scorer: TensorDictModuleBase) -> None:
-    """Let ``scorer`` load what is heavy, if it is one that does."""
+@contextlib.contextmanager
+def _faults(scorer: object, while_: str = "") -> Iterator[None]:
+    """Whatever is raised within becomes a `ScorerError`."""
     try:
-        getattr(scorer, "load", lambda: None)()
+        yield
+    except InvalidScoreError as error:
+        # Another scorer, which this one asks, may have been asked about other clips.
+        given = error.scores if error.source is scorer else None
+        scores = None if given is None else given.cpu().numpy()
+        raise ScorerError("invalid", str(error), scores) from error
     except ScorerUnavailableError as error:
         raise ScorerError("unavailable", one_line(error)) from error
     except Exception as error:
-        raise ScorerError("raised", f"loading the scorer failed: {one_line(error)}") from error
+        raise ScorerError("raised", while_ + one_line(error)) from error
+
+
+def load(scorer: TensorDictModuleBase) -> None:
+    """Let ``scorer`` load what is heavy, if it is one that does."""
+    with _faults(scorer, "loading the scorer failed: "):
+        getattr(scorer, "load", lambda: None)()
 
 
 def judge(
@@ -108,23 +120,13 @@ def judge(
         ScorerError: If the transform or the scorer raised, or a clip has no score.
     """
     B = clips.shape[0]
-    try:
-        with torch.no_grad():
-            device = device_of(scorer)
-            if transform is not None:
-                renderer = getattr(transform, "renderer", None)
-                clips = transform(_moved(clips, getattr(renderer, "device", device)))
-            clips = _moved(clips.select(*scorer.in_keys, strict=False), device)
-            scores = check_scores(scorer(clips).get(SCORE, None), B, scorer).cpu().numpy()
-    except InvalidScoreError as error:
-        # Another scorer, which this one asks, may have been asked about other clips.
-        given = error.scores if error.source is scorer else None
-        rest = None if given is None else given.cpu().numpy()
-        raise ScorerError("invalid", str(error), rest) from error
-    except ScorerUnavailableError as error:
-        raise ScorerError("unavailable", one_line(error)) from error
-    except Exception as error:
-        raise ScorerError("raised", one_line(error)) from error
+    with _faults(scorer), torch.no_grad():
+        device = device_of(scorer)
+        if transform is not None:
+            renderer = getattr(transform, "renderer", None)
+            clips = transform(_moved(clips, getattr(renderer, "device", device)))
+        clips = _moved(clips.select(*scorer.in_keys, strict=False), device)
+        scores = check_scores(scorer(clips).get(SCORE, None), B, scorer).cpu().numpy()
     if missing := int(np.isnan(scores).sum()):
         text = f"{type(scorer).__name__} gave {missing} of {B} clips no score"
         raise ScorerError("invalid", text, scores)
@@ -245,13 +247,7 @@ class ProcessWorker:
     """Judges in a process of its own, which shares no interpreter lock with the learner.
 
     It is killed when it does not answer in time, and started again for the next batch. It ends
-    when this process ends, however that ends. Its first batch, in which a scorer may compile,
-    has the time of a start.
-
-    Raises:
-        ValueError: If ``transform`` or ``scorer`` cannot be pickled, or is defined where no
-            process can import it from.
-        RuntimeError: If this process is itself a worker.
+    when this process ends, however that ends.
     """
 
     def __init__(
@@ -287,7 +283,7 @@ class ProcessWorker:
                     'into a module, or pass mode="thread".'
                 )
         self._timeout_s, self.start_timeout_s = timeout_s, start_timeout_s
-        self._limit_s = timeout_s  # of the next batch
+        self._limit_s = timeout_s  # of the next batch; the first may compile
         self._niceness, self._threads = niceness, threads
         self._lock = threading.Lock()  # of _process and _aborted
         self._process: Popen[bytes] | None = None
@@ -390,11 +386,9 @@ class ProcessWorker:
 
 
 def _end(process: Popen[bytes], ask: bool = True) -> str:
-    """End ``process``, by force if need be; say how it ended.
+    """End ``process``, by force if need be, and say how it ended.
 
-    Args:
-        process: The process.
-        ask: Whether to ask it to; one whose pipe is closed ends by itself, with its own code.
+    One whose pipe is closed need not be asked: it ends by itself, with a code of its own.
     """
     if ask:
         process.terminate()
@@ -428,23 +422,21 @@ def serve(connection: Connection, parent: int) -> None:
         payload, threads = connection.recv()
         torch.set_num_threads(threads)
         try:
-            transform, scorer = pickle.loads(payload)
+            with _faults(None, "the worker cannot read the scorer: "):
+                transform, scorer = pickle.loads(payload)
             load(scorer)
-            transform = _drawing_on(transform, device_of(scorer))
         except ScorerError as error:
             connection.send(error)
             return
-        except Exception as error:
-            text = f"the worker cannot read the scorer: {one_line(error)}"
-            connection.send(ScorerError("raised", text))
-            return
-        connection.send("ready")
+        transform = _drawing_on(transform, device_of(scorer))
+        answer: Any = "ready"
         while True:
+            connection.send(answer)
             arrays, clips = connection.recv()
             try:
-                connection.send(judge(transform, scorer, TensorDict(arrays, [clips])))
+                answer = judge(transform, scorer, TensorDict(arrays, [clips]))
             except ScorerError as error:
-                connection.send(error)
+                answer = error
 
 
 def _end_with(parent: int) -> None:
