@@ -11,15 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
 from torchrl.collectors import Collector
-from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.data import LazyTensorStorage
 from torchrl.envs import (
     Compose,
     MultiStepTransform,
     ToTensorImage,
     Transform,
-    TransformedEnv,
 )
-from torchrl.envs.utils import check_env_specs
 
 from tests.scoring_doubles import Brightness, NumberRenderer
 from tests.streams import stream
@@ -27,7 +25,7 @@ from vlmrb_torchrl.buffer import VLMReplayBuffer
 from vlmrb_torchrl.clips import ClipCutter, stack_clips
 from vlmrb_torchrl.envs import DoorKeyEnv
 from vlmrb_torchrl.frames import shown_outcomes
-from vlmrb_torchrl.renderers import ClipRenderTransform, MiniGridRenderer
+from vlmrb_torchrl.renderers import ClipRenderTransform
 from vlmrb_torchrl.samplers import VLMPrioritizedSampler
 from vlmrb_torchrl.scorers import PrivilegedScorer
 from vlmrb_torchrl.scoring import AsyncScorer
@@ -94,7 +92,7 @@ lengths = st.lists(st.integers(1, 25), min_size=1, max_size=6)
 sizes = {"clip": st.integers(1, 12), "frames": st.integers(1, 9), "stride": st.integers(1, 14)}
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=50)
 @given(data=st.data(), trajectory_lengths=lengths, ids=st.booleans(), **sizes)
 def test_any_split_of_a_stream_gives_the_same_clips(
     data, trajectory_lengths, ids, clip, frames, stride
@@ -117,7 +115,7 @@ def test_any_split_of_a_stream_gives_the_same_clips(
         assert {slot for c in clips for slot in c.index.tolist()} == set(range(T))
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=30)
 @given(data=st.data(), rows=st.integers(1, 4), flat=st.booleans(), ids=st.booleans(), **sizes)
 def test_rows_of_environments_give_the_clips_of_each(data, rows, flat, ids, clip, frames, stride):
     """N environments side by side, as [N, T] or flattened (then trajectory ids tell them apart)."""
@@ -210,11 +208,11 @@ def test_a_trajectory_that_never_comes_again_is_closed_not_kept():
 
 
 def test_one_transition_at_a_time_from_many_environments_cuts_nothing_short():
-    """64 environments in turn: each is unseen for 63 insertions, far more than the patience."""
+    """16 environments in turn: each is unseen for 15 insertions, more than the patience."""
     cutter = ClipCutter(4, 4, patience=8)
-    envs = [stream([4], start=100 * i, ids=[i]) for i in range(64)]
+    envs = [stream([4], start=100 * i, ids=[i]) for i in range(16)]
     clips = [c for t in range(4) for env in envs for c in cut(cutter, env[t : t + 1])]
-    assert [len(c) for c in clips] == [4] * 64
+    assert [len(c) for c in clips] == [4] * 16
 
 
 def test_same_id_from_another_state_is_another_trajectory():
@@ -245,7 +243,7 @@ def test_flush_closes_what_is_open_and_the_trajectory_goes_on_in_a_new_clip():
     assert [c.index.tolist() for c in cut(cutter, transitions[4:])] == [[4, 5, 6, 7, 8]]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 @given(at=st.integers(0, 30), **sizes)
 def test_a_restored_cutter_goes_on_as_the_old_one(at, clip, frames, stride):
     transitions = stream([7, 24])
@@ -355,10 +353,8 @@ def scores(buffer):
     return torch.where(score < 0, -1, (score * 255).round()).int().tolist()
 
 
-@pytest.mark.parametrize("clip", [1, 4])
-@pytest.mark.parametrize("rows", [0, 2])
-@settings(deadline=None, max_examples=8)
-@given(data=st.data())
+@settings(deadline=None, max_examples=12)
+@given(data=st.data(), clip=st.sampled_from([1, 4]), rows=st.sampled_from([0, 2]))
 def test_n_step_transitions_get_the_score_of_where_they_lead(clip, rows, data):
     """Transition k of a trajectory that ends in state e leads to state min(k + 3, e).
 
@@ -463,11 +459,11 @@ def test_keys_that_no_clip_has_are_refused_when_the_scorer_is_built():
 
 
 def test_threads_that_extend_leave_each_slot_the_score_of_its_transition():
-    """Ring of 64, written 15 times over by 3 threads: outcome k has score k mod 256."""
+    """Ring of 64, written 6 times over by 3 threads: outcome k has score k mod 256."""
     buffer, scoring = judged(clip_transitions=1)
 
     def insert(source):
-        for batch in range(10):
+        for batch in range(4):
             scoring.extend(stream([32], start=1000 * source + 32 * batch), source=source)
 
     threads = [threading.Thread(target=insert, args=(source,)) for source in range(3)]
@@ -593,51 +589,6 @@ def test_without_frames_neither_states_nor_events_are_needed():
     assert clip.render_state is None
     assert clip.events is None
     assert stack_clips([clip]).batch_size == torch.Size([1])
-
-
-# ---------------------------------------------------------------- drawing
-
-
-def test_frames_of_clips_are_the_renderers():
-    renderer = MiniGridRenderer(tile_size=4)
-    states = DoorKeyEnv(5, 6, seed=0).reset()["render_state"].reshape(2, 3, 5, 5, 4)
-    clips = ClipRenderTransform(renderer)(TensorDict({"render_state": states}, [2]))
-    assert clips["clip"].dtype == torch.uint8
-    assert clips["clip"].shape == (2, 3, 3, 20, 20)
-    assert torch.equal(clips["clip"][1, 2], renderer(states[1, 2]))
-
-
-def test_a_transformed_environment_keeps_its_specs():
-    env = TransformedEnv(
-        DoorKeyEnv(5, 2),
-        ClipRenderTransform(MiniGridRenderer(tile_size=4), out_keys=[("picture", "now")]),
-    )
-    check_env_specs(env)
-    rollout = env.rollout(3)
-    assert rollout["next", "picture", "now"].shape == (2, 3, 3, 20, 20)
-    drawn = MiniGridRenderer(tile_size=4)(rollout["next", "render_state"])
-    assert torch.equal(rollout["next", "picture", "now"], drawn)
-
-
-def test_a_replay_buffer_draws_what_it_samples():
-    buffer = TensorDictReplayBuffer(
-        storage=LazyTensorStorage(10),
-        transform=ClipRenderTransform(MiniGridRenderer(tile_size=4)),
-        batch_size=5,
-    )
-    states = DoorKeyEnv(5, 10, seed=0).reset().select("render_state")
-    buffer.extend(states)
-    sample = buffer.sample()
-    assert torch.equal(sample["clip"], MiniGridRenderer(tile_size=4)(sample["render_state"]))
-
-
-def test_the_transform_pickles_and_checks_its_keys():
-    transform = ClipRenderTransform(MiniGridRenderer(tile_size=4))
-    state = TensorDict({"render_state": torch.zeros(1, 2, 5, 5, 4, dtype=torch.uint8)}, [1])
-    again = pickle.loads(pickle.dumps(transform))
-    assert torch.equal(transform(state.clone())["clip"], again(state.clone())["clip"])
-    with pytest.raises(ValueError, match="name one output for each input"):
-        ClipRenderTransform(MiniGridRenderer(), in_keys=["a", "b"])
 
 
 def test_stacked_clips_are_what_scorers_read():
