@@ -103,12 +103,11 @@ class ClipCutter:
     when its environment shows another one, or after ``patience`` batches without it.
 
     Args:
-        clip_transitions: Transitions that a clip covers.
-        frames_per_clip: Outcome states of them that are shown.
-        stride: Transitions from one clip's start to the next; None: ``clip_transitions``.
+        clip_transitions: As of `AsyncScorer`.
+        frames_per_clip: As there.
+        stride: As there.
         needs: Which of ``"render_state"`` and ``"events"`` must be there, under ``"next"``.
-        patience: Insertion batches after which an unseen trajectory is given up. Collectors with
-            many asynchronous workers want more than they have workers.
+        patience: As of `AsyncScorer`.
 
     Raises:
         ValueError: If one of the numbers is no whole number from 1 on.
@@ -151,11 +150,8 @@ class ClipCutter:
         far as ``"render_state"`` and ``("next", "render_state")`` tell.
 
         Args:
-            data: Transitions, ``[T]`` (trajectories one after the other) or ``[..., T]`` (one
-                environment a row), with ``("next", "done")``, ``("next", "render_state")``,
-                optionally ``"render_state"``, ``("next", "events")`` and ``("collector",
-                "traj_ids")``. Without trajectory ids each row is one environment, and ``[T]`` is
-                split by ``done`` and by the render states alone.
+            data: As of `AsyncScorer.extend`. Without trajectory ids each row of ``[..., T]`` is one
+                environment, and ``[T]`` is split by ``done`` and by the render states alone.
             index: Their slots, as many as there are transitions, in the order of
                 ``data.reshape(-1)``.
             generation: The slots' stamps, of the same shape.

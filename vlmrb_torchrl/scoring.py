@@ -108,7 +108,8 @@ class AsyncScorer:
         backoff_s: Shortest and longest pause after a fault, in seconds.
         niceness: Of the worker process, 0 (as important as the learner) to 19.
         worker_threads: Threads that torch may use in the worker process.
-        patience: Insertions after which an unseen trajectory counts as given up.
+        patience: Insertions after which an unseen trajectory counts as given up; more than there
+            are asynchronous workers.
         seed: Chooses the random clips of `showcase`.
 
     Raises:
