@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import jsonargparse
@@ -34,27 +33,16 @@ FATES = ("scored", "late", "dropped", "failed", "pending", "open")
 GOODBYE_SECONDS = 60
 
 
-@dataclass
-class Watch:
-    """What was seen of a process, once a second."""
-
-    process: psutil.Process
-    seconds: list[float] = field(default_factory=list)
-    megabytes: list[float] = field(default_factory=list)
-    threads: list[int] = field(default_factory=list)
-    files: list[int] = field(default_factory=list)
-    processes: list[int] = field(default_factory=list)
-
-    def look(self, seconds: float) -> None:
-        """Note how it stands."""
-        with self.process.oneshot():
-            memory = self.process.memory_info().rss / 2**20
-            threads, files = self.process.num_threads(), self.process.num_fds()
-        self.seconds.append(seconds)
-        self.megabytes.append(memory)
-        self.threads.append(threads)
-        self.files.append(files)
-        self.processes.append(len(self.process.children()))
+def look(process: psutil.Process, seconds: float) -> dict[str, float]:
+    """How a process stands after so many seconds."""
+    with process.oneshot():
+        return {
+            "minutes": seconds / 60,
+            "resident MB": process.memory_info().rss / 2**20,
+            "threads": process.num_threads(),
+            "files": process.num_fds(),
+            "processes": len(process.children()),
+        }
 
 
 def trouble(process: psutil.Process, chance: random.Random) -> str | None:
@@ -93,13 +81,13 @@ def flatness(values: list[float]) -> float:
     return float(np.median(values[-tenth:]) / np.median(values[:tenth]) - 1)
 
 
-def draw(watch: Watch, warm: int, path: Path) -> None:
+def draw(looks: list[dict[str, float]], warm: int, path: Path) -> None:
     """Draw memory, threads and files over time."""
     figure = Figure(figsize=(7, 5), layout="constrained")
-    shown = {"resident MB": watch.megabytes, "threads": watch.threads, "files": watch.files}
-    for axes, (name, values) in zip(figure.subplots(3, sharex=True), shown.items(), strict=True):
-        axes.plot(np.array(watch.seconds) / 60, values)
-        axes.axvline(watch.seconds[warm] / 60, linestyle=":", color="grey")
+    names = ("resident MB", "threads", "files")
+    for axes, name in zip(figure.subplots(3, sharex=True), names, strict=True):
+        axes.plot([each["minutes"] for each in looks], [each[name] for each in looks])
+        axes.axvline(looks[warm]["minutes"], linestyle=":", color="grey")
         axes.set(ylabel=name, ylim=(0, None))
         axes.grid(alpha=0.3)
     axes.set(xlabel="minutes")
@@ -129,7 +117,7 @@ def soak(
     require(seconds_between_faults > 0, "seconds_between_faults", seconds_between_faults, "use > 0")
     chance, outside = random.Random(seed), {"killed": 0, "stopped": 0}
     training = start(out, rate, replay_capacity)
-    watch = Watch(psutil.Process(training.pid))
+    process, looks = psutil.Process(training.pid), []
     try:
         # A judge that does not load at all stops a run, as it should: faults come later.
         while training.poll() is None and not last_row(out):
@@ -140,21 +128,21 @@ def soak(
             if training.poll() is not None:
                 raise ConfigError(f"the run ended by itself: see {out / 'output.txt'}")
             elapsed = time.monotonic() - begin
-            watch.look(elapsed)
+            looks.append(look(process, elapsed))
             if elapsed > due:
                 due = elapsed + chance.expovariate(1 / seconds_between_faults)
-                if done := trouble(watch.process, chance):
+                if done := trouble(process, chance):
                     outside[done] += 1
-        left = watch.process.children(recursive=True)
+        left = process.children(recursive=True)
     finally:
         training.terminate()
         training.wait(GOODBYE_SECONDS)
     _, left = psutil.wait_procs(left, timeout=GOODBYE_SECONDS)
-    report(watch, read_rows(out), outside, replay_capacity, len(left), out)
+    report(looks, read_rows(out), outside, replay_capacity, len(left), out)
 
 
 def report(
-    watch: Watch,
+    looks: list[dict[str, float]],
     rows: list[Row],
     outside: dict[str, int],
     replay_capacity: int,
@@ -163,23 +151,24 @@ def report(
 ) -> None:
     """Print the table and draw the figure."""
     rows = [row for row in rows if "scoring/clips_submitted" in row]
-    require(bool(rows), "minutes", watch.seconds[-1] / 60, "let it run until it scores")
+    minutes = [each["minutes"] for each in looks]
+    require(bool(rows), "minutes", minutes[-1], "let it run until it scores")
     full = next((r["seconds"] for r in rows if r["env_steps"] >= 2 * replay_capacity), 0.0)
-    warm = min(int(np.searchsorted(watch.seconds, full + 60)), len(watch.seconds) - 1)
+    warm = min(int(np.searchsorted(minutes, full / 60 + 1)), len(minutes) - 1)
     last = rows[-1]
     faults = {k.split("_")[-1]: v for k, v in last.items() if k.startswith("scoring/faults_")}
-    table = Table("", "figure", title=f"{watch.seconds[-1] / 60:.0f} minutes under faults")
+    table = Table("", "figure", title=f"{minutes[-1]:.0f} minutes under faults")
     table.add_row("env steps", f"{last['env_steps']:,.0f}")
     table.add_row("faults from outside", ", ".join(f"{n} {k}" for k, n in outside.items()))
     table.add_row(
         "faults that the scorer counted", ", ".join(f"{v:.0f} {k}" for k, v in faults.items())
     )
-    table.add_row(
-        "resident MB, last tenth ÷ first, after warm-up", f"{flatness(watch.megabytes[warm:]):+.1%}"
-    )
+    seen = {name: [each[name] for each in looks[warm:]] for name in looks[0]}
+    growth = f"{flatness(seen['resident MB']):+.1%}"
+    table.add_row("resident MB, last tenth ÷ first, after warm-up", growth)
     for name in ("threads", "files", "processes"):
-        seen = getattr(watch, name)[warm:]
-        table.add_row(f"{name}, first and last, most", f"{seen[0]}, {seen[-1]}, {max(seen)}")
+        counts = f"{seen[name][0]}, {seen[name][-1]}, {max(seen[name])}"
+        table.add_row(f"{name}, first and last, most", counts)
     pending = [row["scoring/clips_pending"] for row in rows]
     table.add_row(
         "clips waiting, median, most, last",
@@ -192,7 +181,7 @@ def report(
     )
     table.add_row("children left behind", str(left))
     Console().print(table)
-    draw(watch, warm, out / "soak.png")
+    draw(looks, warm, out / "soak.png")
     Console().print(f"figure: {out / 'soak.png'}", soft_wrap=True)
 
 
