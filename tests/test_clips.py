@@ -427,7 +427,7 @@ def test_what_the_judge_sees_need_not_lie_in_the_buffer():
     assert scoring.extend(rows, kept).tolist() == [*range(8)]
     assert scores(buffer) == [1, 2, 3, 4, 51, 52, 53, 54]
     assert "render_state" not in buffer[:]
-    with pytest.raises(ValueError, match=r"stored is .*; pass a TensorDict \[2, 4\]"):
+    with pytest.raises(ValueError, match=r"stored is .*: pass a TensorDict \[2, 4\]"):
         scoring.extend(rows, kept.reshape(-1))
     with pytest.raises(KeyError, match="let the environment write"):
         scoring.extend(kept)

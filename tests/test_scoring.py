@@ -92,15 +92,6 @@ def judged(scorer, mode, transitions, **settings):
         return scores(buffer), books(scoring)
 
 
-def judged(scorer, mode, transitions, **settings):
-    """The score of each slot, and the statistics, once everything is scored or given up."""
-    buffer = make_buffer()
-    with make(buffer, scorer, mode, **settings) as scoring:
-        insert(buffer, scoring, transitions)
-        assert scoring.drain(PATIENT)
-        return scores(buffer), books(scoring)
-
-
 def vanishes(pid, timeout_s=PATIENT):
     """Whether process ``pid`` ends (or has ended) within the time."""
     try:

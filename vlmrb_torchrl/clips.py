@@ -83,7 +83,7 @@ def stack_clips(clips: Sequence[Clip]) -> TensorDict:
     return batch
 
 
-@dataclass(slots=True)
+@dataclass
 class _Track:
     """The open clip of one trajectory."""
 
@@ -103,11 +103,11 @@ class ClipCutter:
     when its environment shows another one, or after ``patience`` batches without it.
 
     Args:
-        clip_transitions: As of `AsyncScorer`.
-        frames_per_clip: As there.
-        stride: As there.
+        clip_transitions: As of `AsyncScorer`, like the next two and ``patience``.
+        frames_per_clip: See there.
+        stride: See there.
         needs: Which of ``"render_state"`` and ``"events"`` must be there, under ``"next"``.
-        patience: As of `AsyncScorer`.
+        patience: See there.
 
     Raises:
         ValueError: If one of the numbers is no whole number from 1 on.
@@ -268,13 +268,7 @@ class ClipCutter:
             "transitions": self.transitions,
             "batches": self._batches,
             "tracks": {
-                key: {
-                    "held": _to_state(track.held),
-                    "covered": track.covered,
-                    "skip": track.skip,
-                    "seen_batch": track.seen_batch,
-                    "seen_transition": track.seen_transition,
-                }
+                key: {**vars(track), "held": _to_state(track.held)}
                 for key, track in self._tracks.items()
             },
         }

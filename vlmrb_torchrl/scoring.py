@@ -231,8 +231,7 @@ class AsyncScorer:
         """
         self._check(data, source)
         fits = isinstance(stored, TensorDictBase) and stored.shape == data.shape
-        if stored is not None and not fits:
-            raise ValueError(f"stored is {shown(stored)}; pass a TensorDict {list(data.shape)}.")
+        require(stored is None or fits, "stored", stored, f"pass a TensorDict {list(data.shape)}")
         with self._cutting:
             written = self._buffer.insert(data if stored is None else stored)
             if written is None:

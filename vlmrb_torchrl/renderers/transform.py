@@ -10,7 +10,7 @@ from torch import Tensor
 from torchrl.data import Bounded, Composite
 from torchrl.envs import Transform
 
-from vlmrb_torchrl.checks import is_key, shown
+from vlmrb_torchrl.checks import is_key, require, shown
 from vlmrb_torchrl.keys import CLIP, RENDER_STATE
 from vlmrb_torchrl.renderers.base import Renderer
 
@@ -47,11 +47,8 @@ class ClipRenderTransform(Transform):
             named = isinstance(keys, (list, tuple)) and bool(keys)
             if not named or not all(map(is_key, keys)):
                 raise TypeError(f"{name}={shown(keys)}: pass a list of keys.")
-        if len(in_keys) != len(out_keys):
-            raise ValueError(
-                f"in_keys={list(in_keys)} and out_keys={list(out_keys)} differ in length; "
-                "name one output for each input."
-            )
+        remedy = f"name one output for each input of {list(in_keys)}"
+        require(len(in_keys) == len(out_keys), "out_keys", list(out_keys), remedy)
         super().__init__(in_keys=list(in_keys), out_keys=list(out_keys))
         self.renderer = renderer
 
