@@ -738,11 +738,14 @@ def test_signals_and_forks_leave_the_worker_alone_and_a_killed_one_is_replaced()
 
 
 @pytest.mark.parametrize("mode", ["sync", "thread"])
-def test_close_may_come_twice_and_submit_after_it_says_so(mode):
+def test_close_may_come_twice_and_what_comes_after_it_is_dropped_or_refused(mode):
     buffer = make_buffer()
     scoring = make(buffer, Yes(), mode)
+    insert(buffer, scoring, stream([2], open_end=True))
     scoring.close()
     scoring.close()
+    scoring.flush()
+    assert books(scoring)["clips_dropped"] == 1
     with pytest.raises(RuntimeError, match="closed; make a new one"):
         insert(buffer, scoring, stream([4]))
     assert scoring.drain(PATIENT)
@@ -773,6 +776,27 @@ def test_closing_in_the_middle_of_a_batch_leaves_no_worker_and_balanced_books(
     assert figures["clips_dropped"] == 2
     assert figures["clips_pending"] == 0
     assert scores(buffer) == [-1] * 64
+
+
+def test_closing_while_scores_are_written_counts_no_clip_twice(monkeypatch):
+    monkeypatch.setattr("vlmrb_torchrl.scoring._END_SECONDS", 0.01)
+    buffer, writes, may = make_buffer(), threading.Event(), threading.Event()
+    write = buffer.write_scores
+
+    def held(*arguments):
+        writes.set()
+        assert may.wait(PATIENT)
+        return write(*arguments)
+
+    monkeypatch.setattr(buffer, "write_scores", held)
+    scoring = make(buffer, Yes(), "thread")
+    insert(buffer, scoring, stream([4]))
+    assert writes.wait(PATIENT)
+    scoring.close()
+    may.set()
+    scoring._queue._thread.join(PATIENT)
+    figures = books(scoring)
+    assert (figures["clips_submitted"], figures["clips_dropped"]) == (1, 1)
 
 
 def test_a_forgotten_scorer_ends_its_worker(gate):

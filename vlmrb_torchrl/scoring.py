@@ -506,6 +506,9 @@ class _Queue:
         all of it.
         """
         with self.changed:
+            if self.closed:
+                self.counts.add("dropped", clips)
+                return
             self._env_steps = env_steps
             before = len(self._waiting)
             for clip in clips:
