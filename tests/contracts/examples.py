@@ -1,8 +1,8 @@
-"""Examples of scorers that need something which a test must build: a model's folder, a server.
+"""Examples of scorers whose arguments have no defaults: events, a model's folder, a server.
 
 The contract tests take ``EXAMPLES[class name](request)`` in place of the class's ``example()``.
-An entry may be called several times. ``request`` is a module's pytest request: its
-``addfinalizer`` stops what was started, ``getfixturevalue("tmp_path_factory")`` has folders.
+``request`` is a module's pytest request: its ``addfinalizer`` stops what was started,
+``getfixturevalue("tmp_path_factory")`` has folders.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ from vlmrb_torchrl.scorers import (
     ContrastiveScorer,
     EmbeddedJudge,
     EndpointScorer,
+    HuggingFaceScorer,
+    NoisyScorer,
+    PrivilegedScorer,
 )
+from vlmrb_torchrl.scorers.embedded import FOLDER
+
+EVENTS = ("goal", "door", "key")
 
 
 def _cached(request: pytest.FixtureRequest) -> CachedScorer:
@@ -42,4 +48,7 @@ EXAMPLES: dict[str, Callable[[pytest.FixtureRequest], ClipScorer]] = {
     "CachedScorer": _cached,
     "ContrastiveScorer": _contrastive,
     "EndpointScorer": _endpoint,
+    "HuggingFaceScorer": lambda _: HuggingFaceScorer(FOLDER, answer_prefix=""),
+    "NoisyScorer": lambda _: NoisyScorer(PrivilegedScorer(EVENTS)),
+    "PrivilegedScorer": lambda _: PrivilegedScorer(EVENTS),
 }

@@ -53,18 +53,15 @@ class Failing(Yes):
 class Cramped(EmbeddedJudge):
     """The embedded judge, with memory for 3 clips."""
 
-    def load(self):
-        super().load()
-        model, self.sizes = self._loaded, []
-        real = model.log_odds
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
 
-        def log_odds(clips, prompts):
-            self.sizes.append(len(clips))
-            if len(clips) > 3:
-                raise torch.OutOfMemoryError("CUDA out of memory.")
-            return real(clips, prompts)
-
-        model.log_odds = log_odds
+    def log_odds(self, clips, prompts):
+        self.sizes.append(len(clips))
+        if len(clips) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return super().log_odds(clips, prompts)
 
 
 class Drained(AsyncScorer):

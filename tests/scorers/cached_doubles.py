@@ -19,14 +19,12 @@ class Brightness(ClipScorer):
 
     frame_size = (2, 2)
 
+    changes_no_score = frozenset({"weights"})  # in its revision
+
     def __init__(self, prompt: str = "bright?", model: str = "mean", weights: str = "1") -> None:
         super().__init__()
         self.prompt, self.model, self.weights = prompt, model, weights
         self.asked = 0
-
-    @property
-    def config(self) -> tuple[tuple[str, object], ...]:
-        return (("prompt", self.prompt), ("model", self.model))
 
     @property
     def revision(self) -> str:
@@ -68,7 +66,7 @@ class Wavering(Brightness):
 
 
 class Heard(PromptedScorer):
-    """Says 0.9 when asked about a door, 0.1 otherwise; no ``config`` of its own."""
+    """Says 0.9 when asked about a door, 0.1 otherwise."""
 
     def score_prompts(self, tensordict: Any) -> Tensor:
         says = [0.9 if "door" in prompt else 0.1 for prompt in self.prompts]
@@ -90,21 +88,17 @@ class Both(ClipScorer):
         super().__init__()
         self.one, self.other = one, other
 
-    @property
-    def config(self) -> tuple[tuple[str, object], ...]:
-        return (("judges", (self.one, self.other)),)
-
     def score(self, tensordict: Any) -> Tensor:
         one, other = (j(tensordict.copy())["score"] for j in (self.one, self.other))
         return one * other
 
 
 class Reticent(Brightness):
-    """Takes an argument and has no ``config`` of its own that names it."""
+    """Takes an argument and does not keep it under its name."""
 
     def __init__(self, gain: float = 1.0) -> None:
         super().__init__()
-        self.gain = gain
+        self.factor = gain
 
 
 class Opaque(Brightness):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import multiprocessing
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +17,6 @@ from recipes.train_judge.worlds import ENDLESS, Phase, play
 from vlmrb_torchrl.prompts import MINIGRID
 from vlmrb_torchrl.scorers import EmbeddedJudge
 from vlmrb_torchrl.scorers.embedded import FOLDER
-
-SIZES = (5, 8, 16)
 
 
 def solved(size: int, seed: int) -> Episode:
@@ -41,24 +39,16 @@ def judge() -> EmbeddedJudge:
     return EmbeddedJudge()
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("size", [5, 8, 16])
 def test_goal_is_seen_in_the_last_frame_and_not_one_frame_earlier(
-    judge: EmbeddedJudge, size: int, seed: int
+    judge: EmbeddedJudge, size: int
 ) -> None:
-    episode = solved(size, 500 + seed)
+    """Whatever the number of frames."""
+    episode = solved(size, 500)
     steps = len(episode)
-    first = max(0, steps - 32)
-    assert judge(clip_of(episode, first, steps - first))["score"].item() > 0.9
-    assert judge(clip_of(episode, first, steps - first - 1))["score"].item() < 0.1
-
-
-@pytest.mark.parametrize("frames", [4, 16, 64])
-def test_goal_is_seen_whatever_the_number_of_frames(judge: EmbeddedJudge, frames: int) -> None:
-    episode = solved(8, 600)
-    steps = len(episode)
-    assert judge(clip_of(episode, 0, steps, frames))["score"].item() > 0.9
-    assert judge(clip_of(episode, 0, steps - 1, frames))["score"].item() < 0.1
+    for first, frames in ((max(0, steps - 32), 32), (0, 4), (0, 64)):
+        assert judge(clip_of(episode, first, steps - first, frames))["score"].item() > 0.9
+        assert judge(clip_of(episode, first, steps - first - 1, frames))["score"].item() < 0.1
 
 
 def test_shipped_weights_are_small_safetensors() -> None:
@@ -67,24 +57,28 @@ def test_shipped_weights_are_small_safetensors() -> None:
     assert suffixes <= {".safetensors", ".json", ".jinja", ".md"}
 
 
-def test_questions_are_checked() -> None:
-    with pytest.raises(ValueError, match="ask one or more of goal, door, key"):
-        EmbeddedJudge(("goal", "lava"))
-    with pytest.raises(ValueError, match="ask one or more"):
-        EmbeddedJudge(())
-
-
 def test_another_view_is_refused(judge: EmbeddedJudge) -> None:
-    with pytest.raises(ValueError, match=r"40 x 40 pixels.*tile_size=8, window=8"):
+    with pytest.raises(ValueError, match=r"is \(40, 40\): EmbeddedJudge knows \(64, 64\)"):
         judge(TensorDict({"clip": torch.zeros(1, 4, 3, 40, 40, dtype=torch.uint8)}, [1]))
 
 
-def test_two_questions_score_their_maximum() -> None:
+def test_two_questions_score_their_maximum(judge: EmbeddedJudge) -> None:
     episode = solved(6, 700)
     clip = clip_of(episode, 0, min(32, len(episode) - 1))
-    each = [EmbeddedJudge((q,))(clip.clone())["score"] for q in ("goal", "door")]
-    both = EmbeddedJudge(("goal", "door"))(clip.clone())["score"]
+    each = [judge.asking(q)(clip.clone())["score"] for q in ("goal", "door")]
+    both = judge.asking(("goal", "door"))(clip.clone())["score"]
     torch.testing.assert_close(both, torch.maximum(*each), atol=1e-5, rtol=0)
+
+
+def test_importing_scorers_imports_none_of_the_heavy_packages() -> None:
+    """They are imported where they are used: a worker without a model starts seconds sooner."""
+    heavy = {"transformers", "timm", "torchvision", "openai", "PIL", "torchrl"}
+    for file in FOLDER.parent.glob("*.py"):
+        for node in ast.parse(file.read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            assert not heavy & {name.partition(".")[0] for name in names}, file
 
 
 def judge_elsewhere(judge: EmbeddedJudge, clip: torch.Tensor) -> tuple[bool, float]:
@@ -93,6 +87,7 @@ def judge_elsewhere(judge: EmbeddedJudge, clip: torch.Tensor) -> tuple[bool, flo
     return imported, float(judge(TensorDict({"clip": clip}, [1]))["score"])
 
 
+@pytest.mark.slow
 def test_judge_travels_to_another_process_and_loads_only_at_the_first_clip(
     judge: EmbeddedJudge,
 ) -> None:
@@ -100,12 +95,12 @@ def test_judge_travels_to_another_process_and_loads_only_at_the_first_clip(
     here = judge(clip)["score"].item()
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         imported, there = pool.apply(judge_elsewhere, (judge, clip["clip"]))
-    assert not imported, "importing the package must not import transformers"
+    assert not imported, "unpickling must not import transformers"
     assert there == pytest.approx(here, abs=1e-5)
 
 
 def test_card_is_shipped_and_says_what_the_judge_is_not() -> None:
-    card = (Path(FOLDER) / "README.md").read_text()
+    card = (FOLDER / "README.md").read_text()
     assert "What it is not" in card
     assert "DoorKey is held out" in card
 
@@ -118,6 +113,5 @@ def test_asked_something_else_it_is_another_judge() -> None:
         assert (judge.questions, door.questions) == (("goal",), ("door",))
         assert door.prompts == built.prompts
         assert door.fingerprint == built.fingerprint != judge.fingerprint
-    on_gpu = EmbeddedJudge(device="cuda")
-    assert (on_gpu.dtype, on_gpu.fingerprint == judge.fingerprint) == ("bfloat16", False)
+    assert EmbeddedJudge(device="cuda").dtype == "bfloat16"
     assert judge.asking("Is it night?").questions == ("Is it night?",)

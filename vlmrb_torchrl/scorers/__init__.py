@@ -7,14 +7,16 @@ from vlmrb_torchrl.scorers.base import (
     SeededScorer,
 )
 from vlmrb_torchrl.scorers.cached import CachedScorer
-from vlmrb_torchrl.scorers.constant import ConstantScorer
 from vlmrb_torchrl.scorers.contrastive import ContrastiveScorer
+from vlmrb_torchrl.scorers.controls import (
+    ConstantScorer,
+    NoisyScorer,
+    PrivilegedScorer,
+    RandomScorer,
+)
 from vlmrb_torchrl.scorers.embedded import EmbeddedJudge
 from vlmrb_torchrl.scorers.endpoint import EndpointScorer
 from vlmrb_torchrl.scorers.huggingface import HuggingFaceScorer
-from vlmrb_torchrl.scorers.noisy import NoisyScorer
-from vlmrb_torchrl.scorers.privileged import PrivilegedScorer
-from vlmrb_torchrl.scorers.random import RandomScorer
 
 __all__ = [
     "CachedScorer",

@@ -20,6 +20,10 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple, Self
 
+YES_WORDS = ("Yes", " Yes", "yes", " yes", "YES", " YES")
+NO_WORDS = ("No", " No", "no", " no", "NO", " NO")
+"""Spellings of either answer: those that are one token of a model's count."""
+
 _THINKING = r"(?:think(?:ing)?|thoughts?|reasoning|analysis)"
 _THOUGHTS_END = re.compile(
     rf"(?i:</(?:\w+:)?{_THINKING}(?::\w+)?>"  # Qwen3, DeepSeek-R1, GLM-4.5V; </seed:think>

@@ -1,7 +1,6 @@
 """What every scorer is: a frozen module that reads a batch of clips and writes one score each.
 
-To add one, write one file with a subclass of `ClipScorer` and, for a short name, one import line
-in ``scorers/__init__.py``; the contract tests then find it.
+How to add one: README.md beside this file.
 """
 
 from __future__ import annotations
@@ -21,8 +20,13 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-from vlmrb_torchrl.checks import is_positive, is_real, is_whole, quoted, shown
+from vlmrb_torchrl.checks import is_whole, require, shown
 from vlmrb_torchrl.keys import CLIP, EVENTS, SCORE
+
+_REMEDIES = {
+    CLIP: "render them first with ClipRenderTransform",
+    EVENTS: 'let the environment write ("next", "events")',
+}
 
 
 class ClipScorer(TensorDictModuleBase, ABC):
@@ -46,11 +50,13 @@ class ClipScorer(TensorDictModuleBase, ABC):
             thread instead of a process, which would cost more than the scoring.
         deterministic: False if the same clip may get another score the next time.
         frame_size: (H, W) in pixels of the only frames that it knows; None: any.
+        changes_no_score: Arguments of its constructor that no score depends on.
     """
 
     cheap: bool = False
     deterministic: ClassVar[bool] = True
     frame_size: tuple[int, int] | None = None
+    changes_no_score: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, in_keys: Sequence[str] = (CLIP,)) -> None:
         super().__init__()
@@ -68,13 +74,13 @@ class ClipScorer(TensorDictModuleBase, ABC):
 
     @property
     def config(self) -> tuple[tuple[str, object], ...]:
-        """Hashable (name, value) pairs: everything that the scores of a clip depend on.
+        """(name, value) pairs: the arguments that the scores of a clip depend on.
 
-        A class whose own ``__init__`` takes arguments names them in a ``config`` of its own, or
-        its `fingerprint` is None. Values: numbers, strings, paths, torch's dtypes and devices,
-        None, other scorers, and tuples of these.
+        They are found under their own names in the scorer; ``...`` stands for one that is not.
         """
-        return ()
+        names = inspect.signature(type(self)).parameters
+        kept = [name for name in names if name not in self.changes_no_score]
+        return tuple((name, getattr(self, name, ...)) for name in kept)
 
     @property
     def revision(self) -> str:
@@ -91,8 +97,9 @@ class ClipScorer(TensorDictModuleBase, ABC):
         A digest of the class, its code, its prompts, ``config`` and ``revision``. The code is this
         package's and that of the files in which the class and its bases stand; what they call in
         other files is for ``config`` to tell. None: the class is not to be found under its name in
-        a file (it was made in a function or a notebook), it takes arguments and has no ``config``
-        that names them, a value there has no digest, or it has weights and no ``revision``.
+        a file (it was made in a function or a notebook), its ``config`` has a value other than
+        numbers, strings, paths, torch's dtypes and devices, None, other scorers, and lists, tuples
+        and dicts of these, or it has weights and no ``revision``.
         """
         weights = any(True for _ in chain(self.parameters(), self.buffers()))
         if weights and not self.revision:
@@ -100,9 +107,9 @@ class ClipScorer(TensorDictModuleBase, ABC):
         try:
             code = _code(type(self))  # type: ignore[arg-type]  # a class is hashable
             told = _identity((getattr(self, "prompts", ()), self.config))
-            whole = repr((code, told, self.revision))
         except TypeError:
             return None
+        whole = repr((code, told, self.revision))
         return hashlib.blake2b(whole.encode(), digest_size=16).hexdigest()
 
     @property
@@ -134,7 +141,8 @@ class ClipScorer(TensorDictModuleBase, ABC):
         Raises:
             KeyError: If one of ``in_keys`` is missing.
             TypeError: If they are no TensorDict.
-            ValueError: If ``"clip"`` or ``"events"`` is of another dtype or shape than clips have.
+            ValueError: If ``"clip"`` or ``"events"`` is of another dtype or shape than clips have,
+                or the frames are not of ``frame_size``.
             InvalidScoreError: If `score` answered anything but ``[B]`` numbers in [0, 1] or NaN.
         """
         if not isinstance(tensordict, TensorDictBase):
@@ -145,10 +153,23 @@ class ClipScorer(TensorDictModuleBase, ABC):
                     f"{self!r} reads {key!r}, but the clips hold only "
                     f"{sorted(map(str, tensordict.keys()))}; {_REMEDIES.get(key, 'add it')}."
                 )
-            _check_entry(key, tensordict[key])
-        return tensordict.set(
-            SCORE, check_scores(self.score(tensordict), tensordict.shape[0], self)
-        )
+        if CLIP in self.in_keys:
+            self._check_frames(tensordict[CLIP])
+        if EVENTS in self.in_keys:
+            events = tensordict[EVENTS]
+            good = events.dtype == torch.bool and events.ndim == 2
+            require(good, "events", events, "pass bool [B, E], as the environment writes")
+        scores = check_scores(self.score(tensordict), tensordict.shape[0], self)
+        return tensordict.set(SCORE, scores)
+
+    def _check_frames(self, clip: Tensor) -> None:
+        good = clip.dtype == torch.uint8 and clip.ndim == 5 and clip.shape[2] == 3
+        remedy = "pass uint8 [B, F, 3, H, W], drawn by ClipRenderTransform"
+        require(good and all(clip.shape[1:]), "clip", clip, remedy)
+        size = tuple(clip.shape[-2:])
+        known = self.frame_size or size
+        remedy = f"{type(self).__name__} knows {known} only, let the renderer draw such frames"
+        require(size == known, "size of the clips' frames, (H, W),", size, remedy)
 
     def __repr__(self) -> str:
         arguments = ", ".join(f"{name}={value!r}" for name, value in self.config)
@@ -169,12 +190,7 @@ class PromptedScorer(ClipScorer):
 
     def __init__(self, prompts: str | Sequence[str]) -> None:
         super().__init__(in_keys=(CLIP,))
-        self.prompts = checked_prompts(prompts)
-
-    @property
-    def config(self) -> tuple[tuple[str, object], ...]:
-        """The prompts; more, if a subclass takes more."""
-        return (("prompts", self.prompts),)
+        self.prompts = _checked_prompts(prompts)
 
     @abstractmethod
     def score_prompts(self, tensordict: TensorDictBase) -> Tensor:
@@ -191,18 +207,15 @@ class PromptedScorer(ClipScorer):
         """
         other = type(self).__new__(type(self))
         other.__dict__.update(self.__dict__)  # copy.copy would pickle: without the weights
-        other.prompts = checked_prompts(prompts)
+        other.prompts = _checked_prompts(prompts)
         return other
 
 
-def checked_prompts(prompts: str | Sequence[str]) -> tuple[str, ...]:
-    """Return the prompts as a tuple; raise ValueError if there is none or one is empty."""
+def _checked_prompts(prompts: str | Sequence[str]) -> tuple[str, ...]:
     asked = (prompts,) if isinstance(prompts, str) else prompts
-    several = isinstance(asked, Sequence) and all(isinstance(prompt, str) for prompt in asked)
-    if not several or not asked or not all(prompt.strip() for prompt in asked):
-        raise ValueError(
-            f"prompts={quoted(prompts)}: ask at least one question, none of them empty."
-        )
+    several = isinstance(asked, Sequence) and bool(asked)
+    good = several and all(isinstance(prompt, str) and prompt.strip() for prompt in asked)
+    require(good, "prompts", prompts, "ask at least one question, none of them empty")
     return tuple(asked)
 
 
@@ -224,19 +237,13 @@ class SeededScorer(ClipScorer):
         self._generator = torch.Generator()
         self.manual_seed(seed)
 
-    @property
-    def config(self) -> tuple[tuple[str, object], ...]:
-        """The seed; more, if a subclass takes more."""
-        return (("seed", self.seed),)
-
     def manual_seed(self, seed: int) -> None:
         """Start another sequence.
 
         Raises:
             ValueError: ``seed`` is no whole number from 0 to 2^63 - 1.
         """
-        if not is_whole(seed, 0, 2**63 - 1):
-            raise ValueError(f"seed is {shown(seed)}; choose a whole number from 0 to 2^63 - 1.")
+        require(is_whole(seed, 0, 2**63 - 1), "seed", seed, "choose a whole number, 0 to 2^63 - 1")
         self.seed = int(seed)
         self._generator.manual_seed(self.seed)
 
@@ -253,65 +260,25 @@ class SeededScorer(ClipScorer):
         self._generator.set_state(state.cpu())
 
 
-@functools.cache
-def _code(scorer: type[ClipScorer]) -> str:
-    """Digest of a class's name, of this package's code and of the files of the class and its bases.
+class ScorerWrapper:
+    """Mixin of scorers that answer by another one, ``scorer``, and look like it from outside."""
 
-    Raises:
-        TypeError: The class takes arguments and has no ``config`` that names them, or one of the
-            classes is not to be found under its name, or in no file.
-    """
-    first = next(c for c in scorer.__mro__ if {"__init__", "config"} & vars(c).keys())
-    if inspect.signature(scorer).parameters and "config" not in vars(first):
-        raise TypeError(f"{scorer} has no config that names its arguments.")
-    files = sorted(Path(__file__).parents[1].rglob("*.py"))
-    try:
-        for base in scorer.__mro__:
-            if base not in ClipScorer.__mro__:
-                pickle.dumps(base)  # by name: raises unless the name leads to this very class
-                files.append(Path(inspect.getfile(base)))
-        code = b"".join(file.read_bytes() for file in files)
-    except (pickle.PicklingError, AttributeError, OSError) as error:
-        raise TypeError(f"{scorer} cannot be told from another of its name: {error}") from error
-    # The script that a run started with is __mp_main__ in the processes that it spawns.
-    module = scorer.__module__.replace("__mp_main__", "__main__")
-    name = f"{module} {scorer.__qualname__} "
-    return hashlib.blake2b(name.encode() + code, digest_size=16).hexdigest()
+    scorer: ClipScorer
 
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """What the other judge is asked; nothing if it is not asked in words."""
+        return getattr(self.scorer, "prompts", ())
 
-def _identity(value: object) -> object:
-    """What stands for ``value`` in a digest: its ``repr`` is that of no other value.
+    @property
+    def revision(self) -> str:
+        """The other judge's."""
+        return self.scorer.revision
 
-    Raises:
-        TypeError: There is no such thing; of an object, ``repr`` may tell nothing.
-    """
-    if isinstance(value, ClipScorer) and (known := value.fingerprint) is not None:
-        return known
-    if isinstance(value, (tuple, list)):
-        return tuple(map(_identity, value))
-    if value is None or isinstance(
-        value, (int, float, str, bytes, Path, torch.dtype, torch.device)
-    ):
-        return value
-    raise TypeError(f"{value!r} has no digest.")
-
-
-_REMEDIES = {
-    CLIP: "render them first with ClipRenderTransform",
-    "events": 'let the environment write ("next", "events")',
-}
-
-
-def _check_entry(key: str, entry: Any) -> None:
-    """Refuse clips and events that are none; other keys are a scorer's own."""
-    if key == CLIP:
-        good = entry.dtype == torch.uint8 and entry.ndim == 5 and entry.shape[2] == 3
-        if not good or not all(entry.shape[1:]):
-            raise ValueError(
-                f"clip is {shown(entry)}; pass uint8 [B, F, 3, H, W], drawn by ClipRenderTransform."
-            )
-    elif key == EVENTS and (entry.dtype != torch.bool or entry.ndim != 2):
-        raise ValueError(f"events is {shown(entry)}; pass bool [B, E], as the environment writes.")
+    @property
+    def device(self) -> torch.device:
+        """Where the other judge computes."""
+        return self.scorer.device
 
 
 class InvalidScoreError(ValueError):
@@ -366,22 +333,41 @@ def check_scores(score: Any, clips: int, source: object) -> Tensor:
     return scores
 
 
-def check_positive(name: str, value: Any, *, whole: bool = False, or_none: bool = False) -> None:
-    """Raise ValueError naming ``value`` unless it is above 0: whole, or else finite."""
-    good = is_whole(value, 1) if whole else is_positive(value)
-    if not good and not (or_none and value is None):
-        kind = "a whole number, and positive" if whole else "a number, and positive"
-        raise ValueError(f"{name}={shown(value)}: it must be {kind}.")
+@functools.cache
+def _code(scorer: type[ClipScorer]) -> str:
+    """Digest of a class's name, of this package's code and of the files of the class and its bases.
+
+    Raises:
+        TypeError: One of the classes is not to be found under its name, or in no file.
+    """
+    files = sorted(Path(__file__).parents[1].rglob("*.py"))
+    try:
+        for base in scorer.__mro__:
+            if base not in ClipScorer.__mro__:
+                pickle.dumps(base)  # by name: raises unless the name leads to this very class
+                files.append(Path(inspect.getfile(base)))
+        code = b"".join(file.read_bytes() for file in files)
+    except (pickle.PicklingError, AttributeError, OSError) as error:
+        raise TypeError(f"{scorer} cannot be told from another of its name: {error}") from error
+    # The script that a run started with is __mp_main__ in the processes that it spawns.
+    module = scorer.__module__.replace("__mp_main__", "__main__")
+    name = f"{module} {scorer.__qualname__} "
+    return hashlib.blake2b(name.encode() + code, digest_size=16).hexdigest()
 
 
-def check_flag(name: str, value: Any, *, or_none: bool = False) -> None:
-    """Raise ValueError naming ``value`` unless it is True or False: "no" would count as True."""
-    if not isinstance(value, bool) and not (or_none and value is None):
-        raise ValueError(f"{name}={quoted(value)}: say True or False{' or None' * or_none}.")
+def _identity(value: object) -> object:
+    """What stands for ``value`` in a digest: its ``repr`` is that of no other value.
 
-
-def check_unit(name: str, value: float) -> float:
-    """Return ``value`` as a float if it lies in [0, 1], else raise ValueError naming it."""
-    if not is_real(value, 0, 1):
-        raise ValueError(f"{name} is {shown(value)}; it is a probability: choose it in [0, 1].")
-    return float(value)
+    Raises:
+        TypeError: There is no such thing; of an object, ``repr`` may tell nothing.
+    """
+    if isinstance(value, ClipScorer) and (known := value.fingerprint) is not None:
+        return known
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_identity, value))
+    if isinstance(value, dict):
+        return tuple(sorted((name, _identity(each)) for name, each in value.items()))
+    plain = (int, float, str, bytes, Path, torch.dtype, torch.device)
+    if value is None or isinstance(value, plain):
+        return value
+    raise TypeError(f"{value!r} has no digest.")

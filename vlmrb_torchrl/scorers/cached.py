@@ -9,7 +9,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,22 +18,22 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from vlmrb_torchrl.checks import shown
+from vlmrb_torchrl.checks import is_positive, require, shown
 from vlmrb_torchrl.frames import frame_digests
 from vlmrb_torchrl.keys import CLIP, SCORE
-from vlmrb_torchrl.scorers.base import ClipScorer, check_positive
+from vlmrb_torchrl.scorers.base import ClipScorer, ScorerWrapper
 
 _LOGGER = logging.getLogger("vlmrb_torchrl.scorers")
 _FILE = "scores.sqlite"
 _LOCK_SECONDS = 10.0
 """How long another process may write. A batch takes it milliseconds, so beyond this it hangs."""
 _NO_FINGERPRINT = (
-    "another judge could pass for it; write its class in a file, and name its arguments in its "
-    "config and its weights in its revision."
+    "another judge could pass for it: write its class in a file, and name its arguments in its "
+    "config and its weights in its revision"
 )
 
 
-class CachedScorer(ClipScorer):
+class CachedScorer(ScorerWrapper, ClipScorer):
     """Answers from a folder of scores; asks the judge only about clips that it does not hold.
 
     A score is kept under a digest of the judge's `fingerprint` (its code, prompts, configuration
@@ -64,6 +64,8 @@ class CachedScorer(ClipScorer):
         >>> judge(clips)["score"], judge.misses  # doctest: +SKIP
     """
 
+    changes_no_score = frozenset({"folder", "size_megabytes"})
+
     def __init__(
         self,
         scorer: ClipScorer,
@@ -72,17 +74,19 @@ class CachedScorer(ClipScorer):
     ) -> None:
         super().__init__((CLIP,))
         if not isinstance(scorer, ClipScorer):
-            raise TypeError(f"scorer={shown(scorer)}: pass the ClipScorer whose scores to keep.")
-        if scorer.in_keys != [CLIP] or not scorer.deterministic:
-            raise ValueError(
-                f"scorer={scorer!r} cannot be cached, only one that reads frames alone and answers "
-                "the same ones the same: use it as it is."
-            )
-        if scorer.fingerprint is None:
-            raise ValueError(f"scorer={scorer!r} cannot be cached: {_NO_FINGERPRINT}")
-        check_positive("size_megabytes", size_megabytes)
+            raise TypeError(f"scorer is {shown(scorer)}: pass the ClipScorer whose scores to keep")
         if folder is not None and not isinstance(folder, (str, Path)):
-            raise TypeError(f"folder={shown(folder)}: pass the path of a folder.")
+            raise TypeError(f"folder is {shown(folder)}: pass the path of a folder")
+        fits = scorer.in_keys == [CLIP] and scorer.deterministic
+        remedy = (
+            "it cannot be cached, only a judge that reads frames alone and answers the same ones "
+            "the same, use it as it is"
+        )
+        require(fits, "scorer", scorer, remedy)
+        known = scorer.fingerprint is not None
+        require(known, "scorer", scorer, f"it cannot be cached, {_NO_FINGERPRINT}")
+        positive = is_positive(size_megabytes)
+        require(positive, "size_megabytes", size_megabytes, "it must be a number above 0")
         self.scorer = scorer
         self.frame_size = scorer.frame_size
         self.folder = Path(folder).expanduser() if folder is not None else _default_folder()
@@ -92,29 +96,9 @@ class CachedScorer(ClipScorer):
         self._given_up = False
 
     @property
-    def config(self) -> tuple[tuple[str, object], ...]:
-        """The judge; the folder changes no score."""
-        return (("scorer", self.scorer),)
-
-    @property
-    def prompts(self) -> tuple[str, ...]:
-        """What the judge is asked; nothing if it is not asked in words."""
-        return getattr(self.scorer, "prompts", ())
-
-    @property
-    def revision(self) -> str:
-        """The judge's."""
-        return self.scorer.revision
-
-    @property
     def fingerprint(self) -> str | None:
         """The judge's: its scores are these."""
         return self.scorer.fingerprint
-
-    @property
-    def device(self) -> torch.device:
-        """Where the judge computes."""
-        return self.scorer.device
 
     def __getstate__(self) -> dict[str, Any]:
         # Another process opens a connection of its own.
@@ -134,8 +118,15 @@ class CachedScorer(ClipScorer):
         self.load()
         clips = tensordict[CLIP]
         judge = self.fingerprint
-        keys = self._keys(judge, clips)
-        known = self._read(list(dict.fromkeys(keys)))
+        whose = f"{judge} {tuple(clips.shape[1:])} ".encode()
+        keys = [
+            hashlib.blake2b(whose + digest, digest_size=16).digest()
+            for digest in frame_digests(clips)
+        ]
+        known: dict[bytes, float] = {}
+        if self._cache is not None:
+            with self._giving_up():
+                known = self._cache.read(set(keys))
         first: dict[bytes, int] = {}
         for row, key in enumerate(keys):
             if key not in known:
@@ -144,30 +135,14 @@ class CachedScorer(ClipScorer):
             rows = list(first.values())
             asked = self.scorer(TensorDict({CLIP: clips[rows]}, [len(rows)]))
             known.update(zip(first, asked[SCORE].tolist(), strict=True))
-        if self.fingerprint == judge:  # a server may go over to another kind of answer
-            self._write({key: score for key, score in known.items() if not math.isnan(score)})
+        scores = {key: score for key, score in known.items() if not math.isnan(score)}
+        # A server may go over to another kind of answer.
+        if self._cache is not None and scores and self.fingerprint == judge:
+            with self._giving_up():
+                self._cache.write(scores)
         self.misses += len(first)
         self.hits += len(keys) - len(first)
         return torch.tensor([known[key] for key in keys], dtype=torch.float32)
-
-    def _keys(self, judge: str | None, clips: Tensor) -> list[bytes]:
-        """What the scores of ``[B, F, 3, H, W]`` by the judge of a fingerprint are kept under."""
-        whose = f"{judge} {tuple(clips.shape[1:])} ".encode()
-        return [
-            hashlib.blake2b(whose + digest, digest_size=16).digest()
-            for digest in frame_digests(clips)
-        ]
-
-    def _read(self, keys: Sequence[bytes]) -> dict[bytes, float]:
-        if self._cache is not None:
-            with self._giving_up():
-                return self._cache.read(keys)
-        return {}
-
-    def _write(self, scores: Mapping[bytes, float]) -> None:
-        if self._cache is not None and scores:
-            with self._giving_up():
-                self._cache.write(scores)
 
     @contextmanager
     def _giving_up(self) -> Iterator[None]:
@@ -215,7 +190,7 @@ class _Scores:
         )
         execute("CREATE INDEX IF NOT EXISTS by_use ON scores (used)")
 
-    def read(self, keys: Sequence[bytes]) -> dict[bytes, float]:
+    def read(self, keys: Collection[bytes]) -> dict[bytes, float]:
         """The scores of ``keys`` that are there."""
         ask = "SELECT score FROM scores WHERE key = ?"
         with self._lock:

@@ -7,11 +7,8 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from tensordict import TensorDictBase
-from torch import Tensor
 
-from vlmrb_torchrl.checks import quoted
-from vlmrb_torchrl.keys import CLIP
+from vlmrb_torchrl.checks import require
 from vlmrb_torchrl.prompts import MINIGRID
 from vlmrb_torchrl.scorers.huggingface import HuggingFaceScorer
 
@@ -58,10 +55,9 @@ class EmbeddedJudge(HuggingFaceScorer):
         cache_megabytes: float = 256.0,
     ) -> None:
         asked = (questions,) if isinstance(questions, str) else questions
-        several = isinstance(asked, Sequence) and bool(asked)
-        if not several or not all(isinstance(q, str) and q in MINIGRID for q in asked):
-            known = ", ".join(MINIGRID)
-            raise ValueError(f"questions={quoted(questions)}: ask one or more of {known}.")
+        good = isinstance(asked, Sequence) and bool(asked)
+        good = good and all(isinstance(q, str) and q in MINIGRID for q in asked)
+        require(good, "questions", questions, f"ask one or more of {', '.join(MINIGRID)}")
         super().__init__(
             FOLDER,
             [MINIGRID[q] for q in asked],
@@ -78,32 +74,8 @@ class EmbeddedJudge(HuggingFaceScorer):
         names = {prompt: name for name, prompt in MINIGRID.items()}
         return tuple(names.get(prompt, prompt) for prompt in self.prompts)
 
-    def score_prompts(self, tensordict: TensorDictBase) -> Tensor:
-        """Judge the clips, as `HuggingFaceScorer.score_prompts`.
-
-        Raises:
-            ValueError: The frames are not 64 x 64 pixels, hence another view than it knows.
-        """
-        height, width = tensordict[CLIP].shape[-2:]
-        if (height, width) != (TILE_SIZE * WINDOW, TILE_SIZE * WINDOW):
-            raise ValueError(
-                f"clips of {height} x {width} pixels: the embedded judge knows "
-                f"MiniGridRenderer(tile_size={TILE_SIZE}, window={WINDOW})."
-            )
-        return super().score_prompts(tensordict)
-
     def asking(self, prompts: str | Sequence[str]) -> Self:
         """The same judge, asked about other events by their names, or anything else in words."""
         other = super().asking(prompts)
         other.prompts = tuple(MINIGRID.get(prompt, prompt) for prompt in other.prompts)
         return other
-
-    @classmethod
-    def example(cls) -> Self:
-        """The judge as it comes."""
-        return cls()
-
-    @property
-    def config(self) -> tuple[tuple[str, object], ...]:
-        """What is asked, and in which precision the weights are."""
-        return (("questions", self.questions), ("dtype", self.dtype))

@@ -5,26 +5,33 @@ LLaVA-OneVision are tested): the processor's chat template over a batch of clips
 pass, no generation. Where frames are encoded one by one (PerceptionLM, SmolVLM), equal frames are
 encoded once and kept; the score is the same.
 
-transformers is imported when the weights load, at the first clip, not before.
+No family is named but where there is no common way: which of them encode frames one by one.
 """
 
 from __future__ import annotations
 
+import inspect
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vlmrb_torchrl.checks import quoted
+from vlmrb_torchrl.checks import is_positive, is_whole, require
 from vlmrb_torchrl.prompts import GOAL
-from vlmrb_torchrl.scorers.base import check_flag, check_positive
-from vlmrb_torchrl.scorers.local import LocalScorer
-from vlmrb_torchrl.scorers.vision_language import VisionLanguageModel
+from vlmrb_torchrl.scorers.answers import NO_WORDS, YES_WORDS
+from vlmrb_torchrl.scorers.local import FrameEmbeddings, Loaded, LocalScorer
 
 Attention = Literal["eager", "sdpa", "flash_attention_2", "flex_attention"]
+ENCODED_ONE_BY_ONE = {"perception_lm": "video", "smolvlm": "image"}
+"""Families whose frames do not see each other before the language model, and as what their
+placeholder tokens are known. Qwen-VL merges two frames in one patch."""
+_THOUGHTS = re.compile(r"<(\w*think\w*)>\s*$")
+"""Thoughts that a template begins on the model's behalf; the last words before its turn."""
 
 
 class HuggingFaceScorer(LocalScorer):
@@ -35,9 +42,10 @@ class HuggingFaceScorer(LocalScorer):
     "any of these"; a further prompt costs its own tokens only. Models that think before they
     answer are asked without thoughts.
 
-    Constructing it is cheap; weights load at the first clip (or by `load`). It pickles before
-    and after: the weights stay behind and load again from where they came. Out of memory, it
-    halves the batch for good and goes on.
+    Weights load at the first clip, or by `load`, and stay behind when it pickles. Out of memory,
+    it halves the batch for good and goes on.
+
+    B: clips, F: frames of a clip, P: prompts, S: tokens of a turn.
 
     Args:
         model: Folder written by ``save_pretrained`` (model and processor), or a name on the
@@ -97,68 +105,315 @@ class HuggingFaceScorer(LocalScorer):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__(
-            model,
-            prompts,
-            device=device,
-            dtype=dtype,
-            frames=frames,
-            batch_clips=batch_clips,
-            revision=revision,
+            model, prompts, device, dtype, frames, batch_clips, dedup, cache_megabytes, revision
         )
-        check_positive("resolution", resolution, whole=True, or_none=True)
-        check_positive("fps", fps)
-        check_positive("cache_megabytes", cache_megabytes)
-        if not isinstance(answer_prefix, str) or answer_prefix != answer_prefix.rstrip():
-            raise ValueError(
-                f"answer_prefix={quoted(answer_prefix)}: give text without a space behind it."
-            )
-        check_flag("dedup", dedup, or_none=True)
-        check_flag("compile", compile)
-        check_flag("trust_remote_code", trust_remote_code)
-        if attention is not None and attention not in get_args(Attention):
-            raise ValueError(f"attention={quoted(attention)}: say one of {get_args(Attention)}.")
+        whole = resolution is None or is_whole(resolution, 1)
+        require(whole, "resolution", resolution, "it must be a whole number above 0")
+        require(is_positive(fps), "fps", fps, "it must be a number above 0")
+        bare = isinstance(answer_prefix, str) and answer_prefix == answer_prefix.rstrip()
+        require(bare, "answer_prefix", answer_prefix, "give text without a space behind it")
+        for name, flag in (("compile", compile), ("trust_remote_code", trust_remote_code)):
+            require(isinstance(flag, bool), name, flag, "say True or False")
+        known = (None, *get_args(Attention))
+        require(attention in list(known), "attention", attention, f"say one of {known}")
         if trust_remote_code:
             warnings.warn(
-                f"trust_remote_code=True: Python code that comes with {self.model_name!r} will run "
+                f"trust_remote_code=True: Python code that comes with {self.model!r} will run "
                 "with your rights; read it, and pin it by revision.",
                 stacklevel=2,
             )
+        self.attention = attention
         self.resolution, self.fps, self.answer_prefix = resolution, float(fps), answer_prefix
-        self._options: dict[str, Any] = {
-            "dedup": dedup,
-            "cache_megabytes": float(cache_megabytes),
-            "compiled": compile,
-            "trust_remote_code": trust_remote_code,
-        }
-        if attention is not None:
-            self._options["attn_implementation"] = attention
+        self._compile, self.trust_remote_code = compile, trust_remote_code
 
-    @classmethod
-    def example(cls) -> Self:
-        """The embedded judge's folder, asked the paper's prompt."""
-        return cls(Path(__file__).parent / "judge", answer_prefix="")
+    # ------------------------------------------------------------ loading
 
-    @property
-    def config(self) -> tuple[tuple[str, object], ...]:
-        """What the scores depend on."""
-        return (
-            *super().config,
-            *((name, getattr(self, name)) for name in ("resolution", "fps", "answer_prefix")),
-            ("trust_remote_code", self._options["trust_remote_code"]),
-        )
+    def _read(self) -> Loaded:
+        def any_size(config: Any) -> None:  # a timm tower is made for one
+            timm_arguments = getattr(getattr(config, "vision_config", None), "model_args", None)
+            if self.resolution is not None and timm_arguments is not None:
+                timm_arguments["dynamic_img_size"] = True
 
-    def _read(self) -> VisionLanguageModel:
-        return VisionLanguageModel(
-            self.model_name,
-            device=self._device,
-            dtype=getattr(torch, self.dtype),
-            fps=self.fps,
-            resolution=self.resolution,
-            answer_prefix=self.answer_prefix,
-            **self._options,
-            **self._pinned,
-        )
+        options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        if self.attention is not None:
+            options["attn_implementation"] = self.attention
+        processor, model = self._pretrained("AutoModelForImageTextToText", any_size, **options)
+        _fold_batch_norms(model)
+        tokenizer = processor.tokenizer
+        tokenizer.padding_side = "left"  # the answer is read off the last position
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if getattr(processor.video_processor, "cap_pixels_per_frame", False) is None:
+            # Qwen-VL: as its authors' own reader does.
+            processor.video_processor.cap_pixels_per_frame = True
+        family = model.config.model_type
+        single = family in ENCODED_ONE_BY_ONE
+        remedy = f"{family} encodes no frame by itself, pass dedup=False"
+        require(single or not self.dedup, "dedup", self.dedup, remedy)
+        reused = single and self.dedup is not False
+        self._yes, self._no = answer_ids(tokenizer)
+        self._answer = answer_start(tokenizer, self.answer_prefix)
+        return Loaded(processor, model, FrameEmbeddings(self.cache_megabytes) if reused else None)
 
-    def _ask(self, loaded: VisionLanguageModel, clips: Tensor) -> Tensor:
+    def _try(self) -> None:
+        """Look at two black frames: whether a tower takes a size, only the tower knows."""
+        loaded, edge = self._loaded, self.resolution
+        if edge is not None:
+            config = loaded.model.config
+            for name in ("image_seq_len", "image_seq_length"):  # tokens a frame, if it is a setting
+                if (tokens := getattr(loaded.processor, name, None)) is not None:
+                    size = config.vision_config.image_size
+                    made_for = size if isinstance(size, int) else size[0]
+                    setattr(loaded.processor, name, tokens * edge**2 // made_for**2)
+            try:
+                self.log_odds(torch.zeros(1, 2, 3, edge, edge, dtype=torch.uint8), ["?"])
+            except Exception as error:
+                reason = " ".join(str(error).split())[:200]
+                raise ValueError(
+                    f"resolution is {edge}: this {config.model_type} does not look at such frames "
+                    f"({reason}), try another multiple of its patches, or None"
+                ) from error
+        if self._compile:
+            model, inner = loaded.model, loaded.model.model
+            model.forward = torch.compile(model.forward, dynamic=True)
+            if loaded.embeddings is not None:
+                inner.get_image_features = torch.compile(inner.get_image_features, dynamic=False)
+
+    # ------------------------------------------------------------ from frames to P(Yes)
+
+    def _ask(self, clips: Tensor) -> Tensor:
         """P(Yes) / (P(Yes) + P(No)) of each clip under each prompt, float32 ``[B, P]``."""
-        return loaded.log_odds(clips, self.prompts).sigmoid()
+        return self.log_odds(clips, self.prompts).sigmoid()
+
+    def log_odds(self, clips: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Logarithm of P(Yes) / P(No) of each clip under each prompt, once the model is loaded.
+
+        The clips, uint8 ``[B, F, 3, H, W]``, are prefilled once, with the words that all P prompts
+        begin with; each further word costs its own token. Returns float32 ``[B, P]``.
+        """
+        if self._loaded.embeddings is None:  # else the frames that are encoded go there alone
+            clips = self._resized(clips.to(self._device, non_blocking=True))
+        if len(prompts) == 1:
+            return self._answers(self._inputs(clips, prompts[0]), use_cache=False)[:, None]
+        turns = [self._turn(clips, prompt)["input_ids"][0] for prompt in prompts]
+        common = _common_prefix(turns)
+        if any(self._sees(turn[common:]) for turn in turns):  # the clip comes after the words
+            return torch.cat([self.log_odds(clips, [prompt]) for prompt in prompts], 1)
+        whole = self._inputs(clips, prompts[0])
+        begun = {k: v[:, :common] if _along(v, len(turns[0])) else v for k, v in whole.items()}
+        # From transformers 5.40 on, the older name would be ignored.
+        known = _arguments(type(self._loaded.model).forward)
+        kept = "cache" if "cache" in known else "past_key_values"
+        past = getattr(self._run(**begun, use_cache=True), kept)
+        answers = []
+        for turn in turns:
+            words = turn[common:].expand(len(clips), -1)
+            rest = {"input_ids": words, kept: past, **self._places(begun, words)}
+            answers.append(self._answers(rest, use_cache=True))
+            past.crop(common - len(turn))
+        return torch.stack(answers, 1)
+
+    def _answers(self, inputs: dict[str, Any], use_cache: bool) -> Tensor:
+        logits = self._run(**inputs, use_cache=use_cache).logits[:, -1].float()
+        odds: Tensor = logits[:, self._yes].logsumexp(-1) - logits[:, self._no].logsumexp(-1)
+        return odds
+
+    def _run(self, *, frames: Tensor | None = None, **inputs: Any) -> Any:
+        """One forward pass, embeddings ``frames`` ``[tokens, width]`` put in their places.
+
+        Before transformers 5.23 the models ignore such embeddings when they are handed over.
+        """
+        model = self._loaded.model
+        if frames is not None:
+            ids = inputs.pop("input_ids")
+            seen_as = ENCODED_ONE_BY_ONE[model.config.model_type]
+            words = model.get_input_embeddings()(ids)
+            words[ids == getattr(model.config, f"{seen_as}_token_id")] = frames.to(words.dtype)
+            inputs["inputs_embeds"] = words
+        # Without logits_to_keep, a row of 8,232 tokens over 128,256 words costs 4.2 GB.
+        return model(**inputs, logits_to_keep=1)
+
+    def _places(self, begun: dict[str, Any], words: Tensor) -> dict[str, Tensor]:
+        """Where ``words`` stand after ``begun``, in a model that counts in three dimensions.
+
+        Left to itself, such a model goes on from the greatest place, which may be the clip's last
+        second instead of the last word.
+        """
+        rope = getattr(self._loaded.model.model, "get_rope_index", None)
+        if rope is None:
+            return {}
+        places, _ = rope(**{k: v for k, v in begun.items() if k in _arguments(rope)})
+        further = torch.arange(1, words.shape[1] + 1, device=self._device)
+        return {"position_ids": places[..., -1:] + further}
+
+    def _inputs(self, clips: Tensor, prompt: str) -> dict[str, Any]:
+        """What `_run` reads for ``[B, F, 3, H, W]`` clips and one question."""
+        if self._loaded.embeddings is None:
+            return self._processed(clips, [prompt] * len(clips))
+        words = {k: v.expand(len(clips), -1) for k, v in self._turn(clips, prompt).items()}
+        frames = self._loaded.embeddings(clips.flatten(0, 1), self._encode)
+        return {**words, "frames": frames.flatten(0, 1)}
+
+    def _turn(self, clips: Tensor, prompt: str) -> dict[str, Tensor]:
+        """Token ids of one clip and a question, ``[1, S]``; they depend on its shape alone."""
+        key, turns = (prompt, *clips.shape[1:]), self._loaded.prepared
+        if key not in turns:
+            turn = self._processed(self._resized(torch.zeros_like(clips[:1])), [prompt])
+            turns[key] = {k: turn[k] for k in ("input_ids", "attention_mask")}
+        return dict(turns[key])
+
+    def _processed(self, clips: Tensor, prompts: Sequence[str]) -> dict[str, Any]:
+        """What the processor makes of clips ``[B, F, 3, H, W]`` and as many questions."""
+        processor, frames = self._loaded.processor, clips.shape[1]
+        texts = {prompt: self._text(prompt) for prompt in prompts}
+        metadata = [  # one each: some processors write into it
+            {
+                "fps": self.fps,
+                "duration": frames / self.fps,
+                "total_num_frames": frames,
+                "frames_indices": list(range(frames)),
+                "height": clips.shape[-2],
+                "width": clips.shape[-1],
+            }
+            for _ in clips
+        ]
+        bos = processor.tokenizer.bos_token
+        begun = bool(bos) and all(text.startswith(bos) for text in texts.values())
+        inputs = processor(
+            text=[texts[prompt] for prompt in prompts],
+            videos=[[clip] for clip in clips],
+            video_metadata=metadata,
+            padding=True,
+            return_tensors="pt",
+            **({"add_special_tokens": False} if begun else {}),
+            **self._video_options(),
+        )
+        return self._placed(inputs)
+
+    def _text(self, prompt: str) -> str:
+        """A clip and ``prompt`` in the model's own form, up to where it says Yes or No.
+
+        It is to answer without thoughts: they are turned off where the template can, and closed
+        where it begins them all the same.
+        """
+        processor, answer = self._loaded.processor, self._answer
+        content = [{"type": "video"}, {"type": "text", "text": prompt}]
+        known = "enable_thinking" in str(processor.chat_template)
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=False,
+            **({"enable_thinking": False} if known else {}),
+        )
+        if begun := _THOUGHTS.search(text):
+            text += f"\n</{begun[1]}>\n\n"
+        marks = tuple(processor.tokenizer.get_added_vocab())
+        if answer and not text[-1:].isspace() and not text.endswith(marks):
+            text += " "  # behind words, such as "Assistant:"
+        return str(text) + answer
+
+    def _video_options(self) -> dict[str, Any]:
+        own_size = {} if self.resolution is None else {"do_resize": False}
+        # Not sampled: every frame handed in is looked at.
+        return {"do_sample_frames": False, "device": str(self._device), **own_size}
+
+    def _resized(self, frames: Tensor) -> Tensor:
+        """``[..., 3, H, W]`` to the resolution that is looked at."""
+        edge = self.resolution
+        if edge is None or frames.shape[-2:] == (edge, edge):
+            return frames
+        from torchvision.transforms.v2 import functional
+
+        resized: Tensor = functional.resize(frames, [edge, edge], antialias=True)
+        return resized
+
+    def _encode(self, frames: Tensor) -> Tensor:
+        """Embed frames ``[U, 3, H, W]`` as the model itself would, ``[U, tokens, width]``."""
+        count = len(frames)
+        frames = self._resized(frames.to(self._device, non_blocking=True))
+        if self._compile:  # for few sizes, since each is translated anew: 8, 16, 32, 64
+            more = max(8, 1 << (count - 1).bit_length()) - count
+            frames = torch.cat([frames, frames[-1:].expand(more, -1, -1, -1)])
+        pixels = self._loaded.processor.video_processor(
+            videos=[frames], return_tensors="pt", **self._video_options()
+        )
+        placed = self._placed({k: v for k, v in pixels.items() if "pixel" in k})
+        encoded = self._loaded.model.model.get_image_features(*placed.values()).pooler_output
+        whole: Tensor = encoded if isinstance(encoded, Tensor) else torch.cat(encoded)
+        embeddings: Tensor = whole.reshape(len(frames), -1, whole.shape[-1])[:count]
+        return embeddings
+
+    def _sees(self, tokens: Tensor) -> bool:
+        """Whether pictures are put in among ``tokens``."""
+        names = ("image_token_id", "video_token_id")
+        places = [getattr(self._loaded.model.config, name, None) for name in names]
+        return any(bool((tokens == place).any()) for place in places if place is not None)
+
+
+def answer_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Tokens that mean Yes and tokens that mean No.
+
+    A spelling counts if it is one token; a lone space piece before it is dropped.
+
+    Raises:
+        ValueError: One of the sets is empty, or they share a token.
+    """
+    found = []
+    for words in (YES_WORDS, NO_WORDS):
+        ids = set()
+        for word in words:
+            pieces = tokenizer.encode(word, add_special_tokens=False)
+            pieces = [p for p in pieces if tokenizer.decode([p]).strip()]
+            ids |= set(pieces) if len(pieces) == 1 else set()
+        if not ids:
+            raise ValueError(
+                f"the tokenizer has no single token for {words[0]!r}: use another model."
+            )
+        found.append(ids)
+    if shared := found[0] & found[1]:
+        raise ValueError(f"tokens {sorted(shared)} mean Yes and No alike: use another model.")
+    return sorted(found[0]), sorted(found[1])
+
+
+def answer_start(tokenizer: Any, prefix: str) -> str:
+    """``prefix`` as the model itself would write it before Yes or No.
+
+    Mostly the space behind it belongs to the token of the answer; where it is one of its own, it
+    is written, too.
+    """
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=False))
+
+    spaced = ids(f"{prefix} ")
+    apart = all(ids(f"{prefix} {word}")[: len(spaced)] == spaced for word in ("Yes", "No"))
+    return f"{prefix} " if prefix and apart else prefix
+
+
+def _fold_batch_norms(model: nn.Module) -> None:
+    """Put batch norms into the convolutions before them: a pass less over the pixels, same sums."""
+    for chain in model.modules():
+        if not isinstance(chain, nn.Sequential):
+            continue
+        for k, (first, second) in enumerate(pairwise(chain)):
+            if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
+                chain[k] = nn.utils.fuse_conv_bn_eval(first, second)
+                chain[k + 1] = nn.Identity()
+
+
+def _arguments(function: Callable[..., Any]) -> Mapping[str, Any]:
+    return inspect.signature(function).parameters
+
+
+def _common_prefix(turns: Sequence[Tensor]) -> int:
+    """How many tokens the turns begin with alike; at least one of each is left."""
+    length = min(map(len, turns)) - 1
+    same = torch.stack([turn[:length] == turns[0][:length] for turn in turns]).all(0)
+    return int(same.long().cumprod(0).sum())
+
+
+def _along(value: Any, length: int) -> bool:
+    """Whether ``value`` is ``[B, length]``, something of every token."""
+    if not isinstance(value, Tensor) or value.is_floating_point():
+        return False
+    return value.ndim == 2 and value.shape[1] == length
