@@ -23,13 +23,13 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from vlmrb_torchrl.renderers import ClipRenderTransform
 from vlmrb_torchrl.frames import frame_digests
 from vlmrb_torchrl.judge.collection import save
 from vlmrb_torchrl.judge.judging import Cost, Examination, Verdict
 from vlmrb_torchrl.judge.settings import Settings
 from vlmrb_torchrl.judge.statistics import by_threshold, reliability
 from vlmrb_torchrl.keys import CLIP, EVENTS
+from vlmrb_torchrl.renderers import ClipRenderTransform
 
 if TYPE_CHECKING:
     from rich.console import Console
