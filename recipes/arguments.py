@@ -21,7 +21,8 @@ set_parsing_settings(unset_sentinel=True)  # null is a value, and as such checke
 
 def number(name: str, kind: type, *bounds: tuple[str, float]) -> Any:
     """Build a type of numbers of ``kind`` within ``bounds``; ``--help`` calls it by its name."""
-    bounded = restricted_number_type(name, kind, list(bounds))
+    # A type of our own: jsonargparse's of these bounds is shared with everyone's parsers.
+    bounded = type(name, (restricted_number_type(name, kind, list(bounds)),), {})
 
     def read(value: Any) -> Any:
         try:

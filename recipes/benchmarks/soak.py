@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from recipes.compare import CONFIGS
+from recipes.running.cli import CONFIGS
 from recipes.running.metrics import Row, last_row, read_rows
 from vlmrb_torchrl.checks import ConfigError, require
 

@@ -16,7 +16,8 @@ from tempfile import mkdtemp
 from rich.progress import track
 
 from recipes.benchmarks.timing import Spread, program, show
-from recipes.compare import CONFIGS, Run, plan
+from recipes.compare import Run, plan
+from recipes.running.cli import CONFIGS
 from recipes.running.metrics import last_row
 from vlmrb_torchrl.checks import require
 

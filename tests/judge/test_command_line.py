@@ -20,7 +20,7 @@ from vlmrb_torchrl.judge.settings import Settings
 from vlmrb_torchrl.scorers import ConstantScorer
 
 REFUSED = {
-    "--env.size=4": ("size=4", "5 or more"),
+    "--env.size=4": ("size is 4", "5 to 256"),
     "--env.sizes=8": ("sizes",),
     "--env=no_such_module.Env": ("no_such_module", "--env.help"),
     "--env=torchrl.envs.PendulumEnv": ("PendulumEnv", "prompts", "renderer", "JudgedEnv"),

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipes.running.combinations import check
 from tensordict import TensorDict
 
 from recipes import off_policy
@@ -13,6 +12,7 @@ from recipes.dqn import DQN
 from recipes.iqn import IQN
 from recipes.replay import Prioritized, Replay, VLMGuided
 from recipes.running import cli
+from recipes.running.cli import check
 from recipes.running.metrics import read_rows
 from recipes.running.run_state import build_scoring
 from recipes.sac import SAC
