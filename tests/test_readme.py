@@ -1,4 +1,4 @@
-"""The README's code and commands run as they stand."""
+"""The code and the commands of the README, and of the pages that it links to, run as they stand."""
 
 import configparser
 import json
@@ -19,7 +19,14 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-PROSE = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+PAGES = (
+    ".",
+    *("recipes", "recipes/benchmarks", "recipes/configs", "recipes/configs/*"),
+    *("tests/recipes/configs", "vlmrb_torchrl/judge", "vlmrb_torchrl/scorers"),
+)
+FILES = [file for folder in PAGES for file in sorted(ROOT.glob(f"{folder}/README.md"))]
+TEXT = "\n".join(file.read_text() for file in FILES)
+PROSE = re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL)
 COMMAND = r"(?:python -m|fabric run|git|tensorboard|pip|apt-get) "
 
 SHORT = ["--training.total_env_steps=256", "--training.warmup_env_steps=128"]
@@ -83,7 +90,7 @@ LEFT_OUT = {
 
 def commands():
     """Those of the shell's blocks, one for each line, and those in the text."""
-    blocks = "".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
+    blocks = "".join(re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)).replace("\\\n", " ")
     lines = [re.sub(r"\s+# .*", "", line).strip() for line in blocks.splitlines()]
     inline = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", PROSE)]
     return list(dict.fromkeys([*lines, *(code for code in inline if re.match(COMMAND, code))]))
@@ -108,6 +115,14 @@ def shortened(command):
     if module == "recipes.compare" and matching(PLANNED, command):
         return ["python", "-c", PLAN, *words[3:]]
     return [*words, *SHORTENED[module]]
+
+
+def test_pages_link_to_what_is_there():
+    """Pages and pictures; what lies on the web is not asked for."""
+    for file in [*FILES, ROOT / "CONTRIBUTING.md", ROOT / "tests" / "README.md"]:
+        links = re.findall(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"", file.read_text())
+        for link in filter(None, (link for pair in links for link in pair)):
+            assert link.startswith("https://") or (file.parent / link).exists(), (file, link)
 
 
 def test_readme_has_code_and_commands():
