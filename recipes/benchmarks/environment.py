@@ -15,10 +15,8 @@ from tensordict import TensorDictBase
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase, GymWrapper
 
-from recipes.benchmarks.timing import program, rates, show
+from recipes.benchmarks.timing import against_first, program, rates, show
 from vlmrb_torchrl.envs import DoorKeyEnv
-
-STOCK = "stock, 1 game"
 
 
 def stock_env(size: int) -> EnvBase:
@@ -28,10 +26,10 @@ def stock_env(size: int) -> EnvBase:
     return GymWrapper(ImgObsWrapper(FullyObsWrapper(game)), categorical_action_encoding=True)
 
 
-def stepping(env: EnvBase) -> Callable[[], int]:
+def stepping(env: EnvBase, steps: int = 256) -> Callable[[], int]:
     """Random steps with automatic resets, by hand; the work returns env steps."""
     data = env.reset()
-    actions = [env.action_spec.rand() for _ in range(256)]
+    actions = [env.action_spec.rand() for _ in range(steps)]
     env_steps = len(actions) * max(int(env.batch_size.numel()), 1)
 
     def work() -> int:
@@ -68,7 +66,7 @@ def main(
 
     def envs() -> dict[str, EnvBase]:
         ours = {f"DoorKeyEnv, {n} games": DoorKeyEnv(size, n) for n in num_envs}
-        return {STOCK: stock_env(size), **ours}
+        return {"stock, 1 game": stock_env(size), **ours}
 
     by_hand = rates({name: stepping(env) for name, env in envs().items()}, rounds, seconds)
     collectors = {
@@ -84,8 +82,10 @@ def main(
         f"DoorKey {size} x {size}, env steps/s. Stock: GymWrapper(FullyObsWrapper).",
         ("environment", "stepped by hand", "x stock", "by a Collector", "x stock"),
         [
-            (name, *(s for m in (by_hand, collected) for s in (m[name], m[name] / m[STOCK])))
-            for name in by_hand
+            (*left, *right)
+            for left, (_, *right) in zip(
+                against_first(by_hand), against_first(collected), strict=True
+            )
         ],
     )
 

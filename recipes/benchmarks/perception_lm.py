@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from recipes.train_judge.model import build_processor
+from recipes.train_judge.model import build_processor, perception_lm
 
 PATCH, POOL = 14, 2
+TOWER = "vit_pe_core_large_patch14_336"
 TOKENS_OF_WORDS = 40
 
 
@@ -53,18 +54,13 @@ SHAPES = {
 
 def build(shape: Shape, pixels: int = 448) -> tuple[Any, Any]:
     """A PerceptionLM with random weights, and its processor."""
-    from transformers import (
-        LlamaConfig,
-        PerceptionLMConfig,
-        PerceptionLMForConditionalGeneration,
-        TimmWrapperConfig,
-    )
-
     processor = build_processor()
     processor.video_processor.size = {"height": pixels, "width": pixels}
     processor.patch_size, processor.pooling_ratio = PATCH, POOL
-    tokens = processor.tokenizer
-    text = LlamaConfig(
+    model = perception_lm(
+        processor,
+        TOWER,
+        shape.tower(pixels),
         hidden_size=shape.width,
         intermediate_size=shape.inner_width,
         num_hidden_layers=shape.layers,
@@ -72,23 +68,8 @@ def build(shape: Shape, pixels: int = 448) -> tuple[Any, Any]:
         num_key_value_heads=shape.key_heads,
         vocab_size=shape.vocabulary,
         max_position_embeddings=16_384,
-        tie_word_embeddings=True,
-        pad_token_id=tokens.pad_token_id,
     )
-    config = PerceptionLMConfig(
-        vision_config=TimmWrapperConfig(
-            architecture="vit_pe_core_large_patch14_336",
-            do_pooling=False,
-            model_args=shape.tower(pixels),
-        ),
-        text_config=text,
-        vision_use_cls_token=True,
-        projector_pooling_ratio=POOL,
-        image_token_id=tokens.image_token_id,
-        video_token_id=tokens.video_token_id,
-        tie_word_embeddings=True,
-    )
-    return PerceptionLMForConditionalGeneration(config), processor
+    return model, processor
 
 
 def teraflops(shape: Shape, pixels: int, frames: int) -> tuple[float, float]:
@@ -101,9 +82,7 @@ def teraflops(shape: Shape, pixels: int, frames: int) -> tuple[float, float]:
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
-        tower = timm.create_model(
-            "vit_pe_core_large_patch14_336", num_classes=0, **shape.tower(pixels)
-        )
+        tower = timm.create_model(TOWER, num_classes=0, **shape.tower(pixels))
         with FlopCounterMode(display=False) as counter:
             tower.forward_features(torch.empty(1, 3, pixels, pixels))
     tokens = (pixels // PATCH // POOL) ** 2 * frames + TOKENS_OF_WORDS

@@ -11,31 +11,21 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jsonargparse import auto_cli
-from rich.console import Console
-from rich.table import Table
 from torchrl.data import LazyTensorStorage
 from torchrl.data.replay_buffers.samplers import PrioritizedSampler
 
-from recipes.benchmarks.timing import Spread, rates
+from recipes.benchmarks.timing import Spread, against_first, program, rates, show
 from vlmrb_torchrl.samplers import VLMPrioritizedSampler
 from vlmrb_torchrl.samplers.trees import RadixSumTree
 
 ALPHA, BETA, EPS = 0.6, 0.4, 1e-8  # of all contestants: TorchRL's ε, PER's α and β
 POSITIVE_SHARE = 0.1  # of the slots, where a judge counts
-TORCHRL = "TorchRL"
-
-
-def storage_of(slots: int) -> LazyTensorStorage:
-    """A full storage of one number a slot: the samplers read nothing of it but its length."""
-    storage = LazyTensorStorage(slots)
-    storage.set(torch.arange(slots), torch.zeros(slots))
-    return storage
 
 
 def cycle(sampler: PrioritizedSampler, slots: int, batch_size: int) -> Callable[[], int]:
     """Draw a batch and write its TD errors back, on a sampler whose every slot was visited."""
-    storage, every = storage_of(slots), torch.arange(slots)
+    storage, every = LazyTensorStorage(slots), torch.arange(slots)
+    storage.set(every, torch.zeros(slots))  # the samplers read nothing of it but its length
     # TorchRL's tree takes priorities of its own dtype only.
     sampler.update_priority(every, torch.rand(slots, dtype=sampler.dtype))
     td_error = torch.rand(batch_size, dtype=sampler.dtype)
@@ -88,7 +78,7 @@ def race(
         dtype=dtype,
     )
     samplers = {
-        TORCHRL: PrioritizedSampler(slots, ALPHA, BETA, EPS, dtype),
+        "TorchRL": PrioritizedSampler(slots, ALPHA, BETA, EPS, dtype),
         "ours, as PER": per,
         "ours, λ 0.5, β 0": judged(slots, dtype, lmbda=0.5),
         "ours, λ 0.5, boost": judged(slots, dtype, lmbda=0.5, beta=BETA, td_boost=True),
@@ -125,27 +115,20 @@ def main(
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     np.random.seed(seed)  # noqa: NPY002  TorchRL draws from numpy's global generator
-    console = Console()
     if not find_spec("cpprb"):
-        console.print("cpprb is not installed and left out: pip install cpprb")
-    table = Table(
-        title=f"sample + update_priority, {dtype}: median (lowest to highest) of {rounds}. "
-        "Ratio: time of a cycle over TorchRL's."
-    )
-    table.add_column("sampler", no_wrap=True)
-    for column in ("slots", "batch", "μs/cycle", "x TorchRL"):
-        table.add_column(column, justify="right", no_wrap=True)
+        print("cpprb is not installed and left out: pip install cpprb")
+    rows: list[tuple[object, ...]] = []
     for n in slots:
         for batch_size in batch_sizes:
             measured = race(n, batch_size, getattr(torch, dtype), rounds, seconds)
-            for name, speed in measured.items():
-                micros = Spread([1e6 / sample for sample in speed.samples])
-                ratio = "1" if name == TORCHRL else str(measured[TORCHRL] / speed)
-                shown = f"{n // 1000:,}k" if n % 1000 == 0 else str(n)
-                table.add_row(name, shown, str(batch_size), str(micros), ratio)
-            table.add_section()
-    console.print(table)
+            times = {name: speed.durations(1e6) for name, speed in measured.items()}
+            rows += [(name, n, batch_size, *figures) for name, *figures in against_first(times)]
+    show(
+        f"sample + update_priority, {dtype}",
+        ("sampler", "slots", "batch", "μs/cycle", "time ÷ TorchRL's"),
+        rows,
+    )
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    program(main)

@@ -11,11 +11,10 @@ from functools import partial
 import numpy as np
 import torch
 
-from recipes.benchmarks.timing import program, rates, show
+from recipes.benchmarks.environment import stepping
+from recipes.benchmarks.timing import against_first, program, rates, show
 from vlmrb_torchrl.envs import OGBenchEnv
 from vlmrb_torchrl.renderers import MuJoCoRenderer
-
-STOCK, DEFAULT = "stock, 1 game", "the defaults: 200 x 200"
 
 
 def stepping_stock(env_id: str) -> Callable[[], int]:
@@ -33,19 +32,6 @@ def stepping_stock(env_id: str) -> Callable[[], int]:
             if terminated or truncated:
                 game.reset()
         return len(actions)
-
-    return work
-
-
-def stepping(env: OGBenchEnv) -> Callable[[], int]:
-    """The batched environment, stepped at random."""
-    data = env.reset()
-
-    def work() -> int:
-        nonlocal data
-        for _ in range(8):
-            _, data = env.step_and_maybe_reset(env.rand_action(data))
-        return 8 * env.num_envs
 
     return work
 
@@ -75,25 +61,26 @@ def main(
     """
     torch.set_num_threads(1)
     envs = {f"{n} workers": OGBenchEnv(env_id, num_envs, workers=n) for n in workers}
-    steppers = {STOCK: stepping_stock(env_id), **{n: stepping(env) for n, env in envs.items()}}
+    steppers = {"stock, 1 game": stepping_stock(env_id)}
+    steppers |= {name: stepping(env, steps=8) for name, env in envs.items()}
     stepped = rates(steppers, rounds, seconds)
     env = next(iter(envs.values()))
     state = env.rollout(4)["next", "render_state"][:1, -1]
     for each in envs.values():
         each.close()
     renderers = {
+        "the defaults: 200 x 200": env.renderer(),
         **{f"{edge} x {edge}": env.renderer(edge, edge) for edge in pixels},
-        DEFAULT: env.renderer(),
         "with shadows": env.renderer(shadows=True),
         "with shadows, 4 samples: OGBench's": env.renderer(shadows=True, samples=4),
     }
-    drawn = rates({n: partial(draw, r, state) for n, r in renderers.items()}, rounds, seconds)
-    for what, speeds, base in (
-        (f"{num_envs} games, env steps", stepped, STOCK),
-        ("frames", drawn, DEFAULT),
+    works = {name: partial(draw, renderer, state) for name, renderer in renderers.items()}
+    for what, speeds in (
+        (f"{num_envs} games, env steps", stepped),
+        ("frames", rates(works, rounds, seconds)),
     ):
-        rows = [(name, speed, speed / speeds[base]) for name, speed in speeds.items()]
-        show(f"{env_id}, {what}", ("", "a second", f"x {base}"), rows)
+        columns = "", "a second", f"x {next(iter(speeds))}"
+        show(f"{env_id}, {what}", columns, against_first(speeds))
 
 
 if __name__ == "__main__":

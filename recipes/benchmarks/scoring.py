@@ -12,24 +12,21 @@ device, with that judge and without, in turn.
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse import auto_cli
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from tensordict import TensorDict
 from torch import Tensor
 
 from recipes.benchmarks.perception_lm import SHAPES, Shape, build, teraflops
-from recipes.benchmarks.timing import rates
+from recipes.benchmarks.timing import against_first, program, rates, show
 from recipes.benchmarks.training import training
-from vlmrb_torchrl.checks import ConfigError, require
+from vlmrb_torchrl.checks import require
 from vlmrb_torchrl.envs import DoorKeyEnv
 from vlmrb_torchrl.judge.collection import collect
 from vlmrb_torchrl.judge.settings import Settings
@@ -43,58 +40,49 @@ def doorkey_clips(count: int, tile_size: int, window: int | None) -> Tensor:
     env = DoorKeyEnv(size=8, num_envs=16)
     settings = Settings(env, [EmbeddedJudge()], policy="mixed", clips=count)
     states = collect(settings, lambda _: None).select("render_state")
-    frames: Tensor = ClipRenderTransform(env.renderer(tile_size=tile_size, window=window))(states)[
-        CLIP
-    ]
+    render = ClipRenderTransform(env.renderer(tile_size=tile_size, window=window))
+    frames: Tensor = render(states)[CLIP]
     return frames
 
 
-def ways(scorer: HuggingFaceScorer, plain: HuggingFaceScorer, clips: Tensor, batch: int) -> Any:
+def ways(
+    build: Callable[..., HuggingFaceScorer], clips: Tensor, batch: int
+) -> dict[str, Callable[[], int]]:
     """The same clips, scored in a stream of batches: with less and less computed anew."""
     batches = [TensorDict({CLIP: part}, [len(part)]) for part in clips.split(batch)]
+    scorer, plain = build(), build(dedup=False)
     scorer.load()
     plain.load()
-    model = scorer._loaded
-    assert model is not None
-    assert model.embeddings is not None
-    embeddings = model.embeddings
+    embeddings: Any = scorer._loaded.embeddings  # type: ignore[union-attr]
 
     def stream(judge: HuggingFaceScorer, forget: Literal["nothing", "batch", "all"]) -> int:
-        if forget == "all":
-            embeddings.clear()
-        for part in batches:
-            if forget == "batch":
+        for i, part in enumerate(batches):
+            if forget == "batch" or (forget == "all" and i == 0):
                 embeddings.clear()
             judge(part)
         return len(clips)
 
-    contestants: dict[str, Callable[[], int]] = {
+    return {
         "every frame": lambda: stream(plain, "nothing"),
         "equal frames of a batch once": lambda: stream(scorer, "batch"),
         "embeddings kept, from none on": lambda: stream(scorer, "all"),
         "all embeddings kept": lambda: stream(scorer, "nothing"),
     }
-    return contestants
 
 
-def embedded(clips: int, batch: int, rounds: int, device: str, console: Console) -> None:
+def embedded(clips: int, batch: int, rounds: int, device: str) -> None:
     """The embedded judge on one core."""
     torch.set_num_threads(1)
     frames = doorkey_clips(clips, tile_size=8, window=8)
     distinct = len(frames.flatten(0, 1).flatten(1).unique(dim=0)) / frames.shape[:2].numel()
-    contestants = ways(
-        EmbeddedJudge(device=device), EmbeddedJudge(device=device, dedup=False), frames, batch
-    )
+    contestants = ways(partial(EmbeddedJudge, device=device), frames, batch)
     speeds = rates(contestants, rounds, seconds=0.0)
-    table = Table(
-        title=f"embedded judge, {clips} clips of DoorKey-8x8, 32 frames, {distinct:.0%} of them "
-        f"different, batches of {batch}, {device}; median (lowest to highest) of {rounds}"
+    show(
+        f"embedded judge, {clips} clips of DoorKey-8x8, 32 frames, {distinct:.0%} of them "
+        f"different, batches of {batch}, {device}",
+        ("encoded", "clips/s", "x every frame"),
+        against_first(speeds),
     )
-    for column in ("encoded", "clips/s", "x every frame"):
-        table.add_column(column)
-    for name, speed in speeds.items():
-        table.add_row(name, str(speed), str(speed / speeds["every frame"]))
-    console.print(table)
 
 
 def race(
@@ -106,49 +94,36 @@ def race(
     batch: int,
     rounds: int,
     peak_teraflops: float,
-    console: Console,
 ) -> None:
     """The PerceptionLM in ``folder``, by pixels and frames."""
-    table = Table(title=f"PerceptionLM, random weights, batches of {batch}, {device}")
     columns = ("pixels", "frames", "TFLOP a clip", "clips/s", "share of peak", "deduplicated", "x")
-    for column in columns:
-        table.add_column(column, justify="right")
+    rows = []
     shown = doorkey_clips(clips, tile_size=16, window=None).to(device)
-    for pixels, count in track(settings, "settings", console=console, transient=True):
-        options: dict[str, Any] = {
-            "device": device,
-            "dtype": "bfloat16",
-            "resolution": pixels,
-            "frames": count,
-            "batch_clips": batch,
-        }
-        contestants = ways(
-            HuggingFaceScorer(folder, **options),
-            HuggingFaceScorer(folder, dedup=False, **options),
-            shown,
-            batch,
+    for pixels, count in track(settings, "settings", transient=True):
+        build = partial(
+            HuggingFaceScorer,
+            folder,
+            device=device,
+            dtype="bfloat16",
+            resolution=pixels,
+            frames=count,
+            batch_clips=batch,
         )
+        contestants = ways(build, shown, batch)
         del contestants["equal frames of a batch once"], contestants["all embeddings kept"]
-        speeds = rates(contestants, rounds, seconds=0.0)
-        plain, kept = speeds["every frame"], speeds["embeddings kept, from none on"]
+        plain, kept = rates(contestants, rounds, seconds=0.0).values()
         needed = sum(teraflops(shape, pixels, count))
         share = f"{plain.median * needed / peak_teraflops:.0%}" if peak_teraflops else "-"
-        figures = (f"{needed:.2f}", str(plain), share, str(kept), str(kept / plain))
-        table.add_row(str(pixels), str(count), *figures)
-    console.print(table)
+        rows.append((pixels, count, f"{needed:.2f}", plain, share, kept, kept / plain))
+    show(f"PerceptionLM, random weights, batches of {batch}, {device}", columns, rows)
 
 
 def beside_learner(
     folder: str, device: str, view: tuple[int, int], pairs: int, env_steps: int, duty_cycle: float
 ) -> None:
     """DQN on ``device`` with the judge in ``folder`` and, in turn, with PER instead."""
-    judge = {
-        "model": folder,
-        "device": device,
-        "dtype": "bfloat16",
-        "resolution": view[0],
-        "frames": view[1],
-    }
+    judge = {"model": folder, "device": device, "dtype": "bfloat16"}
+    judge |= dict(zip(("resolution", "frames"), map(str, view), strict=True))
     training(
         pairs=pairs,
         env_steps=env_steps,
@@ -196,24 +171,19 @@ def main(
         duty_cycle: Share of the time that the judge may compute beside the learner.
     """
     require(clips >= 1, "clips", clips, "use at least 1")
-    require(rounds >= 1, "rounds", rounds, "use at least 1")
-    console = Console()
     if model == "embedded":
-        embedded(clips, batch_clips, rounds, device, console)
+        embedded(clips, batch_clips, rounds, device)
         return
     settings = [(pixels, count) for pixels in resolutions for count in frames]
     shape = SHAPES[model]
     with tempfile.TemporaryDirectory() as folder:
         for part in build(shape, max(resolutions)):
             part.save_pretrained(folder)
-        race(folder, shape, device, settings, clips, batch_clips, rounds, peak_teraflops, console)
+        race(folder, shape, device, settings, clips, batch_clips, rounds, peak_teraflops)
         if training_pairs:
             view = min(resolutions), min(frames)
             beside_learner(folder, device, view, training_pairs, training_env_steps, duty_cycle)
 
 
 if __name__ == "__main__":
-    try:
-        auto_cli(main)
-    except ConfigError as error:
-        sys.exit(f"scoring: {error}")
+    program(main)

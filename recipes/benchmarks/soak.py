@@ -17,14 +17,12 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-import jsonargparse
 import numpy as np
 import psutil
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
+from recipes.benchmarks.timing import program, show
 from recipes.running.cli import CONFIGS
 from recipes.running.metrics import Row, last_row, read_rows
 from vlmrb_torchrl.checks import ConfigError, require
@@ -157,36 +155,28 @@ def report(
     warm = min(int(np.searchsorted(minutes, full / 60 + 1)), len(minutes) - 1)
     last = rows[-1]
     faults = {k.split("_")[-1]: v for k, v in last.items() if k.startswith("scoring/faults_")}
-    table = Table("", "figure", title=f"{minutes[-1]:.0f} minutes under faults")
-    table.add_row("env steps", f"{last['env_steps']:,.0f}")
-    table.add_row("faults from outside", ", ".join(f"{n} {k}" for k, n in outside.items()))
-    table.add_row(
-        "faults that the scorer counted", ", ".join(f"{v:.0f} {k}" for k, v in faults.items())
-    )
     seen = {name: [each[name] for each in looks[warm:]] for name in looks[0]}
-    growth = f"{flatness(seen['resident MB']):+.1%}"
-    table.add_row("resident MB, last tenth ÷ first, after warm-up", growth)
-    for name in ("threads", "files", "processes"):
-        counts = f"{seen[name][0]}, {seen[name][-1]}, {max(seen[name])}"
-        table.add_row(f"{name}, first and last, most", counts)
     pending = [row["scoring/clips_pending"] for row in rows]
-    table.add_row(
-        "clips waiting, median, most, last",
-        f"{np.median(pending):.0f}, {max(pending):.0f}, {pending[-1]:.0f}",
-    )
+    waiting = f"{np.median(pending):.0f}, {max(pending):.0f}, {pending[-1]:.0f}"
     fates = ", ".join(f"{last[f'scoring/transitions_{fate}']:,.0f} {fate}" for fate in FATES)
-    table.add_row("transitions inserted", fates)
-    table.add_row(
-        "unaccounted for, most in any row", f"{max(abs(unaccounted(r)) for r in rows):.0f}"
-    )
-    table.add_row("children left behind", str(left))
-    Console().print(table)
+    figures = {
+        "env steps": f"{last['env_steps']:,.0f}",
+        "faults from outside": ", ".join(f"{n} {kind}" for kind, n in outside.items()),
+        "faults that the scorer counted": ", ".join(f"{n:.0f} {k}" for k, n in faults.items()),
+        "resident MB, last tenth ÷ first, after warm-up": f"{flatness(seen['resident MB']):+.1%}",
+        **{
+            f"{name}, first and last, most": f"{seen[name][0]}, {seen[name][-1]}, {max(seen[name])}"
+            for name in ("threads", "files", "processes")
+        },
+        "clips waiting, median, most, last": waiting,
+        "transitions inserted": fates,
+        "unaccounted for, most in any row": f"{max(map(abs, map(unaccounted, rows))):.0f}",
+        "children left behind": left,
+    }
+    show(f"{minutes[-1]:.0f} minutes under faults", ("", "figure"), list(figures.items()))
     draw(looks, warm, out / "soak.png")
-    Console().print(f"figure: {out / 'soak.png'}", soft_wrap=True)
+    print(f"figure: {out / 'soak.png'}")
 
 
 if __name__ == "__main__":
-    try:
-        jsonargparse.auto_cli(soak, as_positional=False)
-    except ConfigError as error:
-        sys.exit(f"soak: {error}")
+    program(soak)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,14 @@ class Spread:
     def median(self) -> float:
         """The middle measurement."""
         return statistics.median(self.samples)
+
+    def durations(self, units_per_s: float) -> Spread:
+        """Times of one piece of work, where the samples are pieces a second.
+
+        Args:
+            units_per_s: Of the time's unit: 1e3 for milliseconds.
+        """
+        return Spread([units_per_s / sample for sample in self.samples])
 
     def __truediv__(self, other: Spread) -> Spread:
         """Ratios round by round: what slowed both down in a round cancels."""
@@ -73,9 +81,16 @@ def rates(
     return {name: Spread(values) for name, values in samples.items()}
 
 
-def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+def against_first(speeds: Mapping[str, Spread]) -> list[tuple[str, Spread, Spread]]:
+    """Rows of a table: each contestant, its speed, and that over the first contestant's."""
+    first = next(iter(speeds.values()))
+    return [(name, speed, speed / first) for name, speed in speeds.items()]
+
+
+def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print a table of names and figures."""
-    table = Table(title=f"{title}; median (lowest to highest)")
+    spreads = any(isinstance(cell, Spread) for row in rows for cell in row)
+    table = Table(title=f"{title}; median (lowest to highest)" if spreads else title)
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left")
     for row in rows:

@@ -21,11 +21,10 @@ from unittest.mock import patch
 
 import torch
 from jsonargparse import Namespace
-from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
-from recipes.benchmarks.timing import Spread, program, rates, show
+from recipes.benchmarks.timing import against_first, program, rates, show
 from recipes.networks import ActionValue, DeterministicPolicy, GaussianPolicy, GridQNetwork
 from recipes.running import cli
 
@@ -61,14 +60,6 @@ def general_module(kind: type[Any], *sizes: Any, **options: Any) -> TensorDictMo
     return TensorDictModule(_Plain(own), in_keys=own.in_keys, out_keys=own.out_keys)
 
 
-def drawn_batch(settings: Namespace, module: Any) -> TensorDictBase:
-    """A batch of the recipe's size, of random actions' steps."""
-    with closing(settings.env.make(1, seed=0)) as env:
-        steps = env.rollout(settings.replay.batch_size, break_when_any_done=False)
-    batch: TensorDictBase = module.transitions(steps).reshape(-1)
-    return batch
-
-
 def update(recipe: type[Any], settings: Namespace, way: str) -> Callable[[], int]:
     """Build an algorithm and return its update: each optimizer's step, then the targets'.
 
@@ -85,7 +76,9 @@ def update(recipe: type[Any], settings: Namespace, way: str) -> Callable[[], int
                 where = f"{recipe.__module__}.{kind.__name__}"
                 patched.enter_context(patch(where, partial(general_module, kind)))
         module = cli.build_algorithm(recipe, settings)
-    batch, optimizers = drawn_batch(settings, module), module.configure_optimizers()
+    with closing(settings.env.make(1, seed=0)) as env:  # a batch of random actions' steps
+        steps = env.rollout(settings.replay.batch_size, break_when_any_done=False)
+    batch, optimizers = module.transitions(steps).reshape(-1), module.configure_optimizers()
     if way == COMPILED:
         module.compile_losses()
     for optimizer in optimizers.values() if plain else ():
@@ -128,20 +121,15 @@ def main(
     torch.set_num_threads(1)
     recipe = getattr(import_module(f"recipes.{algorithm}"), algorithm.upper())
     settings = cli.rehearse(recipe, [f"--config={configs / algorithm}.yaml"])
-    # IQN's network was never in a general module.
-    ways = [
-        *([GENERAL] if algorithm != "iqn" else []),
-        OWN,
-        RECIPE,
-        *([COMPILED] if compile else []),
-    ]
+    ways = [GENERAL, OWN, RECIPE, COMPILED]
+    if algorithm == "iqn":  # whose network was never in a general module
+        ways.remove(GENERAL)
+    if not compile:
+        ways.remove(COMPILED)
     measured = rates({way: update(recipe, settings, way) for way in ways}, rounds, seconds)
-    rows = [
-        (way, Spread([1e3 / sample for sample in speed.samples]), measured[ways[0]] / speed)
-        for way, speed in measured.items()
-    ]
+    times = {way: speed.durations(1e3) for way, speed in measured.items()}
     title = f"{algorithm.upper()}, batch {settings.replay.batch_size}"
-    show(title, ("", "ms/update", "time ÷ the first's"), rows)
+    show(title, ("", "ms/update", "time ÷ the first's"), against_first(times))
 
 
 if __name__ == "__main__":

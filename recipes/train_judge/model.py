@@ -112,22 +112,16 @@ def build_processor(tokens_per_side: int = 1) -> Any:
     )
 
 
-def build_model(
-    processor: Any,
-    *,
-    vision_width: int = 64,
-    vision_layers: int = 2,
-    width: int = 128,
-    layers: int = 3,
+def perception_lm(
+    processor: Any, tower: str, tower_arguments: dict[str, Any], **language: Any
 ) -> Any:
-    """A PerceptionLM with random weights.
+    """A PerceptionLM with transformers' random weights.
 
     Args:
-        processor: Its tokenizer and pooling decide vocabulary and tokens a frame.
-        vision_width: Width of the vision tower.
-        vision_layers: Its depth.
-        width: Width of the language model.
-        layers: Its depth.
+        processor: Its tokenizer and pooling decide special tokens and tokens a frame.
+        tower: Name of timm's vision tower.
+        tower_arguments: Its arguments.
+        language: Arguments of the language model's ``LlamaConfig``.
     """
     from transformers import (
         LlamaConfig,
@@ -137,12 +131,43 @@ def build_model(
     )
 
     tokenizer = processor.tokenizer
-    # XCiT: a convolution in every block looks at the cell's neighbours, and "what the agent
-    # faces" is learnt in a third of the steps that a plain ViT of this size takes.
-    vision = TimmWrapperConfig(
-        architecture="xcit_nano_12_p8_224",
-        do_pooling=False,
-        model_args={
+    config = PerceptionLMConfig(
+        vision_config=TimmWrapperConfig(
+            architecture=tower, do_pooling=False, model_args=tower_arguments
+        ),
+        text_config=LlamaConfig(
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **language,
+        ),
+        vision_use_cls_token=True,
+        projector_pooling_ratio=processor.pooling_ratio,
+        image_token_id=tokenizer.image_token_id,
+        video_token_id=tokenizer.video_token_id,
+        tie_word_embeddings=True,
+    )
+    return PerceptionLMForConditionalGeneration(config)
+
+
+def build_model(
+    processor: Any,
+    *,
+    vision_width: int = 64,
+    vision_layers: int = 2,
+    width: int = 128,
+    layers: int = 3,
+) -> Any:
+    """The judge's PerceptionLM, with random weights; widths and depths are those of its two parts.
+
+    Its vision tower is an XCiT: a convolution in every block looks at the cell's neighbours, and
+    "what the agent faces" is learnt in a third of the steps that a plain ViT of this size takes.
+    """
+    model = perception_lm(
+        processor,
+        "xcit_nano_12_p8_224",
+        {
             "embed_dim": vision_width,
             "depth": vision_layers,
             "num_heads": HEADS,
@@ -151,31 +176,15 @@ def build_model(
             "cls_attn_layers": 0,
             "mlp_ratio": 2.0,
         },
-    )
-    text = LlamaConfig(
         hidden_size=width,
         intermediate_size=2 * width,
         num_hidden_layers=layers,
         num_attention_heads=HEADS,
         num_key_value_heads=HEADS,
-        vocab_size=len(tokenizer),
+        vocab_size=len(processor.tokenizer),
         max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
         initializer_range=width**-0.5,
     )
-    config = PerceptionLMConfig(
-        vision_config=vision,
-        text_config=text,
-        vision_use_cls_token=True,
-        projector_pooling_ratio=processor.pooling_ratio,
-        image_token_id=tokenizer.image_token_id,
-        video_token_id=tokenizer.video_token_id,
-        tie_word_embeddings=True,
-    )
-    model = PerceptionLMForConditionalGeneration(config)
     _initialise_vision(model)
     return model
 
