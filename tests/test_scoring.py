@@ -1224,3 +1224,10 @@ def test_wrong_data_is_the_callers_error_and_leaves_the_books_alone():
         with pytest.raises(ValueError, match=r"insert data\.reshape"):
             scoring.submit(transitions, index[:2])
         assert books(scoring)["clips_submitted"] == 0
+
+
+def test_a_clip_of_score_one_half_is_counted_as_positive():
+    with make(make_buffer(), ConstantScorer(0.5), "sync") as scoring:
+        scoring.extend(stream([8]))
+        counts = scoring.statistics()
+    assert counts["clips_positive"] == counts["clips_scored"] == 2

@@ -165,3 +165,22 @@ def test_the_loop_collects_and_learns_the_same(tmp_path, monkeypatch):
     }
     cli.run(DQN, [f"--{name}={value}" for name, value in arguments.items()])
     check_closed_form(built[0], ChainEnv(2, discrete=True))
+
+
+@pytest.mark.parametrize("algorithm", DISCRETE)
+def test_the_online_network_chooses_the_next_action_and_the_target_network_values_it(algorithm):
+    """Online Q is (1, 0) and the target's (2, 6), γ is 0.5: δ = 0.5 + 0.5 x 2 - 1 = 0.5.
+
+    Had the target network chosen, it would be 0.5 + 0.5 x 6 - 1 = 2.5.
+    """
+    module = algorithm(ChainEnv(3, discrete=True), hidden_features=(8,), gamma=0.5)
+    for params, values in (
+        (module.loss.value_network_params, [1.0, 0.0]),
+        (module.loss.target_value_network_params, [2.0, 6.0]),
+    ):
+        constant(params, 0.0)
+        (last,) = (each for each in params.values(True, True) if each.shape == (2,))
+        last.data += torch.tensor(values)
+    batch = transitions(torch.tensor([[1, 0]] * 3, dtype=torch.uint8), torch.zeros(3).long())[1:2]
+    module.training_step(batch, "value")
+    assert batch["td_error"].item() == pytest.approx(0.5)

@@ -260,3 +260,11 @@ def test_without_a_generator_torchs_global_one_decides() -> None:
         torch.manual_seed(SEED)
         draws.append(sampler.sample(Slots(SLOTS), 64)[0])
     assert torch.equal(*draws)
+
+
+def test_a_score_equal_to_the_threshold_is_a_yes() -> None:
+    sampler = VLMPrioritizedSampler(4, threshold=0.5)
+    sampler.extend(torch.arange(4))
+    score = torch.tensor([0.5, 0.5 - 1e-9, 0.5 + 1e-9], dtype=torch.float64)
+    sampler.update_score(torch.arange(3), score)
+    assert sampler.positive.tolist() == [True, False, True, False]
