@@ -36,19 +36,11 @@ POLL_SECONDS = 0.5
 
 @dataclass
 class Run:
-    """One training run of a comparison.
+    """One training run of a comparison."""
 
-    Args:
-        method: Name of the method's YAML file, without its ending.
-        seed: Seed of the run.
-        command: Command line that trains it.
-        folder: Where it writes; the folder's name is the run's.
-    """
-
-    method: str
-    seed: int
+    method: str  # name of its YAML file, without the ending
     command: list[str]
-    folder: Path
+    folder: Path  # whose name is the run's
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
     bar: TaskID | None = None
 
@@ -127,7 +119,7 @@ def plan(
             command += ["--config", str(shared), "--config", str(overlay)]
             command += [f"--training.seed={seed}", f"--training.log_dir={out}"]
             command += [f"--training.name={name}", "--training.progress=false", *extra]
-            runs.append(Run(overlay.stem, seed, command, out / name))
+            runs.append(Run(overlay.stem, command, out / name))
     return runs
 
 

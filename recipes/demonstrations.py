@@ -20,10 +20,8 @@ from torchrl.data import Categorical
 from torchrl.envs import EnvBase
 
 from recipes.arguments import NonNegativeFinite, NonNegativeInt, RightOpenUnitInterval
-from recipes.replay import Replay
 from recipes.running.divergence import check_steps
 from recipes.tasks import Task
-from recipes.transitions import Transitions
 from vlmrb_torchrl import VLMReplayBuffer, keys
 from vlmrb_torchrl.checks import require
 from vlmrb_torchrl.envs import DemonstratedEnv
@@ -104,18 +102,6 @@ class Demonstrations:
         )
         return rows
 
-    def batches(
-        self,
-        buffer: VLMReplayBuffer,
-        replay: Replay,
-        task: Task,
-        transitions: Transitions,
-        seed: int,
-    ) -> Batches:
-        """Play the episodes, and say how batches are made of them."""
-        episodes = self.play(task, seed)
-        return Batches(buffer, episodes, self.rows(replay.batch_size), transitions, seed)
-
     def _rollout(self, env: EnvBase, seed: int) -> TensorDictBase:
         demonstrator, spec = env.demonstrator(), env.action_spec
         random = torch.Generator().manual_seed(_NOISE_OFFSET + seed)
@@ -142,18 +128,10 @@ class Batches:
     Args:
         buffer: The replay buffer; its batch size is that of the replayed part.
         episodes: Demonstrations; may be none.
-        rows: Transitions of a batch that they are; 0 if they are to lie in the buffer.
+        rows: Transitions of a batch that they are; 0: they lie in ``prefill``, for the buffer to
+            hold before the first step.
         transitions: What is kept of their steps.
         seed: Of the draws.
-
-    Attributes:
-        prefill: Episodes for the buffer to hold before the first step.
-        figures: What the log says about demonstrations: nothing, where there are none.
-
-    Example:
-        >>> batches = Batches(buffer, episodes, 32, Transitions(gamma=0.98))
-        >>> len(batches.sample()) == buffer.batch_size + 32
-        True
     """
 
     def __init__(
@@ -166,7 +144,7 @@ class Batches:
     ) -> None:
         self.buffer, self._rows = buffer, rows
         self.prefill = () if rows else tuple(episodes)
-        self.figures: dict[str, float] = {}
+        self.figures: dict[str, float] = {}  # for the log
         if episodes:
             self.figures = {
                 "demonstration_episodes": len(episodes),

@@ -135,8 +135,8 @@ def train(
     """Train ``module``; every figure goes to ``telemetry``.
 
     Args:
-        fabric: A launched Fabric.
-        module: The algorithm, freshly built.
+        fabric: Launched.
+        module: Freshly built.
         settings: The task ``env``, the ``replay`` method, ``scoring``, ``demonstrations`` and
             ``training``, as the command line names them.
         telemetry: Where figures go.

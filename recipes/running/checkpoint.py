@@ -53,17 +53,9 @@ Config = Mapping[str, Any]
 
 
 class Checkpoints:
-    """The checkpoints in a run's folder.
+    """The checkpoints in a run's folder; by ``resume`` the run is to go on from the last one.
 
-    Args:
-        fabric: A launched Fabric.
-        folder: Folder of the run.
-        every_env_steps: Distance of two; 0: none is ever written.
-        config: The run's configuration, as JSON has it.
-        resume: Whether the run is to go on from the last one.
-
-    Attributes:
-        interruption: Once it is entered, a signal makes the next `after_step` the last.
+    Once its ``interruption`` is entered, a signal makes the next `after_step` the last.
 
     Raises:
         ConfigError: There is none to go on from, or it is one of another number of ranks.

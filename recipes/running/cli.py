@@ -265,7 +265,7 @@ def advice(algorithm: Algorithm, settings: Namespace) -> str:
     """Say which settings suit the task, where there are any and no file says how to train."""
     recipe, task = algorithm.__name__.lower(), settings.env
     file = CONFIGS / task.configs / f"{recipe}.yaml"
-    known = file in tuned(recipe) and says_how_to_train(file)
+    known = file.is_file() and says_how_to_train(file)
     if not known or any(map(says_how_to_train, settings.get("config") or [])):
         return ""
     name = task.name or type(task).__name__

@@ -12,12 +12,7 @@ from lightning.fabric import Fabric
 
 
 class StoppedError(Exception):
-    """A run that ended because a signal asked it to.
-
-    Attributes:
-        signal: Which one.
-        saved: Whether a checkpoint holds where it was.
-    """
+    """A run ended because a signal asked it to; ``saved``: a checkpoint holds where it was."""
 
     def __init__(self, number: int, saved: bool) -> None:
         super().__init__(signal.Signals(number).name)
@@ -28,9 +23,7 @@ class Interruption:
     """While it is entered, a first signal is only noted; the same once more ends at once.
 
     Not the same: a shell's Ctrl-C reaches a run and whoever started it, who then asks by SIGTERM.
-
-    Args:
-        fabric: A launched Fabric; its ranks agree on when to end.
+    The ranks of ``fabric`` agree on when to end.
     """
 
     def __init__(self, fabric: Fabric) -> None:

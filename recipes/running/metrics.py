@@ -37,14 +37,8 @@ class Telemetry:
     ``metrics.jsonl`` holds one JSON object per row: ``env_steps``, ``total_env_steps``,
     ``seconds`` of training (evaluations left out) and the figures under the names that
     TensorBoard shows; ``time/...`` are shares of the seconds between two rows, on CUDA of the
-    learner's thread, which does not wait for the kernels. Only rank 0 writes.
-
-    Args:
-        fabric: A launched Fabric.
-        task: For what counts as success.
-        training: Distances of rows and pictures.
-        folder: Folder of the run.
-        resumed: Whether a state will be loaded: what was written before then stays.
+    learner's thread, which does not wait for the kernels. Only rank 0 writes. Where a run is
+    ``resumed``, and a state will be loaded, what was written before stays.
     """
 
     def __init__(
@@ -158,19 +152,13 @@ class Telemetry:
     def updated(
         self, batch: TensorDictBase, replayed: TensorDictBase, buffer: VLMReplayBuffer
     ) -> None:
-        """Note an update, after all its gradient steps.
-
-        Args:
-            batch: What was learnt from.
-            replayed: The part of it that was drawn from the buffer.
-            buffer: The buffer, whose newest transition is 0 transitions old.
-        """
+        """Note an update by ``batch``, of which ``replayed`` was drawn from the buffer."""
         self._batch = batch
         self._updates += 1
         self._add("value/td_error", batch[keys.TD_ERROR])
         index = replayed[keys.INDEX]
         self._drawn.append(index)
-        age = (buffer.writer._cursor - 1 - index) % buffer.storage.max_size
+        age = (buffer.writer._cursor - 1 - index) % buffer.storage.max_size  # of the newest: 0
         self._add("replay/age_transitions", age)
         if (weights := replayed.get(keys.WEIGHT, None)) is not None:
             least, known = weights.min(), self._least_weight

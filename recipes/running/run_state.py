@@ -45,18 +45,11 @@ State = dict[str, Any]
 
 
 class RunState:
-    """How far a run is, and its parts.
-
-    Args:
-        parts: By name, in the order of loading; each has ``state_dict`` and ``load_state_dict``.
-
-    Attributes:
-        env_steps: Steps taken, over all ranks.
-        updates_due: Updates earned by them and not made yet; below 1 between two collections.
-    """
+    """How far a run is, and its parts, in the order of loading."""
 
     def __init__(self, parts: Mapping[str, Any]) -> None:
-        self.env_steps, self.updates_due = 0, 0.0
+        self.env_steps = 0  # over all ranks
+        self.updates_due = 0.0  # earned by them and not made yet; below 1 between two collections
         self._parts = {**parts, "random": GlobalRNGState()}  # last, as loading others may draw some
 
     def state_dict(self) -> State:
@@ -76,21 +69,16 @@ class RunState:
 
 
 class Learner:
-    """An algorithm and its optimizers, on the device that it learns on.
+    """An algorithm, ``wrapped`` by Fabric, and its optimizers, on the device that it learns on.
 
-    Args:
-        fabric: A launched Fabric.
-        module: The algorithm. Its ``counts``, if there are any, name attributes to be saved besides
-            weights and buffers: numbers, tensors or containers of these.
-
-    Attributes:
-        wrapped: The module as Fabric has it.
-        optimizers: By name, in the order of their steps.
+    Its ``counts``, if there are any, name attributes to be saved besides weights and buffers:
+    numbers, tensors or containers of these.
     """
 
     def __init__(self, fabric: Fabric, module: Any) -> None:
         optimizers = module.configure_optimizers()
         self.fabric, self.module = fabric, module
+        self._counts: tuple[str, ...] = getattr(module, "counts", ())
         self.wrapped, *prepared = fabric.setup(module, *optimizers.values())
         self.wrapped.mark_forward_method("training_step")
         self.optimizers = dict(zip(optimizers, prepared, strict=True))
@@ -99,14 +87,14 @@ class Learner:
         """Weights, buffers and counts; the optimizers' states."""
         return {
             "weights": self.module.state_dict(),
-            "counts": {name: getattr(self.module, name) for name in self._counts()},
+            "counts": {name: getattr(self.module, name) for name in self._counts},
             "optimizers": {name: each.state_dict() for name, each in self.optimizers.items()},
         }
 
     def load_state_dict(self, state: State) -> None:
         """Load them, but for the learning rates: they are the configuration's, and may change."""
         self.module.load_state_dict(state["weights"])
-        for name in self._counts():
+        for name in self._counts:
             setattr(self.module, name, state["counts"][name])
         for name, optimizer in self.optimizers.items():
             rates = [group["lr"] for group in optimizer.param_groups]
@@ -114,35 +102,21 @@ class Learner:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
 
-    def _counts(self) -> tuple[str, ...]:
-        return getattr(self.module, "counts", ())
-
 
 class Memory:
     """What was played: stored, judged and drawn from.
 
     Once it is entered the judge has loaded and the demonstrations have been played.
-
-    Args:
-        settings: Of the run.
-        transitions: What is kept of collected steps.
-        seed: Of the draws.
-
-    Attributes:
-        replay: The replay method.
-        buffer: Its buffer.
-        scoring: The judge beside it, for methods that use scores.
-        batches: What is learnt from: drawn from the buffer, and from demonstrations.
     """
 
-    scoring: AsyncScorer | None = None
-    batches: Batches
+    scoring: AsyncScorer | None = None  # for methods that use scores
+    batches: Batches  # what is learnt from
 
     def __init__(self, settings: Namespace, transitions: Transitions, seed: int) -> None:
         self._settings, self._seed = settings, seed
         self.transitions, self.replay = transitions, settings.replay
-        other_rows = settings.demonstrations.rows(self.replay.batch_size)
-        self.buffer: VLMReplayBuffer = self.replay.buffer(other_rows)
+        self._other_rows = settings.demonstrations.rows(self.replay.batch_size)
+        self.buffer: VLMReplayBuffer = self.replay.buffer(self._other_rows)
         self._draws = torch.Generator().manual_seed(seed)
         self.buffer.set_rng(self._draws)
 
@@ -159,8 +133,9 @@ class Memory:
                         f"scoring.scorer is {settings.scoring.scorer!r}: it does not load, the "
                         "warning above says why"
                     )
-            self.batches = settings.demonstrations.batches(
-                self.buffer, self.replay, settings.env, self.transitions, self._seed
+            episodes = settings.demonstrations.play(settings.env, self._seed)
+            self.batches = Batches(
+                self.buffer, episodes, self._other_rows, self.transitions, self._seed
             )
             self._opened = opened.pop_all()
         return self
@@ -234,14 +209,6 @@ class Games:
 
     Environments that cannot be put back (see `ResumableEnv`) begin new episodes instead, and what
     is open of the old ones is closed: to be loaded after the telemetry and the memory.
-
-    Args:
-        settings: Of the run.
-        behaviour: The policy that collects.
-        device: Where it computes.
-        seed: Of the environments.
-        telemetry: What measures episodes.
-        memory: Where they are cut into clips.
     """
 
     def __init__(

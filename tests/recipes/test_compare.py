@@ -86,7 +86,7 @@ def test_two_processes_never_write_one_folder(tmp_path):
     """Another comparison in ``out``; a run whose comparison was killed and which lives on."""
     with held(tmp_path), pytest.raises(SystemExit, match=f"{tmp_path} is being written by another"):
         compare.main(["--methods=[uer]", "--seeds=1", f"--out={tmp_path}"])
-    run = compare.Run("a", 0, [sys.executable, "-c", "pass"], tmp_path / "a")
+    run = compare.Run("a", [sys.executable, "-c", "pass"], tmp_path / "a")
     with held(run.folder):
         figures = run.folder / "metrics.jsonl"
         figures.write_text("{}\n")
@@ -96,7 +96,7 @@ def test_two_processes_never_write_one_folder(tmp_path):
 
 
 def test_run_without_a_checkpoint_is_repeated_by_its_own_comparison_only(tmp_path):
-    run = compare.Run("a", 0, [sys.executable, "-c", "pass"], tmp_path / "a")
+    run = compare.Run("a", [sys.executable, "-c", "pass"], tmp_path / "a")
     run.folder.mkdir()
     left = [run.folder / name for name in ("metrics.jsonl", "events.out.tfevents.1")]
     for path in left:
@@ -114,8 +114,8 @@ def test_failed_run_stops_the_others_and_is_reported_in_one_line(tmp_path):
     waits = [sys.executable, "-c", "import sys, threading; threading.Event().wait()"]
     fails = [sys.executable, "-c", "raise SystemExit('out of luck')"]
     runs = [
-        compare.Run("a", 0, waits, tmp_path / "a"),
-        compare.Run("b", 0, fails, tmp_path / "b"),
+        compare.Run("a", waits, tmp_path / "a"),
+        compare.Run("b", fails, tmp_path / "b"),
     ]
     with pytest.raises(ConfigError, match=r"b failed: out of luck \(whole output: .*\)") as refusal:
         compare.execute(runs, 2, Progress())

@@ -10,7 +10,6 @@ from torchrl.data import LazyTensorStorage, PrioritizedSampler
 from recipes.demonstrations import Batches, Demonstrations
 from recipes.dqn import DQN
 from recipes.off_policy import store
-from recipes.replay import Uniform
 from recipes.running import cli
 from recipes.running.metrics import read_rows
 from recipes.sac import SAC
@@ -109,9 +108,8 @@ def test_noise_draws_and_the_buffer_s_draws_follow_from_different_numbers(monkey
             return make().manual_seed(seed)
 
     monkeypatch.setattr(torch, "Generator", Recorded)
-    buffer, replay = VLMReplayBuffer(batch_size=4), Uniform(batch_size=8)
-    shown = Demonstrations(2, batch_share=0.5)
-    shown.batches(buffer, replay, DoorKey(5), Transitions(gamma=0.9), seed=7)
+    episodes = Demonstrations(2).play(DoorKey(5), seed=7)
+    Batches(VLMReplayBuffer(batch_size=4), episodes, 4, Transitions(gamma=0.9), seed=7)
     assert len(seeds) == 2
     assert len({7, *seeds}) == 3  # the buffer's is the seed of the run
 
