@@ -19,11 +19,7 @@ from vlmrb_torchrl.checks import ConfigError, require
 
 @dataclass(frozen=True)
 class Spread:
-    """Repeated measurements of one quantity.
-
-    Args:
-        samples: The measurements, one a round, in the order of the rounds.
-    """
+    """Repeated measurements of one quantity, one a round, in the order of the rounds."""
 
     samples: Sequence[float]
 

@@ -61,13 +61,7 @@ def general_module(kind: type[Any], *sizes: Any, **options: Any) -> TensorDictMo
 
 
 def update(recipe: type[Any], settings: Namespace, way: str) -> Callable[[], int]:
-    """Build an algorithm and return its update: each optimizer's step, then the targets'.
-
-    Args:
-        recipe: LightningModule class.
-        settings: Of a run.
-        way: Which of the above.
-    """
+    """Build an algorithm and return its update: each optimizer's step, then the targets'."""
     plain = way in (GENERAL, OWN)
     with ExitStack() as patched:
         names = vars(import_module(recipe.__module__))

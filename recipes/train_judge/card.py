@@ -92,12 +92,7 @@ is 32 frames of 128 transitions. "Happened" is the simulator's word on all trans
 
 
 def write_card(folder: Path, episodes: int) -> None:
-    """Examine the judge in ``folder`` and write its ``README.md``; rows are printed as they come.
-
-    Args:
-        folder: Judge, with the ``training.json`` of its training.
-        episodes: Episodes a row is made of.
-    """
+    """Examine the judge in ``folder`` and write its ``README.md``, printing rows as they come."""
     facts = json.loads((folder / "training.json").read_text())
 
     def judge(**options: Any) -> HuggingFaceScorer:
@@ -336,11 +331,7 @@ def cut(episodes: Sequence[Episode], transitions: int, frames: int) -> list[Clip
 
 
 def static_states(size: int, layouts: int) -> Iterator[np.ndarray]:
-    """Every DoorKey state of some layouts: each free cell, direction and stage of key and door.
-
-    Yields:
-        Render states, uint8 ``[W, H, 4]``.
-    """
+    """Every DoorKey state of some layouts: each free cell, direction and stage of key and door."""
     world = DoorKeyEnv(size=size)
     world.gen_obs = dict
     for k in range(layouts):

@@ -28,9 +28,8 @@ VIEW = MiniGridRenderer(tile_size=TILE_SIZE, window=WINDOW)
 class Episode:
     """One trajectory, each distinct state stored once.
 
-    Args:
-        states: Render states, root first, uint8 ``[T + 1, W, H, 4]``.
-        events: What happened in each transition, bool ``[T, E]``.
+    ``states`` are render states, root first, uint8 ``[T + 1, W, H, 4]``, ``events`` what happened
+    in each transition, bool ``[T, E]``.
     """
 
     def __init__(self, states: np.ndarray, events: np.ndarray) -> None:
@@ -88,12 +87,7 @@ class Clip:
 
 
 class ClipSampler:
-    """Draws labelled clips, hard negatives among them.
-
-    Args:
-        episodes: Where clips are cut from.
-        random: Source of every draw.
-    """
+    """Draws labelled clips of ``episodes``, hard negatives among them."""
 
     def __init__(self, episodes: Sequence[Episode], random: np.random.Generator) -> None:
         self.episodes = episodes
@@ -106,14 +100,10 @@ class ClipSampler:
         ]
 
     def draw(self, question: int, answer: bool, transitions: int, frames: int) -> Clip:
-        """A clip for ``question`` whose taught label is ``answer``.
+        """A clip for ``question``, of ``EVENT_NAMES`` by number, whose taught label is ``answer``.
 
-        Args:
-            question: Index into ``EVENT_NAMES``.
-            answer: The label wanted.
-            transitions: Transitions covered; fewer where the episode is shorter, and now and
-                then on purpose (an episode's last clip is short).
-            frames: Frames shown.
+        It covers fewer than ``transitions`` where the episode is shorter, and now and then on
+        purpose (an episode's last clip is short).
         """
         while True:
             length = transitions

@@ -117,11 +117,7 @@ def perception_lm(
 ) -> Any:
     """A PerceptionLM with transformers' random weights.
 
-    Args:
-        processor: Its tokenizer and pooling decide special tokens and tokens a frame.
-        tower: Name of timm's vision tower.
-        tower_arguments: Its arguments.
-        language: Arguments of the language model's ``LlamaConfig``.
+    ``tower`` is timm's name of the vision tower, ``language`` goes to the ``LlamaConfig``.
     """
     from transformers import (
         LlamaConfig,

@@ -52,13 +52,9 @@ STEPS_Y = torch.tensor([0, 1, 0, -1])
 
 
 class Training:
-    """One training run; the stages are methods, called in this order: frames, events, answers.
+    """Trains ``model`` in place; stages, in this order: frames, embed, events, answers.
 
-    Args:
-        model: A PerceptionLM, trained in place.
-        processor: Its processor.
-        sampler: Draws the clips; its generator drives every draw of the run.
-        log: Told about every step.
+    The generator of ``sampler`` drives every draw of the run; ``log`` is told about every step.
     """
 
     def __init__(self, model: Any, processor: Any, sampler: ClipSampler, log: Log) -> None:
@@ -230,11 +226,9 @@ class FrameHeads(nn.Module):
         self.maps = nn.Linear(width, len(MAPPED) * CELLS)
 
     def losses(self, token: Tensor, cells: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Sum of the read-outs' losses.
+        """Sum of the read-outs' losses of tokens ``[B, D]``, and each one's share of hits.
 
-        Args:
-            token: Frame tokens, float32 ``[B, D]``.
-            cells: What ``LABEL_VIEW`` drew of the same states, uint8 ``[B, 3, 8, 8]``.
+        ``cells`` is what ``LABEL_VIEW`` drew of the same states, uint8 ``[B, 3, 8, 8]``.
         """
         kind, agent, heading = (cells[:, k].long().flatten(1) for k in range(3))
         here = agent.argmax(1)

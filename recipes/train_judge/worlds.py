@@ -34,14 +34,9 @@ Cell = tuple[int, int]
 
 
 class RandomRoom(MiniGridEnv):
-    """A room of wall segments with gaps and doors, cluttered, its goal anywhere.
+    """A room of wall segments with gaps and doors, cluttered, its goal anywhere."""
 
-    Args:
-        width: Cells from border to border, border included.
-        height: The same, downwards.
-    """
-
-    def __init__(self, width: int, height: int) -> None:
+    def __init__(self, width: int, height: int) -> None:  # in cells, border included
         mission = MissionSpace(mission_func=lambda: "")
         super().__init__(mission_space=mission, width=width, height=height, max_steps=ENDLESS)
 
@@ -118,13 +113,10 @@ class RandomRoom(MiniGridEnv):
 
 
 def could_be_doorkey(grid: np.ndarray) -> bool:
-    """Whether DoorKey's generator could have drawn this grid.
+    """Whether DoorKey's generator could have drawn a grid, encoded, uint8 ``[W, H, 3]``.
 
     Its mark: a square room cut by one full vertical wall with one locked yellow door in it, a
     yellow key left of the wall, the goal in the bottom right corner, and nothing else.
-
-    Args:
-        grid: ``Grid.encode()``, uint8 ``[W, H, 3]``.
     """
     width, height = grid.shape[:2]
     inside = grid[1:-1, 1:-1, 0]
@@ -339,16 +331,9 @@ class Script:
 def play(
     world: MiniGridEnv, random: np.random.Generator, seed: int, phases: list[Phase] | None = None
 ) -> Episode:
-    """Run one scripted episode from a reset.
-
-    Args:
-        world: The environment; its observations are switched off (nobody reads them).
-        random: Draws the script and its noise.
-        seed: Seed of the reset.
-        phases: The script; None: drawn.
-    """
+    """Run one episode from a reset by ``seed``, scripted by ``phases``; None: ``random`` ones."""
     any_world: Any = world
-    any_world.gen_obs = dict
+    any_world.gen_obs = dict  # nobody reads the observations
     world.reset(seed=seed)
     script = Script(world, phases or draw_phases(random), random)
     grid = world.grid.encode()
