@@ -3,9 +3,7 @@
 vLLM, SGLang, llama.cpp, ``transformers serve`` and hosted services speak it. Serving engines batch
 and shard: this is how scoring grows past one machine.
 
-From top to bottom: what is asked about a clip, in which dialect, how an answer is waited for, and
-what an error means. What an answer says is read in ``answers.py``. openai and Pillow are imported
-when they are needed, not before.
+What an answer says is read in ``answers.py``. openai and Pillow are imported when they are needed.
 """
 
 from __future__ import annotations
@@ -98,23 +96,14 @@ class _NoAnswerError(RuntimeError):
 
 @dataclass
 class _Served:
-    """What was learnt of the server.
+    """What was learnt of the server."""
 
-    Attributes:
-        root: What it says is behind the model's name.
-        words_of_ids: Spellings of Yes and No by their token ids, if it tells them.
-        met: Whether it has answered.
-        form: Fields that it takes under another name, or not at all (None).
-        words: Whether an answer came without log-probabilities of Yes or No.
-        warned: What has been said already.
-    """
-
-    root: str = ""
-    words_of_ids: dict[int, str] = field(default_factory=dict)
-    met: bool = False
-    form: dict[str, str | None] = field(default_factory=dict)
-    words: bool = False
-    warned: set[str] = field(default_factory=set)
+    met: bool = False  # it has answered
+    root: str = ""  # what it says is behind the model's name
+    words_of_ids: dict[int, str] = field(default_factory=dict)  # spellings of Yes and No, if told
+    form: dict[str, str | None] = field(default_factory=dict)  # fields renamed or (None) left out
+    words: bool = False  # an answer came without log-probabilities of Yes or No
+    warned: set[str] = field(default_factory=set)  # said already
 
 
 class EndpointScorer(PromptedScorer):
@@ -193,56 +182,46 @@ class EndpointScorer(PromptedScorer):
         extra_body: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(prompts)
-        self.base_url = base_url
-        self.model = model
-        self.frames = frames
-        self.concurrency = concurrency
-        self.timeout_s = timeout_s
-        self.retries = retries
-        self.api_key_variable = api_key_variable
-        self.max_tokens = max_tokens
-        self.top_logprobs = top_logprobs
-        self.image_format = image_format
-        self.upscale = upscale
-        self.media = media
-        self.fps = fps
-        self.extra_body = {} if extra_body is None else extra_body
-        self._served: _Served | None = None
-        self._check()
-        self.extra_body = dict(self.extra_body)
-
-    def _check(self) -> None:
-        variable, url = self.api_key_variable, self.base_url
+        variable = api_key_variable
         if not isinstance(variable, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
             raise ConfigError(  # not shown: someone may have put the key itself here
                 "api_key_variable is no name of an environment variable: put the key into one, "
                 "and give its name, such as OPENAI_API_KEY"
             )
-        if isinstance(url, str) and set(url) & set("@?#"):  # not shown: may be a secret
+        if isinstance(base_url, str) and set(base_url) & set("@?#"):  # not shown: may be a secret
             raise ConfigError(
                 "base_url holds a password or a query: give the plain URL, and the key in the "
                 f"environment variable {variable}"
             )
-        require(_is_url(url), "base_url", url, "give a URL such as http://host:port/v1")
-        named = isinstance(self.model, str) and bool(self.model.strip())
-        require(named, "model", self.model, "name one that the server serves")
-        for name in ("concurrency", "max_tokens", "top_logprobs", "upscale", "frames"):
-            value = getattr(self, name)
-            good = is_whole(value, 1) or (name == "frames" and value is None)
-            require(good, name, value, "it must be a whole number above 0")
-        require(is_positive(self.fps), "fps", self.fps, "it must be a number above 0")
-        time = self.timeout_s
-        require(is_positive(time, MOST_SECONDS), "timeout_s", time, "it must be positive seconds")
-        require(is_whole(self.retries, 0), "retries", self.retries, "use a whole number from 0 on")
-        format, media = self.image_format, self.media
-        require(format in list(_FORMATS), "image_format", format, "say png or jpeg")
+        require(_is_url(base_url), "base_url", base_url, "give a URL such as http://host:port/v1")
+        named = isinstance(model, str) and bool(model.strip())
+        require(named, "model", model, "name one that the server serves")
+        for name, count in (
+            ("concurrency", concurrency),
+            ("max_tokens", max_tokens),
+            ("top_logprobs", top_logprobs),
+            ("upscale", upscale),
+            ("frames", 1 if frames is None else frames),
+        ):
+            require(is_whole(count, 1), name, count, "it must be a whole number above 0")
+        require(is_positive(fps), "fps", fps, "it must be a number above 0")
+        waits = is_positive(timeout_s, MOST_SECONDS)
+        require(waits, "timeout_s", timeout_s, "it must be positive seconds")
+        require(is_whole(retries, 0), "retries", retries, "use a whole number from 0 on")
+        require(image_format in list(_FORMATS), "image_format", image_format, "say png or jpeg")
         require(media in ("images", "video"), "media", media, "say images or video")
-        more = self.extra_body
+        more = {} if extra_body is None else extra_body
         try:
             fits = isinstance(more, Mapping) and bool(json.dumps(dict(more), allow_nan=False))
         except (TypeError, ValueError):
             fits = False
         require(fits, "extra_body", more, "pass a dict of what JSON can hold")
+        self.base_url, self.model, self.api_key_variable = base_url, model, api_key_variable
+        self.frames, self.image_format, self.upscale = frames, image_format, upscale
+        self.media, self.fps, self.extra_body = media, fps, dict(more)
+        self.max_tokens, self.top_logprobs = max_tokens, top_logprobs
+        self.concurrency, self.timeout_s, self.retries = concurrency, timeout_s, retries
+        self._served = _Served()
 
     @property
     def revision(self) -> str:
@@ -250,12 +229,11 @@ class EndpointScorer(PromptedScorer):
 
         It does not say which weights those are: give a model another name when they change.
         """
-        if self._served is None:
-            return ""
-        return f"{self._served.root} {'words' if self._served.words else 'logprobs'}"
+        served = self._served
+        return f"{served.root} {'words' if served.words else 'logprobs'}" if served.met else ""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_served": None}
+        return {**self.__dict__, "_served": _Served()}
 
     def load(self) -> None:
         """Ask the server for its models, and the model about a black frame.
@@ -265,16 +243,12 @@ class EndpointScorer(PromptedScorer):
             ScorerUnavailableError: The server cannot be reached, is busy or broken.
             RuntimeError: It refuses the key, the model or the image.
         """
-        if self._served is None:
+        if not self._served.met:
             self._served = _Served()
-            try:
-                self._session(self._meet)
-            except BaseException:
-                self._served = None
-                raise
+            self._session(self._meet)
 
     async def _meet(self, client: Any) -> None:
-        served, models = self._known, await self._models(client)
+        served, models = self._served, await self._models(client)
         served.root = models.get(self.model, self.model)
         yes = await self._single_tokens(client, YES_WORDS)
         no = await self._single_tokens(client, NO_WORDS)
@@ -291,11 +265,6 @@ class EndpointScorer(PromptedScorer):
                 ", ".join(sorted(models)[:5]),
             )
         served.met = True
-
-    @property
-    def _known(self) -> _Served:
-        assert self._served is not None, "load() comes first"
-        return self._served
 
     # ------------------------------------------------------------ what is asked
 
@@ -370,7 +339,7 @@ class EndpointScorer(PromptedScorer):
 
     async def _ask(self, client: Any, request: dict[str, Any]) -> float:
         """The score that a request is answered with."""
-        words_of_ids = self._known.words_of_ids
+        words_of_ids = self._served.words_of_ids
         request = {**request, "logprobs": True, "top_logprobs": self.top_logprobs}
         if words_of_ids:
             request["logprob_token_ids"] = sorted(words_of_ids)
@@ -397,7 +366,7 @@ class EndpointScorer(PromptedScorer):
 
     async def _complete(self, client: Any, request: dict[str, Any]) -> Any:
         """What the server answers, asked in the form that it takes, which is remembered."""
-        served = self._known
+        served = self._served
         form, learnt = dict(served.form), []
         while True:
             named = {form.get(name, name): value for name, value in request.items()}
@@ -421,7 +390,7 @@ class EndpointScorer(PromptedScorer):
             return completion
 
     def _note_words(self, reason: str) -> None:
-        self._known.words = True
+        self._served.words = True
         self._warn(
             "words",
             f"{self.base_url} gives no log-probabilities ({reason}): an answer counts as 1.0 "
@@ -429,8 +398,8 @@ class EndpointScorer(PromptedScorer):
         )
 
     def _warn(self, kind: str, message: str) -> None:
-        if kind not in self._known.warned:
-            self._known.warned.add(kind)
+        if kind not in self._served.warned:
+            self._served.warned.add(kind)
             _LOGGER.warning("%s", message)
 
     # ------------------------------------------------------------ how it is asked
@@ -545,7 +514,7 @@ class EndpointScorer(PromptedScorer):
                 f"{self._host} to NO_PROXY."
             )
             never = RequestRefusedError(message, 502, "")  # a proxy that does not lead there
-            return ScorerUnavailableError(message) if self._known.met else never
+            return ScorerUnavailableError(message) if self._served.met else never
         if isinstance(error, openai.APIStatusError):
             body = error.body
             if isinstance(body, dict):
@@ -605,8 +574,8 @@ def _other_form(
 ) -> tuple[dict[str, str | None], str] | None:
     """The form to ask in after a refusal that names a field of ``body``; None if it names none.
 
-    ``blindly``: log-probabilities may be the cause although nothing says so. Of a black frame they
-    may; a clip may be refused for what it shows.
+    ``blindly``: log-probabilities may be the cause unsaid; not of a clip, which may be refused for
+    what it shows.
     """
     guessed = "logprob" if blindly and error.status in (400, 422) else ""
     known = [form for form in _OTHER_FORMS if form[1].keys() & body.keys()]
