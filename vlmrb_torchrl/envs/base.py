@@ -160,14 +160,9 @@ class SeededEpisodes(EnvBase):  # type: ignore[misc]
         ended: NDArray[np.bool_],
         reward: NDArray[np.float32] | None,
     ) -> TensorDict:
-        """What a step or, without ``reward``, a reset returns, on arrays that are given away.
+        """What a step or, without ``reward`` ``[N, 1]``, a reset returns, on arrays given away.
 
-        Args:
-            observation: ``[N, ...]``.
-            render_state: ``[N, ...]``.
-            events: ``[N, E]``.
-            ended: Terminated and truncated, ``[N, 2]``.
-            reward: ``[N, 1]``.
+        ``ended``, ``[N, 2]``: terminated and truncated.
         """
         arrays = {
             "observation": observation,

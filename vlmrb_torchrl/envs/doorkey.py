@@ -263,11 +263,8 @@ _NEVER = 1 << 20  # actions; more than any way is long
 
 @lru_cache(maxsize=4096)  # a layout occurs again and again: only key and door ever change it
 def _plan(grid: bytes, size: int, carries: bool) -> NDArray[np.uint8]:
-    """The best action of an agent that looks in direction d at cell x, y: uint8 ``[4, S, S]``.
-
-    By the actions still to be made, ``cost`` ``[4, S, S]``, and those before a cell can be entered,
-    ``toll`` ``[S, S]``.
-    """
+    """The best action of an agent that looks in direction d at cell x, y: uint8 ``[4, S, S]``."""
+    # cost [4, S, S]: actions still to be made; toll [S, S]: those before a cell can be entered.
     kind, _, state = np.moveaxis(np.frombuffer(grid, np.uint8).reshape(size, size, 3), -1, 0)
     key, locked = kind == _KEY, (kind == _DOOR) & (state == _LOCKED)
     toll = np.where(kind == _WALL, _NEVER, 0)

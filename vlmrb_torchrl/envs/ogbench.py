@@ -285,11 +285,7 @@ plays finishes a step and saves."""
 
 
 class RemoteGames:
-    """`Games` in a process of its own: `send` returns at once, `receive` waits for the answer.
-
-    Args:
-        build: Builds the games, in that process; it is pickled.
-    """
+    """`Games` in a process of its own: `send` returns at once, `receive` waits for the answer."""
 
     def __init__(self, build: Callable[[], Any]) -> None:
         # Never by a fork: this process has threads, and a picture's context, maybe.
@@ -309,11 +305,7 @@ class RemoteGames:
             self._connection.send((self._calls, method, argument))
 
     def receive(self) -> Any:
-        """What the method called last returned; answers nobody waited for are passed over.
-
-        Raises:
-            RuntimeError: The process has died; what it wrote says why.
-        """
+        """What the method called last returned; answers nobody waited for are passed over."""
         call, answer = 0, None
         with self._alive():
             while call != self._calls:

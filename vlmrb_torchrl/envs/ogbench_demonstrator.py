@@ -199,13 +199,10 @@ def _flat_distance(a: Place, b: Place) -> float:
 
 
 def _info(row: NDArray[np.float64]) -> Info:
-    """An observation in the terms of OGBench's ``info``, which the oracles read.
-
-    In OGBench's order: 6 joint positions and 6 velocities; effector's place, cos and sin of its
-    yaw; gripper's opening and contact; the cube's place, quaternion, cos and sin of its yaw; for
-    each button its state (one-hot), position and velocity; position and velocity of the drawer,
-    and of the window.
-    """
+    """An observation in the terms of OGBench's ``info``, which the oracles read."""
+    # 6 joint positions and 6 velocities; effector's place, cos and sin of its yaw; gripper's
+    # opening and contact; the cube's place, quaternion, cos and sin of its yaw; of each button the
+    # state (one-hot), position and velocity; position and velocity of drawer and of window.
     info: Info = {
         "proprio/effector_pos": row[12:15] / _SCALE + _CENTRE,
         "proprio/effector_yaw": np.arctan2(row[16:17], row[15:16]),

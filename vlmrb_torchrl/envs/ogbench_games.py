@@ -69,12 +69,10 @@ class _Game(ManipSpaceEnv):  # type: ignore[misc]
         self._due &= ~completed
         self.events = np.array([info["success"], *completed], bool)
 
-    def twin(self, own_model: bool) -> Self:
-        """Another game of the same task, on this model or on a copy of it."""
+    def twin(self, model: Any) -> Self:
+        """Another game of the same task, on ``model``."""
         other = copy.copy(self)
-        if own_model:
-            other._model = copy.copy(self._model)
-        other._data = mujoco.MjData(other._model)
+        other._model, other._data = model, mujoco.MjData(model)
         return other
 
     def subtasks(self) -> NDArray[np.bool_]:
@@ -159,23 +157,19 @@ def game(env_id: str) -> Any:
     """One game of a task, with a model of its own."""
     arguments = gymnasium.spec(env_id).kwargs
     family, task = arguments["env_type"], arguments["reward_task_id"]
-    first = _prototype(family).twin(own_model=True)
+    prototype = _prototype(family)
+    first = prototype.twin(copy.copy(prototype._model))
     first._reward_task_id, first.detours = task, _DETOURS.get((family, task), np.False_)
     first.begin(0)
     return first
 
 
 class Games:
-    """N games of one task, stepped one after the other.
-
-    Args:
-        env_id: A registered task of OGBench.
-        num_games: N.
-    """
+    """N games of one task, stepped one after the other."""
 
     def __init__(self, env_id: str, num_games: int) -> None:
         first = game(env_id)
-        self._games = [first, *(first.twin(own_model=False) for _ in range(num_games - 1))]
+        self._games = [first, *(first.twin(first._model) for _ in range(num_games - 1))]
         self.begin(dict.fromkeys(range(num_games), 0))
 
     def begin(self, seeds: Mapping[int, int]) -> Outcome:

@@ -151,11 +151,7 @@ def run(settings: Settings, arguments: dict[str, Any], command: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line.
-
-    Args:
-        argv: Arguments; by default the process's own.
-    """
+    """Run the command line, by default with the process's own arguments."""
     given = sys.argv[1:] if argv is None else argv
     try:
         settings, arguments = parse(given)

@@ -141,13 +141,7 @@ def _described(clips: list[Clip], events: NDArray[Any], episodes: NDArray[Any]) 
 
 
 def save(folder: Path, clips: TensorDict, meta: dict[str, Any]) -> None:
-    """Keep clips ``[N]`` and what is to be known about them; nothing in the files can run.
-
-    Args:
-        folder: Made if need be.
-        clips: Tensors, in nested TensorDicts if they like.
-        meta: Anything that JSON can hold.
-    """
+    """Keep clips ``[N]`` and what is to be known about them; nothing in the files can run."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -159,11 +153,7 @@ def save(folder: Path, clips: TensorDict, meta: dict[str, Any]) -> None:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """Read what is known about the clips in ``folder``.
-
-    Raises:
-        ConfigError: It holds none.
-    """
+    """Read what is known about the clips in ``folder``; a ConfigError if it holds none."""
     here = (folder / CLIPS_FILE).is_file() and (folder / META_FILE).is_file()
     require(here, "load", folder, "it holds no clips; name a folder written by --save")
     try:

@@ -39,20 +39,12 @@ PAPER_STRIDE = 32
 
 @dataclass(frozen=True)
 class Question:
-    """One column of scores: who was asked what, and which events make it true.
+    """One column of scores: who was asked what, and which events make it true."""
 
-    Attributes:
-        scorer: Short name of the scorer.
-        asked: Short name of the question: its events where the environment knows it, else its
-            words.
-        prompts: Its words; none for a scorer that is not asked in words.
-        events: Any of them in a clip makes it a positive.
-    """
-
-    scorer: str
-    asked: str
-    prompts: tuple[str, ...]
-    events: tuple[str, ...]
+    scorer: str  # short name
+    asked: str  # short name: its events where the environment knows it, else its words
+    prompts: tuple[str, ...]  # its words; none for a scorer that is not asked in words
+    events: tuple[str, ...]  # any of them in a clip makes it a positive
 
     @property
     def name(self) -> str:
@@ -62,31 +54,18 @@ class Question:
 
 @dataclass(frozen=True)
 class Cost:
-    """What it took one scorer to answer Q questions about each clip.
+    """What it took one scorer to answer Q questions about each clip."""
 
-    Attributes:
-        scorer: Its short name.
-        questions: Q.
-        device: Where it computed, "cpu" or "cuda".
-        cores: CPU threads it had; 1 on a GPU.
-        clips_per_s: Warm, clips in the order in which they were played.
-        clips_per_s_again: The same clips at once again; what it keeps of frames pays here.
-        busy_s_per_clip: Seconds of the GPU, or of processor time summed over threads.
-        draw_ms_per_clip: Milliseconds to render a clip, on top; 0 if it reads no frames.
-        load_s: Seconds to load.
-        unanswered: Answers that were no score, of Q to each clip.
-    """
-
-    scorer: str
-    questions: int
-    device: str
-    cores: int
-    clips_per_s: float
-    clips_per_s_again: float
-    busy_s_per_clip: float
-    draw_ms_per_clip: float
+    scorer: str  # short name
+    questions: int  # Q
+    device: str  # where it computed, "cpu" or "cuda"
+    cores: int  # CPU threads it had; 1 on a GPU
+    clips_per_s: float  # warm, clips in the order in which they were played
+    clips_per_s_again: float  # the same clips at once again; what it keeps of frames pays here
+    busy_s_per_clip: float  # seconds of the GPU, or of processor time summed over threads
+    draw_ms_per_clip: float  # milliseconds to render a clip, on top; 0 if it reads no frames
     load_s: float
-    unanswered: int
+    unanswered: int  # answers that were no score, of Q to each clip
 
     def env_steps_per_s(self, stride: int) -> float:
         """Environment steps a second that it keeps up with, one clip every ``stride`` steps."""
@@ -118,13 +97,7 @@ class Verdict:
 
 
 class AskedScorer:
-    """One scorer and what it is asked.
-
-    Args:
-        scorer: The scorer.
-        settings: Prompts and events.
-        name: Short name, unlike that of the others.
-    """
+    """One scorer, under a name unlike that of the others, and what it is asked."""
 
     def __init__(self, scorer: ClipScorer, settings: Settings, name: str) -> None:
         self.name, self._settings, self._load_s = name, settings, 0.0
@@ -147,11 +120,7 @@ class AskedScorer:
         return Question(self.name, asked, prompts, tuple(events))
 
     def load(self) -> None:
-        """Load what is heavy.
-
-        Raises:
-            ConfigError: It does not load.
-        """
+        """Load what is heavy, or raise a ConfigError."""
         begun = time.perf_counter()
         try:
             self.scorer.load()

@@ -51,15 +51,9 @@ POSITIVE, NEGATIVE = "#2a9d8f", "#e76f51"
 
 
 def write(result: Examination, arguments: dict[str, Any], command: str) -> Path:
-    """Write ``report.html``, ``report.md``, ``report.png`` and ``figures.json``.
+    """Write ``report.html``, ``report.md``, ``report.png``, ``figures.json``; return the page.
 
-    Args:
-        result: What came out.
-        arguments: What it was made from, as plain data.
-        command: What was typed.
-
-    Returns:
-        The page to open.
+    ``arguments``: what it was made from, as plain data. ``command``: what was typed.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -348,13 +342,7 @@ def data_uri(png: bytes) -> str:
 
 
 def draw(verdicts: Sequence[Verdict], threshold: float, *, dark: bool = False) -> bytes:
-    """Draw one row of pictures for each verdict; return a PNG.
-
-    Args:
-        verdicts: In the order of the rows.
-        threshold: From which a score is a Yes.
-        dark: Light lines for a dark page.
-    """
+    """Draw one row of pictures for each verdict, for a ``dark`` page or a white one; a PNG."""
     from matplotlib import rc_context, style
     from matplotlib.figure import Figure
     from PIL import Image

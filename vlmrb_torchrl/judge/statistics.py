@@ -24,19 +24,12 @@ _CHUNK = 4_000_000  # weights held at once
 
 @dataclass(frozen=True)
 class Answers:
-    """What a judge said about clips, and what happened in them.
+    """What a judge said about clips, and what happened in them: ``[N]`` each."""
 
-    Attributes:
-        score: ``[N]`` in [0, 1].
-        label: What was asked about happened in the clip, ``[N]``.
-        shown: It happened after the first frame shown, so a change can be seen, ``[N]``.
-        episode: Which episode the clip is of, any integers, ``[N]``.
-    """
-
-    score: Array
-    label: Bools
-    shown: Bools
-    episode: NDArray[np.int64]
+    score: Array  # in [0, 1]
+    label: Bools  # what was asked about happened in the clip
+    shown: Bools  # it happened after the first frame shown, so a change can be seen
+    episode: NDArray[np.int64]  # which episode the clip is of, any integers
 
 
 @dataclass(frozen=True)
@@ -125,18 +118,11 @@ def area_under_curve(score: Array, label: Bools, weights: Array | None = None) -
 
 @dataclass(frozen=True)
 class _Measure:
-    """One measure of a judge.
+    """One measure of a judge."""
 
-    Attributes:
-        of: Its value where each clip counts as often as ``weights [R, N]`` say: ``[R]``, NaN where
-            it is not defined.
-        about: Masks ``[N]`` of the clips that it is about; it is undefined if one holds none.
-        missing: What is missing then, for each mask.
-    """
-
-    of: Callable[[Array], Array]
-    about: tuple[Bools, ...]
-    missing: tuple[str, ...] = ("",)
+    of: Callable[[Array], Array]  # its value [R] by how often each clip counts, [R, N]; or NaN
+    about: tuple[Bools, ...]  # masks [N] of the clips it is about; undefined if one holds none
+    missing: tuple[str, ...] = ("",)  # what is missing then, for each mask
 
 
 def _share(hits: Bools, about: Bools, missing: str = "") -> _Measure:
@@ -177,11 +163,7 @@ def estimate(
     the interval is then Wilson's (for the AUC Newcombe's), each *episode* counting as one trial,
     since its clips agree, too.
 
-    Args:
-        answers: Of one judge to one question.
-        threshold: A score from here on is a Yes.
-        resamples: Of the bootstrap.
-        seed: Of the bootstrap.
+    A score from ``threshold`` on is a Yes.
     """
     N = len(answers.score)
     _, episode = np.unique(answers.episode, return_inverse=True)

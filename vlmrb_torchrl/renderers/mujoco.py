@@ -210,11 +210,7 @@ def _camera(model: Any, name: str) -> int:
 
 
 def _graphics() -> str:
-    """The first graphics library that works: ``MUJOCO_GL``'s, else EGL, else OSMesa.
-
-    Raises:
-        RuntimeError: None does; the text says what to unset or to install.
-    """
+    """The first graphics library that works: ``MUJOCO_GL``'s, else EGL, else OSMesa."""
     settings = {name: value for name in _VARIABLES if (value := os.environ.get(name))}
     problems: list[str] = []
     for unset in ((), *((name,) for name in settings), tuple(settings)):
@@ -239,10 +235,8 @@ def _unable(problems: list[str], remedy: str) -> RuntimeError:
 
 @lru_cache
 def _problem(library: str, settings: tuple[tuple[str, str], ...]) -> str | None:
-    """Why a graphics library does not work here, in one line; None if it does.
-
-    It is tried once, in a process of its own: what fails leaves behind what no other works with.
-    """
+    """Why a graphics library does not work here, in one line; None if it does."""
+    # Tried in a process of its own: what fails leaves behind what no other works with.
     environment = {name: value for name, value in os.environ.items() if name not in _VARIABLES}
     try:
         trial = subprocess.run(

@@ -153,7 +153,7 @@ class ClipScorer(TensorDictModuleBase, ABC):
                     f"{self!r} reads {key!r}, but the clips hold only "
                     f"{sorted(map(str, tensordict.keys()))}; {_REMEDIES.get(key, 'add it')}."
                 )
-        if CLIP in self.in_keys:
+        if self.needs_frames:
             self._check_frames(tensordict[CLIP])
         if EVENTS in self.in_keys:
             events = tensordict[EVENTS]
@@ -222,12 +222,8 @@ def _checked_prompts(prompts: str | Sequence[str]) -> tuple[str, ...]:
 class SeededScorer(ClipScorer):
     """A scorer that draws random numbers from a generator of its own.
 
-    The same seed and the same sequence of batches give the same scores, whatever else draws
+    The same ``seed`` and the same sequence of batches give the same scores, whatever else draws
     random numbers. The generator's state is part of ``state_dict()``.
-
-    Args:
-        in_keys: Keys read, as in `ClipScorer`.
-        seed: Where the sequence starts.
     """
 
     deterministic = False
@@ -238,11 +234,7 @@ class SeededScorer(ClipScorer):
         self.manual_seed(seed)
 
     def manual_seed(self, seed: int) -> None:
-        """Start another sequence.
-
-        Raises:
-            ValueError: ``seed`` is no whole number from 0 to 2^63 - 1.
-        """
+        """Start another sequence, by a whole number from 0 to 2^63 - 1."""
         require(is_whole(seed, 0, 2**63 - 1), "seed", seed, "choose a whole number, 0 to 2^63 - 1")
         self.seed = int(seed)
         self._generator.manual_seed(self.seed)
@@ -282,12 +274,10 @@ class ScorerWrapper:
 
 
 class InvalidScoreError(ValueError):
-    """A scorer answered something else than one number in [0, 1], or NaN, per clip.
+    """A scorer, ``source``, answered something else than one number in [0, 1], or NaN, per clip.
 
-    Attributes:
-        source: Who answered: maybe a scorer that the one that was asked has asked in turn.
-        scores: The answer, float32 ``[B]``, with NaN for what is no score; None if it is of
-            another shape.
+    ``scores``: its answer, float32 ``[B]``, with NaN for what is no score; None if it is of another
+    shape.
     """
 
     def __init__(self, message: str, source: object, scores: Tensor | None = None) -> None:
@@ -337,8 +327,7 @@ def check_scores(score: Any, clips: int, source: object) -> Tensor:
 def _code(scorer: type[ClipScorer]) -> str:
     """Digest of a class's name, of this package's code and of the files of the class and its bases.
 
-    Raises:
-        TypeError: One of the classes is not to be found under its name, or in no file.
+    TypeError: one of the classes is not to be found under its name, or in no file.
     """
     files = sorted(Path(__file__).parents[1].rglob("*.py"))
     try:
@@ -356,11 +345,7 @@ def _code(scorer: type[ClipScorer]) -> str:
 
 
 def _identity(value: object) -> object:
-    """What stands for ``value`` in a digest: its ``repr`` is that of no other value.
-
-    Raises:
-        TypeError: There is no such thing; of an object, ``repr`` may tell nothing.
-    """
+    """What stands for ``value`` in a digest: its ``repr`` is that of no other; else TypeError."""
     if isinstance(value, ClipScorer) and (known := value.fingerprint) is not None:
         return known
     if isinstance(value, (tuple, list)):

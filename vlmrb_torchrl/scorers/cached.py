@@ -89,7 +89,10 @@ class CachedScorer(ScorerWrapper, ClipScorer):
         require(positive, "size_megabytes", size_megabytes, "it must be a number above 0")
         self.scorer = scorer
         self.frame_size = scorer.frame_size
-        self.folder = Path(folder).expanduser() if folder is not None else _default_folder()
+        if folder is None:
+            users = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+            folder = Path(users) / "vlmrb_torchrl" / "scores"
+        self.folder = Path(folder).expanduser()
         self.size_megabytes = float(size_megabytes)
         self.hits = self.misses = 0
         self._cache: _Scores | None = None
@@ -156,20 +159,11 @@ class CachedScorer(ScorerWrapper, ClipScorer):
             )
 
 
-def _default_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "vlmrb_torchrl" / "scores"
-
-
 class _Scores:
     """Scores by key in one SQLite file; what was not asked for longest makes room.
 
-    Several processes may use the file at once, and several threads this object. It holds numbers
-    alone, and whatever else someone may have put there is taken for a score that is missing.
-
-    Args:
-        folder: Where the file lies; made if it is not there.
-        size_bytes: Bound of the file.
+    Several processes may use the file at once, and several threads this object. Whatever else than
+    a score someone may have put there is taken for one that is missing.
     """
 
     def __init__(self, folder: Path, size_bytes: float) -> None:
@@ -215,19 +209,16 @@ class _Scores:
 
     def size_bytes(self) -> int:
         """What the file takes once the transaction ends."""
+        names = ("page_count", "freelist_count", "page_size")
         pages, free, each = (
-            self.connection.execute(f"PRAGMA {name}").fetchone()[0]
-            for name in ("page_count", "freelist_count", "page_size")
+            self.connection.execute(f"PRAGMA {name}").fetchone()[0] for name in names
         )
         return int((pages - free) * each)
 
 
 def _write_ahead(connection: sqlite3.Connection) -> None:
-    """Let readers and a writer not wait for each other; the file keeps that mode.
-
-    Of two processes that switch a new file at once, one is told at once that it is locked,
-    whatever the timeout, lest they wait for each other.
-    """
+    """Let readers and a writer not wait for each other; the file keeps that mode."""
+    # Of two processes that switch a new file, one is refused at once, whatever the timeout.
     until = time.monotonic() + _LOCK_SECONDS
     while True:
         try:

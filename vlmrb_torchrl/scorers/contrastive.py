@@ -148,10 +148,7 @@ class ContrastiveScorer(LocalScorer):
         return (self._scale() * (cosines[..., goals] - against)).amax(1).sigmoid()
 
     def _cosines(self, clips: Tensor, captions: tuple[str, ...]) -> Tensor:
-        """Cosines of frames with captions, float32 ``[B, F, C]``.
-
-        ``[B, 1, C]`` for the mean of the frames, or a model of whole clips.
-        """
+        """Cosines of frames (or of their mean, or the clip: F = 1) with captions, ``[B, F, C]``."""
         loaded = self._loaded
         if hasattr(loaded.model, "get_video_features"):
             return self._clip_cosines(clips, captions)

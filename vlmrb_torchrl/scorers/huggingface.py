@@ -182,7 +182,6 @@ class HuggingFaceScorer(LocalScorer):
     # ------------------------------------------------------------ from frames to P(Yes)
 
     def _ask(self, clips: Tensor) -> Tensor:
-        """P(Yes) / (P(Yes) + P(No)) of each clip under each prompt, float32 ``[B, P]``."""
         return self.log_odds(clips, self.prompts).sigmoid()
 
     def log_odds(self, clips: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -219,12 +218,9 @@ class HuggingFaceScorer(LocalScorer):
         return odds
 
     def _run(self, *, frames: Tensor | None = None, **inputs: Any) -> Any:
-        """One forward pass, embeddings ``frames`` ``[tokens, width]`` put in their places.
-
-        Before transformers 5.23 the models ignore such embeddings when they are handed over.
-        """
+        """One forward pass, embeddings ``frames`` ``[tokens, width]`` put in their places."""
         model = self._loaded.model
-        if frames is not None:
+        if frames is not None:  # before transformers 5.23 models ignore those handed over
             ids = inputs.pop("input_ids")
             seen_as = ENCODED_ONE_BY_ONE[model.config.model_type]
             words = model.get_input_embeddings()(ids)
@@ -234,11 +230,8 @@ class HuggingFaceScorer(LocalScorer):
         return model(**inputs, logits_to_keep=1)
 
     def _places(self, begun: dict[str, Any], words: Tensor) -> dict[str, Tensor]:
-        """Where ``words`` stand after ``begun``, in a model that counts in three dimensions.
-
-        Left to itself, such a model goes on from the greatest place, which may be the clip's last
-        second instead of the last word.
-        """
+        """Where ``words`` stand after ``begun``, in a model that counts in three dimensions."""
+        # Left to itself it would go on from the greatest place: maybe the clip's last second.
         rope = getattr(self._loaded.model.model, "get_rope_index", None)
         if rope is None:
             return {}
@@ -293,8 +286,7 @@ class HuggingFaceScorer(LocalScorer):
     def _text(self, prompt: str) -> str:
         """A clip and ``prompt`` in the model's own form, up to where it says Yes or No.
 
-        It is to answer without thoughts: they are turned off where the template can, and closed
-        where it begins them all the same.
+        Thoughts are turned off where the template can, and closed where it begins them.
         """
         processor, answer = self._loaded.processor, self._answer
         content = [{"type": "video"}, {"type": "text", "text": prompt}]
@@ -364,11 +356,11 @@ def answer_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
         for word in words:
             pieces = tokenizer.encode(word, add_special_tokens=False)
             pieces = [p for p in pieces if tokenizer.decode([p]).strip()]
-            ids |= set(pieces) if len(pieces) == 1 else set()
+            if len(pieces) == 1:
+                ids.add(pieces[0])
         if not ids:
-            raise ValueError(
-                f"the tokenizer has no single token for {words[0]!r}: use another model."
-            )
+            reason = f"the tokenizer has no single token for {words[0]!r}"
+            raise ValueError(f"{reason}: use another model.")
         found.append(ids)
     if shared := found[0] & found[1]:
         raise ValueError(f"tokens {sorted(shared)} mean Yes and No alike: use another model.")
@@ -414,6 +406,5 @@ def _common_prefix(turns: Sequence[Tensor]) -> int:
 
 def _along(value: Any, length: int) -> bool:
     """Whether ``value`` is ``[B, length]``, something of every token."""
-    if not isinstance(value, Tensor) or value.is_floating_point():
-        return False
-    return value.ndim == 2 and value.shape[1] == length
+    of_tokens = isinstance(value, Tensor) and not value.is_floating_point() and value.ndim == 2
+    return of_tokens and value.shape[1] == length

@@ -42,19 +42,12 @@ _FRAMES_AT_ONCE = 64
 
 @dataclass
 class Loaded:
-    """Processor and weights of a judge. As a submodule of it they would enter every checkpoint.
-
-    Attributes:
-        processor: Of transformers.
-        model: The same.
-        embeddings: Of the frames met last; None where frames are not encoded one by one.
-        prepared: What was made of prompts, by whatever it depends on.
-    """
+    """Processor and weights of a judge. As a submodule of it they would enter every checkpoint."""
 
     processor: Any
     model: Any
-    embeddings: FrameEmbeddings | None
-    prepared: dict[Any, Any] = field(default_factory=dict)
+    embeddings: FrameEmbeddings | None  # None where frames are not encoded one by one
+    prepared: dict[Any, Any] = field(default_factory=dict)  # of prompts, by what it depends on
 
 
 class LocalScorer(PromptedScorer):
@@ -63,10 +56,6 @@ class LocalScorer(PromptedScorer):
     Its arguments are explained where they are written, in `HuggingFaceScorer`. Constructing it is
     cheap; weights load at the first clip, or by `load`. It pickles before and after: the weights
     stay behind and load again from where they came. Out of memory, it halves the batch for good.
-
-    Raises:
-        FileNotFoundError: ``model`` is a folder that does not exist or holds no safetensors.
-        ValueError: No prompt, an empty one, or a number out of range.
     """
 
     # Rounding aside; device and revision are in ``revision``, once loaded.
@@ -91,8 +80,7 @@ class LocalScorer(PromptedScorer):
         positive = "it must be a whole number above 0"
         require(frames is None or is_whole(frames, 1), "frames", frames, positive)
         require(is_whole(batch_clips, 1), "batch_clips", batch_clips, positive)
-        flag = dedup is None or isinstance(dedup, bool)
-        require(flag, "dedup", dedup, "say True, False or None")
+        require(dedup is None or isinstance(dedup, bool), "dedup", dedup, "say True, False or None")
         positive = "it must be a number above 0"
         require(is_positive(cache_megabytes), "cache_megabytes", cache_megabytes, positive)
         named = revision is None or (isinstance(revision, str) and bool(revision.strip()))
@@ -109,7 +97,7 @@ class LocalScorer(PromptedScorer):
         self.dedup = dedup
         self.cache_megabytes = float(cache_megabytes)
         self._pinned: dict[str, Any] = {} if revision is None else {"revision": revision}
-        self._loaded: Any = None  # what `_read` returned
+        self._loaded: Any = None  # of `_read`
         self._files: list[tuple[Path, int, int]] = []
 
     @abstractmethod
@@ -174,12 +162,8 @@ class LocalScorer(PromptedScorer):
     ) -> tuple[Any, Any]:
         """Read processor and model by the Auto classes, weights from safetensors only.
 
-        ``look`` is called with the configuration before weights are read; it may change or refuse
-        it. ``options`` are those of ``from_pretrained``.
-
-        Raises:
-            ImportError: transformers, or a package that the model needs, is not installed.
-            ValueError: The folder or hub name holds no model of that kind with its processor.
+        ``look`` may change or refuse the configuration before weights are read. ``options`` are
+        those of ``from_pretrained``.
         """
         name, code = self.model, options.pop("trust_remote_code", False)
         shared = {**self._pinned, "trust_remote_code": code}
@@ -273,11 +257,8 @@ class LocalScorer(PromptedScorer):
             raise error
         self.batch_clips = clips // 2
         _LOGGER.warning(
-            "%s ran out of memory with %d clips at once and goes on with %d; set batch_clips or "
-            "frames lower.",
-            self.model,
-            clips,
-            self.batch_clips,
+            f"{self.model} ran out of memory with {clips} clips at once and goes on with "
+            f"{self.batch_clips}; set batch_clips or frames lower."
         )
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -306,11 +287,6 @@ class FrameEmbeddings:
         self._bytes = megabytes * 1e6
         self._kept: OrderedDict[tuple[torch.Size, bytes], Tensor] = OrderedDict()
         self.encoded = 0
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of what is kept."""
-        return sum(embedding.nbytes for embedding in self._kept.values())
 
     def clear(self) -> None:
         """Let go of everything."""
@@ -359,11 +335,7 @@ class FrameEmbeddings:
 
 
 def _checked_model(model: str | Path) -> str:
-    """Return a hub name as it is, or the path of a folder that holds safetensors.
-
-    Raises:
-        FileNotFoundError: It is neither. The hub itself is not asked.
-    """
+    """Return a hub name as it is, unasked, or the path of a folder that holds safetensors."""
     text = isinstance(model, (str, Path)) and bool(str(model).strip()) and "\0" not in str(model)
     require(text, "model", model, "give a folder or a hub name")
     folder = Path(model).expanduser()
