@@ -366,17 +366,6 @@ def test_two_processes_at_once_share_one_folder(tmp_path: Path) -> None:
     assert scorer.scorer.asked == 0
 
 
-def test_it_pickles_before_and_after_it_opened_its_folder(tmp_path: Path) -> None:
-    scorer, clips = CachedScorer(Brightness(), tmp_path), some_clips(3)
-    fresh = pickle.loads(pickle.dumps(scorer))
-    scores(scorer, clips)
-    again = pickle.loads(pickle.dumps(scorer))
-    for copy in (fresh, again):
-        assert copy._cache is None
-        assert torch.equal(scores(copy, clips), brightness(clips))
-        assert copy.scorer.asked == scorer.scorer.asked * (copy is again)
-
-
 def test_the_folder_is_the_users_own_cache_unless_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from tensordict import TensorDict
 from torchvision.transforms.v2 import functional
 
@@ -485,10 +484,6 @@ def test_scorer_pickles_small_before_and_after_it_loaded(
     assert not shared("perception_lm").state_dict()  # weights stay out of checkpoints
 
 
-def test_hub_name_is_taken_without_a_look_at_the_hub() -> None:
-    assert HuggingFaceScorer("facebook/Perception-LM-1B")._loaded is None
-
-
 # A fresh interpreter in which one package seems not to be installed: transformers looks once.
 WITHOUT = """
 import importlib.metadata, importlib.util, sys
@@ -586,21 +581,3 @@ def test_folder_without_a_processor_is_refused_in_one_line(tmp_path: Path) -> No
     with pytest.raises(ValueError, match="save both with save_pretrained") as error:
         HuggingFaceScorer(folder).load()
     assert "\n" not in str(error.value)
-
-
-def test_revision_follows_the_weights_and_not_the_place(
-    shared: Shared, folder_of: Callable[[str], Path], tmp_path: Path
-) -> None:
-    same, other = (
-        shutil.copytree(folder_of("qwen3_vl"), tmp_path / name) for name in ("same", "other")
-    )
-    weights = load_file(other / "model.safetensors")
-    next(iter(weights.values())).view(-1)[0] += 1
-    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-    revisions = [shared("qwen3_vl").revision]
-    for folder in (same, other):
-        scorer = HuggingFaceScorer(folder)
-        assert scorer.revision == ""
-        scorer.load()
-        revisions.append(scorer.revision)
-    assert revisions[0] == revisions[1] != revisions[2]

@@ -74,13 +74,7 @@ class SeededEpisodes(EnvBase):  # type: ignore[misc]
     """N games played together, whose episodes are numbered, each with a seed of its own.
 
     When episode k of game i begins, a subclass takes ``episode_seed(i, k)``, with k from
-    ``_episodes[i]``, and counts on.
-
-    Args:
-        num_envs: Games, N.
-        seed: Of the whole stream of episodes.
-        held_out: Play the episodes that training never draws.
-        device: Where the tensors go.
+    ``_episodes[i]``, and counts on. Its arguments are explained in the subclasses.
     """
 
     event_names: tuple[str, ...]

@@ -64,14 +64,9 @@ def _simulated(name: str, *arguments: Any) -> Any:
 
 
 def simulator() -> Any:
-    """The module of OGBench's games, whose import takes a second.
-
-    OGBench imports dm_control, which looks for a graphics library once and for all, and fails
-    where ``MUJOCO_GL`` names one that is not here; the games draw nothing, so it is told not to.
-
-    Raises:
-        ImportError: OGBench is not installed.
-    """
+    """The module of OGBench's games, whose import takes a second."""
+    # OGBench imports dm_control, which looks for a graphics library once and for all, and fails
+    # where MUJOCO_GL names one that is not here; the games draw nothing, so it is told not to.
     asked = os.environ.get("MUJOCO_GL")
     try:
         import_module("mujoco")  # its own choice of a graphics library is the user's

@@ -85,9 +85,7 @@ def behaviour(settings: Settings) -> Behaviour:
 def collect(settings: Settings, advance: Callable[[int], object]) -> TensorDict:
     """Play until there are ``settings.clips`` clips; those still open at the end are left out.
 
-    Args:
-        settings: What to play and how to cut it.
-        advance: Told how many clips were added.
+    ``advance`` is told how many clips were added.
 
     Returns:
         Clips ``[N]``: ``render_state`` ``[N, F, *S]``, ``events`` bool ``[N, E]``, ``shown`` (the

@@ -241,11 +241,7 @@ class Examination:
 
 
 def examine(settings: Settings, progress: Progress) -> Examination:
-    """Judge the judges.
-
-    Args:
-        settings: What to play, cut, show and ask.
-        progress: Gets a bar for each stage.
+    """Judge the judges; ``progress`` gets a bar for each stage.
 
     Raises:
         ConfigError: A scorer does not load or fails, or the policy cannot act.

@@ -216,14 +216,10 @@ class MiniGridRenderer:
         self._tiles = np.zeros((1, 3, self.tile_size, row), np.dtype(f"i{width}"))
 
     def __call__(self, render_state: Tensor) -> Tensor:
-        """Draw every state.
-
-        Args:
-            render_state: Cell codes, uint8 ``[*B, W, H, 4]``: see `minigrid_render_state`.
+        """Draw states, uint8 ``[*B, W, H, 4]``: see `minigrid_render_state`.
 
         Returns:
-            RGB frames, uint8 ``[*B, 3, H t, W t]``, on the device of ``render_state``, or that of
-            `on`.
+            RGB frames, uint8 ``[*B, 3, H t, W t]``, on the states' device, or that of `on`.
 
         Raises:
             ValueError: Another dtype or shape, or a cell that MiniGrid does not know.

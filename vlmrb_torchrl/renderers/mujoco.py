@@ -108,18 +108,11 @@ class MuJoCoRenderer:
         self._forget()
 
     def __call__(self, render_state: Tensor) -> Tensor:
-        """Draw every state.
-
-        Args:
-            render_state: ``[*B, S]``, as the environment wrote it.
-
-        Returns:
-            RGB frames, uint8 ``[*B, 3, height, width]``, on the device of ``render_state``.
+        """Draw states ``[*B, S]``: RGB, uint8 ``[*B, 3, height, width]``, on their device.
 
         Raises:
             ValueError: It is no tensor of states.
-            RuntimeError: No graphics library works here; the text names what to install, or which
-            variable to unset.
+            RuntimeError: No graphics library works here; the text names what to install or unset.
         """
         batched = isinstance(render_state, Tensor) and render_state.ndim > 0
         require(batched, "render_state", render_state, "pass a tensor [*B, S]")

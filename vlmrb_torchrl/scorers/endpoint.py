@@ -405,12 +405,7 @@ class EndpointScorer(PromptedScorer):
     # ------------------------------------------------------------ how it is asked
 
     def _session(self, work: Callable[[Any], Awaitable[_Result]]) -> _Result:
-        """Let ``work`` ask through a client of openai's, which is closed in the end.
-
-        Raises:
-            ImportError: openai is not installed.
-            ValueError: The key holds characters that HTTP does not allow.
-        """
+        """Let ``work`` ask through a client of openai's, which is closed in the end."""
         openai = _needed("openai")
         key = self._key
         if not (key.isascii() and key.isprintable()):  # its own error would show the key
@@ -432,12 +427,7 @@ class EndpointScorer(PromptedScorer):
         return _finish(within())
 
     async def _post(self, client: Any, body: dict[str, Any]) -> Any:
-        """One chat completion.
-
-        Raises:
-            ScorerUnavailableError: The server is down, busy or broken, also when asked again.
-            RequestRefusedError: It refuses the request as such, or a proxy does not lead there.
-        """
+        """One chat completion; errors are those of `_explained`."""
         openai = _needed("openai")
         try:
             async with asyncio.timeout(self.timeout_s):
@@ -449,10 +439,7 @@ class EndpointScorer(PromptedScorer):
             raise self._explained(error) from None  # the original's request holds the key
 
     async def _models(self, client: Any) -> dict[str, str]:
-        """Names of the models it lists, each with what the server says is behind it.
-
-        Empty if it does not say: not every server has such a list.
-        """
+        """Names of the models it lists, if it does, each with what it says is behind it."""
         openai = _needed("openai")
         try:
             async with asyncio.timeout(self.timeout_s):
@@ -462,10 +449,8 @@ class EndpointScorer(PromptedScorer):
             return {}
 
     async def _single_tokens(self, client: Any, words: Sequence[str]) -> dict[int, str]:
-        """Those of ``words`` that are one token, by its id; empty if the server does not tell.
-
-        vLLM and SGLang do, beside the API: ``/tokenize``.
-        """
+        """Those of ``words`` that are one token, by its id; empty if the server does not tell."""
+        # vLLM and SGLang do, beside the API.
         openai = _needed("openai")
         url = self.base_url.rstrip("/").removesuffix("/v1") + "/tokenize"
         found: dict[int, str] = {}
@@ -536,10 +521,7 @@ class EndpointScorer(PromptedScorer):
         return ScorerUnavailableError(f"{url} answers broken JSON: see its log.")
 
     def _is_proxys(self, error: Any) -> bool:
-        """Whether a proxy speaks in the place of a server that it does not reach.
-
-        A server says what is wrong in JSON; a proxy in HTML or not at all.
-        """
+        """Whether a proxy speaks in the place of a server: in HTML or not at all, not in JSON."""
         gateway = getattr(error, "status_code", None) in _GATEWAY
         refused = type(error.__cause__).__name__ == "ProxyError"  # of a server behind https
         return bool(self._proxy) and (refused or (gateway and not isinstance(error.body, dict)))
