@@ -77,12 +77,8 @@ class VLMReplayBuffer(TensorDictReplayBuffer):
     _stored: TensorDictBase | None = None  # by the insertion that is going on
 
     def __init__(self, *, priority_key: str = TD_ERROR, **kwargs: Any) -> None:
-        require(
-            is_key(priority_key),
-            "priority_key",
-            priority_key,
-            "name an entry of the batch, such as td_error",
-        )
+        remedy = "name an entry of the batch, such as td_error"
+        require(is_key(priority_key), "priority_key", priority_key, remedy)
         if kwargs.get("writer") is None:
             kwargs["writer"] = partial(
                 _StampingWriter, compilable=kwargs.get("compilable"), track_generations=True
@@ -109,12 +105,9 @@ class VLMReplayBuffer(TensorDictReplayBuffer):
 
     def _maybe_make_writer(self, writer: Any) -> Any:
         made = super()._maybe_make_writer(writer)
-        require(
-            isinstance(made, _StampingWriter) or not made.tracks_generations,
-            "writer",
-            type(made).__name__,
-            "leave it out, since its generations miss rows that it did not write",
-        )
+        sees_rows = isinstance(made, _StampingWriter) or not made.tracks_generations
+        remedy = "leave it out, since its generations miss rows that it did not write"
+        require(sees_rows, "writer", type(made).__name__, remedy)
         return made
 
     def _initialize_prioritized_sampler(self) -> None:
@@ -201,14 +194,7 @@ class VLMReplayBuffer(TensorDictReplayBuffer):
     def _stamp(
         self, data: TensorDictBase, index: Tensor, shape: Sequence[int], dim: int = 0
     ) -> None:
-        """Writes slots and generations of what was just stored into ``data``.
-
-        Args:
-            data: Gets them.
-            index: The slots, of a writer.
-            shape: What ``data`` was stored as.
-            dim: Along which of its dimensions.
-        """
+        """Writes slots (a writer's ``index``) and stamps into ``data``, stored as ``shape``."""
         stored = list(shape)
         stored[0], stored[dim] = stored[dim], stored[0]
         # A storage of one dimension keeps a whole trajectory in a slot: each step names the slot.
@@ -250,11 +236,8 @@ class VLMReplayBuffer(TensorDictReplayBuffer):
         shape = getattr(storage, "_total_shape", None) or [len(storage)]
         slots = np.arange(math.prod(shape)).reshape(shape)
         if self.dim_extend < slots.ndim:  # else each row is a part of every slot
-            slots = slots.swapaxes(0, self.dim_extend)[
-                tuple(p.numpy(force=True) if isinstance(p, Tensor) else p for p in index)[
-                    : slots.ndim
-                ]
-            ]
+            axes = [p.numpy(force=True) if isinstance(p, Tensor) else p for p in index]
+            slots = slots.swapaxes(0, self.dim_extend)[tuple(axes[: slots.ndim])]
         replaced = torch.from_numpy(np.unique(slots[slots < len(storage)]))
         if replaced.numel():
             if isinstance(self._writer, RoundRobinWriter):
@@ -498,9 +481,6 @@ class _StreamLock:
 
     A lock orders threads; what one of them queued on its stream may run after what the next one
     queues on another. So each holder's stream waits for what was queued by the holder before.
-
-    Args:
-        device: Returns the GPU in question, or None while there is none.
     """
 
     def __init__(self, device: Callable[[], torch.device | None]) -> None:

@@ -102,11 +102,6 @@ def shown(value: object) -> str:
     return line if len(line) <= _SHOWN else line[:_SHOWN] + "…"
 
 
-def quoted(value: object) -> str:
-    """As `shown`, with quotes around a string."""
-    return repr(shown(value)) if isinstance(value, str) and value else shown(value)
-
-
 def one_line(error: BaseException) -> str:
     """Reduce a parser's report to the line that names the value and the remedy."""
     cause: BaseException | None = error

@@ -11,7 +11,6 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, Self, get_args
 
 import numpy as np
@@ -257,12 +256,9 @@ class AsyncScorer:
             source: As of `extend`.
 
         Raises:
-            KeyError: If a key is missing.
-            TypeError: If data is no TensorDict or index no tensor.
-            ValueError: If index and data differ in length, index names what is no slot, source is
-                no whole number, or the buffer's transforms may have stored other rows than
-                ``data`` has.
-            RuntimeError: If this scorer is closed.
+            TypeError: If index is no tensor; else as `extend`.
+            ValueError: If index and data differ in length, index names what is no slot, or the
+                buffer's transforms may have stored other rows than ``data`` has.
         """
         self._check(data, source)
         if not isinstance(index, Tensor) or index.dtype not in _WHOLE:
@@ -423,25 +419,23 @@ class AsyncScorer:
     def _state_of_parts(self) -> dict[str, Any]:
         return {
             "cutter": self._cutter.state_dict(),
-            "scorer": {name: module.get_extra_state() for name, module in self._seeded()},
-            "kept": {name: module.kept_state() for name, module in self._exact()},
+            "scorer": {name: module.get_extra_state() for name, module in self._each(SeededScorer)},
+            "kept": {name: module.kept_state() for name, module in self._each(LocalScorer)},
         }
 
     def _load_parts(self, state: dict[str, Any]) -> None:
         self._cutter.load_state_dict(state["cutter"])
-        for name, module in self._seeded():
+        for name, module in self._each(SeededScorer):
             module.set_extra_state(state["scorer"][name])
-        for name, module in self._exact():
+        for name, module in self._each(LocalScorer):
             module.load_kept_state(state["kept"][name])
 
-    def _seeded(self) -> list[tuple[str, SeededScorer]]:
-        # A worker process has its own copy, which starts from the seed.
-        return [(n, m) for n, m in self._scorer.named_modules() if isinstance(m, SeededScorer)]
-
-    def _exact(self) -> list[tuple[str, LocalScorer]]:
-        # Bit by bit the same scores are the "sync" mode's promise; elsewhere this is weight only.
-        modules = self._scorer.named_modules() if self.mode == "sync" else ()
-        return [(name, module) for name, module in modules if isinstance(module, LocalScorer)]
+    def _each(self, kind: type) -> list[tuple[str, Any]]:
+        modules = self._scorer.named_modules()
+        # Bit by bit the same scores are the "sync" mode's promise; elsewhere a LocalScorer's state
+        # is weight only. A worker process has its own copy of a SeededScorer, from the seed on.
+        wanted = kind is SeededScorer or self.mode == "sync"
+        return [(name, module) for name, module in modules if wanted and isinstance(module, kind)]
 
     @property
     def worker_pid(self) -> int | None:
@@ -643,7 +637,7 @@ class _Queue:
                 continue
             left = [part[i] for i in np.flatnonzero(none)]
             if not tries:
-                self._settle(left, partial(self.counts.add, "failed"))
+                self._give_up(left)
                 if self._silent:
                     self._silent = False
                     _LOGGER.warning(
@@ -683,23 +677,21 @@ class _Queue:
             )
         except Exception as error:
             self._fault("write", one_line(error))
-            self._settle(clips, partial(self.counts.add, "failed"))
+            self._give_up(clips)
             self._pause("write")
             return
         written = [int(part.sum()) for part in live.cpu().split(lengths)]
-        count = partial(
-            self.counts.answered,
-            scores=scores.tolist(),
-            written=written,
-            env_steps=self._env_steps,
-        )
-        self._settle(clips, count)
+        answers = clips, scores.tolist(), written, self._env_steps
+        self._settle(clips, lambda: self.counts.answered(*answers))
 
-    def _settle(self, clips: list[Clip], count: Callable[[list[Clip]], None]) -> None:
+    def _give_up(self, clips: list[Clip]) -> None:
+        self._settle(clips, lambda: self.counts.add("failed", clips))
+
+    def _settle(self, clips: list[Clip], count: Callable[[], None]) -> None:
         """Count the fate of clips: they are pending until then, never both."""
         with self.changed:
             if self._batch:  # else `close` has dropped it
-                count(clips)
+                count()
                 settled = set(clips)
                 self._batch = [clip for clip in self._batch if clip not in settled]
                 self.changed.notify_all()
@@ -871,7 +863,6 @@ def _check_slots(clips: list[Clip], capacity: int) -> None:
     """Refuse clips of a state whose transitions cannot lie in a buffer of ``capacity`` slots."""
     for clip in clips:
         index, generation = clip.index, clip.generation
-        if not (index.dtype == generation.dtype == np.int64 and index.shape == generation.shape):
-            raise ValueError("a clip's index and generation must be int64 of one length")
-        if not ((index >= -1) & (index < capacity)).all():
-            raise ValueError(f"a clip's slots must be 0 to {capacity - 1}, got {index}")
+        alike = index.dtype == generation.dtype == np.int64 and index.shape == generation.shape
+        inside = alike and bool(((index >= -1) & (index < capacity)).all())
+        require(inside, "a clip's slots", index, f"use int64 below {capacity}, a stamp for each")

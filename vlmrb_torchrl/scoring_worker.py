@@ -103,21 +103,10 @@ def load(scorer: TensorDictModuleBase) -> None:
 def judge(
     transform: Transform | None, scorer: TensorDictModuleBase, clips: TensorDictBase
 ) -> NDArray[np.float32]:
-    """Draw the clips, if there is a transform, and score them.
+    """Draw clips ``[B]``, if there is a transform, and score them: float32 ``[B]`` in [0, 1].
 
     What ``scorer`` reads goes to its device once: the states, if they are drawn there, or else
-    the frames.
-
-    Args:
-        transform: Draws ``"clip"`` from ``"render_state"``.
-        scorer: Writes ``"score"``.
-        clips: Batch ``[B]``, on the CPU.
-
-    Returns:
-        Scores, float32 ``[B]`` in [0, 1].
-
-    Raises:
-        ScorerError: If the transform or the scorer raised, or a clip has no score.
+    the frames. Raises `ScorerError` if the transform or the scorer does, or a clip has no score.
     """
     B = clips.shape[0]
     with _faults(scorer), torch.no_grad():

@@ -39,13 +39,7 @@ _BAD_VALUE = "nothing was written; pass scores from 0 to 1, |δ| of 0 or more an
 
 
 class _Setting:
-    """A setting that is checked whenever it is set.
-
-    Args:
-        fits: Whether a value will do.
-        remedy: Of a value that will not.
-        moves_leaves: Setting it recomputes every leaf, O(capacity).
-    """
+    """A setting that is checked whenever it is set; TorchRL reads some by their name with a "_"."""
 
     def __init__(
         self, fits: Callable[[Any], bool], remedy: str, *, moves_leaves: bool = True
@@ -199,14 +193,6 @@ class VLMPrioritizedSampler(PrioritizedSampler):
     _sum_tree: SumTree
     _max_priority: Any  # TorchRL's: the greatest |δ| and its slot
 
-    # The settings; TorchRL reads some of them by these names.
-    _lmbda: float
-    _alpha: float
-    _beta: float
-    _td_boost: bool
-    _threshold: float | None
-    _unscored_priority: float
-
     @property
     def scored(self) -> Tensor:
         """Which slots have a score, bool ``[N]``."""
@@ -225,7 +211,7 @@ class VLMPrioritizedSampler(PrioritizedSampler):
     @property
     def uses_td_error(self) -> bool:
         """Whether draws depend on the TD errors passed to :meth:`update_priority`."""
-        return self._td_boost
+        return bool(self._td_boost)
 
     def _judge(self, score: Tensor) -> Tensor:
         """The p of scores ``[B]``, none of them missing."""
@@ -565,12 +551,8 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         require(not lacking, of, f"without {', '.join(lacking)}", damaged)
         for name in _FIXED:
             mine, theirs = getattr(self, name), state[name]
-            require(
-                mine == theirs,
-                f"{of}'s {name.lstrip('_')}",
-                theirs,
-                f"build the sampler so; here {mine}",
-            )
+            setting, remedy = name.lstrip("_"), f"build the sampler so; here {mine}"
+            require(mine == theirs, f"{of}'s {setting}", theirs, remedy)
         for name in _MOVING:
             fits = getattr(type(self), name).fits(state[name])
             require(fits, f"{of}'s {name}", state[name], damaged)
