@@ -325,8 +325,14 @@ def test_judge_that_does_not_load_stops_the_run_in_one_line(tmp_path):
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "devices"), [("dqn", 1), ("dqn", 2), ("iqn", 2)])
+@pytest.mark.parametrize(
+    ("recipe", "devices"),
+    [
+        ("dqn", 2),
+        pytest.param("dqn", 1, marks=pytest.mark.slow),
+        pytest.param("iqn", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_fabric_run_trains_on_cpu_ranks(recipe, devices, tmp_path):
     method = CONFIGS / "methods" / "privileged.yaml"
     place = [f"--training.log_dir={tmp_path}", "--training.name=run"]
