@@ -62,7 +62,8 @@ PLAN = """
 import os, sys
 sys.path[0] = os.getcwd()  # as with -m: a name, not wherever one is
 from recipes import compare
-compare.execute = compare.report = lambda *_: None
+from recipes.running import report
+compare.execute = report.report = lambda *_: None
 compare.main()
 """
 PLANNED = {
