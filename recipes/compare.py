@@ -21,10 +21,10 @@ from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 
-import jsonargparse
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from recipes.arguments import program
 from recipes.running.checkpoint import CHECKPOINTS, has_checkpoint, has_results, locked
 from recipes.running.cli import CONFIGS, advice, rehearse
 from recipes.running.metrics import METRICS_FILE, last_row
@@ -236,9 +236,7 @@ def main(argv: list[str] | None = None) -> None:
     # Ended from outside or by Ctrl-C, the runs are stopped too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        jsonargparse.auto_cli(compare, args=argv, as_positional=False)
-    except ConfigError as error:
-        sys.exit(f"compare: {error}")
+        program(compare, argv)
     except KeyboardInterrupt:
         sys.exit("compare: stopped; the same command goes on with the unfinished runs")
 

@@ -15,7 +15,8 @@ from tensordict import TensorDictBase
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase, GymWrapper
 
-from recipes.benchmarks.timing import against_first, program, rates, show
+from recipes.arguments import program
+from recipes.benchmarks.timing import against_first, rates, show
 from vlmrb_torchrl.envs import DoorKeyEnv
 
 

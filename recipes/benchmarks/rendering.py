@@ -9,7 +9,8 @@ import torch
 from minigrid.envs.doorkey import DoorKeyEnv
 from torch import Tensor
 
-from recipes.benchmarks.timing import Spread, against_first, program, rates, show
+from recipes.arguments import program
+from recipes.benchmarks.timing import Spread, against_first, rates, show
 from vlmrb_torchrl.renderers import MiniGridRenderer, minigrid_render_state
 
 

@@ -14,7 +14,8 @@ import torch
 from torchrl.data import LazyTensorStorage
 from torchrl.data.replay_buffers.samplers import PrioritizedSampler
 
-from recipes.benchmarks.timing import Spread, against_first, program, rates, show
+from recipes.arguments import program
+from recipes.benchmarks.timing import Spread, against_first, rates, show
 from vlmrb_torchrl.samplers import VLMPrioritizedSampler
 from vlmrb_torchrl.samplers.trees import RadixSumTree
 

@@ -11,8 +11,9 @@ from functools import partial
 import numpy as np
 import torch
 
+from recipes.arguments import program
 from recipes.benchmarks.environment import stepping
-from recipes.benchmarks.timing import against_first, program, rates, show
+from recipes.benchmarks.timing import against_first, rates, show
 from vlmrb_torchrl.envs import OGBenchEnv
 from vlmrb_torchrl.renderers import MuJoCoRenderer
 

@@ -23,8 +23,9 @@ from rich.progress import track
 from tensordict import TensorDict
 from torch import Tensor
 
+from recipes.arguments import program
 from recipes.benchmarks.perception_lm import SHAPES, Shape, build, teraflops
-from recipes.benchmarks.timing import against_first, program, rates, show
+from recipes.benchmarks.timing import against_first, rates, show
 from recipes.benchmarks.training import training
 from vlmrb_torchrl.checks import require
 from vlmrb_torchrl.envs import DoorKeyEnv

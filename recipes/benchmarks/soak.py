@@ -22,7 +22,9 @@ import psutil
 from matplotlib.figure import Figure
 from rich.progress import track
 
-from recipes.benchmarks.timing import program, show
+from recipes.arguments import program
+from recipes.benchmarks.timing import show
+from recipes.running.checkpoint import has_results
 from recipes.running.cli import CONFIGS
 from recipes.running.metrics import Row, last_row, read_rows
 from vlmrb_torchrl.checks import ConfigError, require
@@ -113,6 +115,7 @@ def soak(
     """
     require(minutes > 0, "minutes", minutes, "use more than 0")
     require(seconds_between_faults > 0, "seconds_between_faults", seconds_between_faults, "use > 0")
+    require(not has_results(out), "out", out, "it holds a run: name another folder, or remove it")
     chance, outside = random.Random(seed), {"killed": 0, "stopped": 0}
     training = start(out, rate, replay_capacity)
     process, looks = psutil.Process(training.pid), []

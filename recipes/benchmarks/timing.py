@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
 
-from vlmrb_torchrl.checks import ConfigError, require
+from vlmrb_torchrl.checks import require
 
 
 @dataclass(frozen=True)
@@ -92,11 +88,3 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -
     for row in rows:
         table.add_row(*map(str, row))
     Console().print(table)
-
-
-def program(main: Callable[..., Any]) -> None:
-    """Call ``main`` with what the command line says; a refusal is one line."""
-    try:
-        auto_cli(main, as_positional=False)
-    except ConfigError as error:
-        sys.exit(f"{Path(sys.argv[0]).stem}: {error}")

@@ -15,7 +15,8 @@ from tempfile import mkdtemp
 
 from rich.progress import track
 
-from recipes.benchmarks.timing import Spread, program, show
+from recipes.arguments import program
+from recipes.benchmarks.timing import Spread, show
 from recipes.compare import Run, plan
 from recipes.running.cli import CONFIGS
 from recipes.running.metrics import last_row

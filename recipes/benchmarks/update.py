@@ -24,7 +24,8 @@ from jsonargparse import Namespace
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
-from recipes.benchmarks.timing import against_first, program, rates, show
+from recipes.arguments import program
+from recipes.benchmarks.timing import against_first, rates, show
 from recipes.networks import ActionValue, DeterministicPolicy, GaussianPolicy, GridQNetwork
 from recipes.running import cli
 

@@ -7,7 +7,6 @@ import errno
 import json
 import logging
 import os
-import re
 import signal
 import sys
 from contextlib import ExitStack, closing
@@ -22,6 +21,7 @@ from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, Namespace
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import LightningEnvironment
 
+from recipes import arguments
 from recipes.demonstrations import Demonstrations
 from recipes.off_policy import train
 from recipes.replay import Replay
@@ -53,7 +53,6 @@ GUIDE = (
 )
 CONFIGS = Path(__file__).parents[1] / "configs"
 LAUNCHED_BY_FABRIC_CLI = "LT_CLI_USED"
-_KEY = r'Parser key "([^"]+)"'
 REFUSALS = (ArgumentError, ValueError, TypeError, OSError, RuntimeError, ImportError)
 
 Algorithm = type[L.LightningModule]
@@ -285,9 +284,7 @@ def shown_path(path: Path) -> str:
 
 def refusal(error: Exception) -> str:
     """Say in one line what was refused, with the remedy."""
-    text = one_line(error)
-    if text.startswith("is "):  # a number of a type of `recipes.arguments`
-        text = f"{'.'.join(re.findall(_KEY, str(error)))} {text}"
+    text = arguments.refusal(error)
     if "dot import path" in text:  # jsonargparse's words for a class that it does not know
         text += "; --help lists the classes known, my_module.MyClass would be one of your own"
     return text

@@ -19,9 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from jsonargparse import auto_cli
-from jsonargparse.typing import PositiveInt
 
+from recipes.arguments import PositiveInt, program
 from recipes.train_judge.card import write_card
 from recipes.train_judge.data import ClipSampler, Episode
 from recipes.train_judge.model import build_model, build_processor
@@ -131,6 +130,6 @@ def progress_lines() -> Log:
 
 if __name__ == "__main__":
     try:
-        auto_cli(main, as_positional=False)
+        program(main)
     except KeyboardInterrupt:
         sys.exit("Stopped. No file was left half-written.")

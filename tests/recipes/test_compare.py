@@ -157,6 +157,8 @@ def test_comparison_that_was_stopped_goes_on_with_a_run_where_it_was(tmp_path, m
     [
         ("--methods=[uer, none]", "none"),
         ("--seeds=0", "seeds is 0"),
+        ("--seeds=many", "seeds"),
+        ("--no_such=1", "no_such"),
         ("--jobs=0", "jobs is 0"),
         ("--configs=nowhere", "nowhere"),
         ("--methods=[]", "methods is []"),
