@@ -39,8 +39,8 @@ from vlmrb_torchrl.scoring_worker import (
     InPlaceWorker,
     ProcessWorker,
     ScorerError,
+    described,
     device_of,
-    one_line,
 )
 
 Mode = Literal["auto", "process", "thread", "sync"]
@@ -373,7 +373,7 @@ class AsyncScorer:
             }
         except Exception as error:
             self._blind = True
-            _LOGGER.warning("No clips will be shown: %s", one_line(error))
+            _LOGGER.warning("No clips will be shown: %s", described(error))
             return {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -664,7 +664,7 @@ class _Queue:
             # Nothing else may end this thread; the learner's own is ended by Ctrl-C and exit.
             if self._thread is None and not isinstance(error, Exception):
                 raise
-            return None, ScorerError("raised", one_line(error))
+            return None, ScorerError("raised", described(error))
 
     def _write(self, clips: list[Clip], scores: NDArray[np.float32]) -> None:
         """Write the scores of clips to their transitions."""
@@ -676,7 +676,7 @@ class _Queue:
                 torch.from_numpy(scores.repeat(lengths)),
             )
         except Exception as error:
-            self._fault("write", one_line(error))
+            self._fault("write", described(error))
             self._give_up(clips)
             self._pause("write")
             return

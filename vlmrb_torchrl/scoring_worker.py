@@ -89,9 +89,9 @@ def _faults(scorer: object, while_: str = "") -> Iterator[None]:
         scores = None if given is None else given.cpu().numpy()
         raise ScorerError("invalid", str(error), scores) from error
     except ScorerUnavailableError as error:
-        raise ScorerError("unavailable", one_line(error)) from error
+        raise ScorerError("unavailable", described(error)) from error
     except Exception as error:
-        raise ScorerError("raised", while_ + one_line(error)) from error
+        raise ScorerError("raised", while_ + described(error)) from error
 
 
 def load(scorer: TensorDictModuleBase) -> None:
@@ -146,7 +146,7 @@ def _drawing_on(transform: Transform | None, device: torch.device) -> Transform 
     return placed
 
 
-def one_line(error: BaseException) -> str:
+def described(error: BaseException) -> str:
     """``Type: message`` of an error, on one line of moderate length."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
 
@@ -303,7 +303,7 @@ class ProcessWorker:
                     env={**os.environ, **one_thread, _IN_WORKER: "1"},
                 )
             except OSError as error:
-                text = f"its process did not start: {one_line(error)}"
+                text = f"its process did not start: {described(error)}"
                 raise ScorerError("died", text) from error
         self._connection = ours
         place = {"sys_path": [path or os.getcwd() for path in sys.path], "dir": os.getcwd()}
