@@ -6,17 +6,13 @@ fabric run --devices=2 recipes/dqn.py --config recipes/configs/doorkey_6x6/dqn.y
 
 from __future__ import annotations
 
-from typing import Any
-
-import lightning as L
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictSequential
-from torch import Tensor
-from torch.optim import Adam, Optimizer
+from torch.nn import functional
+from torch.optim import Optimizer
 from torchrl.envs import EnvBase
 from torchrl.modules import EGreedyModule, QValueActor
-from torchrl.objectives import DQNLoss, SoftUpdate, ValueEstimators
 
 from recipes.arguments import (
     ClosedUnitInterval,
@@ -27,13 +23,21 @@ from recipes.arguments import (
     RightOpenUnitInterval,
     Width,
 )
-from recipes.networks import GridQNetwork, grid_sizes, keep_targets, value_figures
+from recipes.learning import (
+    Algorithm,
+    Learnt,
+    adam,
+    target_of,
+    track,
+    value_figures,
+    weighted_mean,
+)
+from recipes.networks import GridQNetwork, grid_sizes
 from recipes.settings import linear
 from recipes.transitions import Transitions
-from vlmrb_torchrl import keys
 
 
-class DQN(L.LightningModule):
+class DQN(Algorithm):
     """Double DQN with a soft target network and ε-greedy exploration.
 
     Args:
@@ -70,18 +74,10 @@ class DQN(L.LightningModule):
         network = GridQNetwork(*grid_sizes(env), hidden_features)
         self.policy = QValueActor(network, spec=action_spec)
         self.greedy = EGreedyModule(action_spec, eps_end=epsilon_final)
-        self.loss = DQNLoss(
-            self.policy,
-            action_space=action_spec,
-            loss_function="smooth_l1",
-            double_dqn=True,
-            delay_value=True,
-        )
-        self.loss.make_value_estimator(ValueEstimators.TD0, gamma=gamma)
-        keep_targets(self.loss)
+        self.network, self.target = network, target_of(network)
         self.transitions = Transitions(gamma, n_steps, reward_scale)
-        self.target = SoftUpdate(self.loss, tau=target_update_rate)
         self.learning_rate, self.adam_eps = learning_rate, adam_eps
+        self.target_update_rate = target_update_rate
         self.gradient_clip_norm = gradient_clip_norm
         self.epsilon_final, self.epsilon_share = epsilon_final, epsilon_share
 
@@ -92,35 +88,28 @@ class DQN(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Optimizer]:
         """Build Adam over the online network."""
-        parameters = self.loss.parameters()
-        adam = Adam(parameters, lr=self.learning_rate, eps=self.adam_eps, fused=True)
-        return {"value": adam}
+        return {"value": adam(self.network.parameters(), self.learning_rate, self.adam_eps)}
 
-    def compile_losses(self, **options: Any) -> None:
-        """Compile the loss by ``torch.compile``, with its options."""
-        self.loss.compile(**options)
+    def update(self, batch: TensorDictBase) -> Learnt:
+        """Learn from a batch: the online network chooses the next action, the target values it."""
+        action, following = batch["action"].unsqueeze(-1), batch["next", "observation"]
+        value = self.network.values(batch["observation"]).gather(-1, action).squeeze(-1)
+        with torch.no_grad():
+            choice = self.network.values(following).argmax(-1, keepdim=True)
+            next_value = self.target.values(following).gather(-1, choice).squeeze(-1)
+            target = self.transitions.targets(batch, next_value)
+            td_error = (target - value).abs()
+        losses = functional.smooth_l1_loss(value, target, reduction="none")
+        figures = value_figures(value.unsqueeze(-1), target, td_error)
+        figures |= self.step(self.gradient("value", weighted_mean(losses, batch)))
+        track(self.target, self.network, self.target_update_rate)
+        return td_error, figures
 
-    def training_step(self, batch: TensorDictBase, optimizer: str) -> Tensor:
-        """Compute the loss of a batch and write |δ| into it."""
-        loss: Tensor = self.loss(batch)["loss"]
-        # DQNLoss writes δ²; replay priorities are in units of return.
-        batch.set(keys.TD_ERROR, batch.get(keys.TD_ERROR).sqrt())
-        return loss
-
-    def after_update(self) -> None:
-        """Move the target network towards the online one."""
-        self.target.step()
-
-    def after_collection(self, progress: float) -> None:
+    def after_collection(self, progress: float) -> dict[str, float]:
         """Anneal exploration."""
-        self.greedy.eps.fill_(linear(1.0, self.epsilon_final, self.epsilon_share, progress))
-
-    @torch.no_grad()
-    def figures(self, batch: TensorDictBase) -> dict[str, Tensor]:
-        """Say what is worth logging after an update."""
-        values = self.policy(batch.select("observation"))["action_value"]
-        taken = values.gather(-1, batch["action"].unsqueeze(-1))
-        return {**value_figures(self.loss, taken), "train/epsilon": self.greedy.eps}
+        epsilon = linear(1.0, self.epsilon_final, self.epsilon_share, progress)
+        self.greedy.eps.fill_(epsilon)
+        return {"epsilon": epsilon}
 
 
 if __name__ == "__main__":

@@ -6,17 +6,14 @@ fabric run --devices=2 recipes/iqn.py --config recipes/configs/doorkey_6x6/iqn.y
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-import lightning as L
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictSequential
-from torch import Tensor
-from torch.optim import Adam, Optimizer
+from torch.optim import Optimizer
 from torchrl.envs import EnvBase
 from torchrl.modules import EGreedyModule, QValueActor
-from torchrl.objectives import SoftUpdate, ValueEstimators
 
 from recipes.arguments import (
     ClosedUnitInterval,
@@ -27,13 +24,22 @@ from recipes.arguments import (
     RightOpenUnitInterval,
     Width,
 )
-from recipes.networks import GridQuantileNetwork, grid_sizes, keep_targets, value_figures
+from recipes.learning import (
+    Algorithm,
+    Learnt,
+    adam,
+    target_of,
+    track,
+    value_figures,
+    weighted_mean,
+)
+from recipes.networks import GridQuantileNetwork, grid_sizes
 from recipes.settings import linear
 from recipes.transitions import Transitions
-from vlmrb_torchrl.objectives import IQNLoss
+from vlmrb_torchrl.objectives import quantile_distance, quantile_huber, quantiles_of
 
 
-class IQN(L.LightningModule):
+class IQN(Algorithm):
     """Implicit quantile networks with a soft target network and ε-greedy exploration.
 
     Args:
@@ -84,21 +90,12 @@ class IQN(L.LightningModule):
         network = GridQuantileNetwork(*grid_sizes(env), hidden_features, policy_quantiles)
         self.policy = QValueActor(network, spec=action_spec)
         self.greedy = EGreedyModule(action_spec, eps_end=epsilon_final)
-        self.loss = IQNLoss(
-            self.policy,
-            action_space=action_spec,
-            online_quantiles=online_quantiles,
-            target_quantiles=target_quantiles,
-            kappa=kappa,
-            priority=priority,
-            double_dqn=True,
-            delay_value=True,
-        )
-        self.loss.make_value_estimator(ValueEstimators.TD0, gamma=gamma)
-        keep_targets(self.loss)
+        self.network, self.target = network, target_of(network)
+        self.online_quantiles, self.target_quantiles = online_quantiles, target_quantiles
+        self.kappa, self.priority = kappa, priority
         self.transitions = Transitions(gamma, n_steps, reward_scale)
-        self.target = SoftUpdate(self.loss, tau=target_update_rate)
         self.learning_rate, self.adam_eps = learning_rate, adam_eps
+        self.target_update_rate = target_update_rate
         self.gradient_clip_norm = gradient_clip_norm
         self.epsilon_final, self.epsilon_share = epsilon_final, epsilon_share
 
@@ -109,35 +106,30 @@ class IQN(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Optimizer]:
         """Build Adam over the online network."""
-        parameters = self.loss.parameters()
-        adam = Adam(parameters, lr=self.learning_rate, eps=self.adam_eps, fused=True)
-        return {"value": adam}
+        return {"value": adam(self.network.parameters(), self.learning_rate, self.adam_eps)}
 
-    def compile_losses(self, **options: Any) -> None:
-        """Compile the loss by ``torch.compile``, with its options."""
-        self.loss.compile(**options)
+    def update(self, batch: TensorDictBase) -> Learnt:
+        """Learn from a batch: the online network chooses the next action, the target values it."""
+        observation, following = batch["observation"], batch["next", "observation"]
+        tau = torch.rand(len(observation), self.online_quantiles, device=observation.device)
+        prediction = quantiles_of(self.network.quantiles(observation, tau), batch["action"])
+        with torch.no_grad():
+            choice = self.network.values(following).argmax(-1)
+            target_tau = torch.rand(len(tau), self.target_quantiles, device=tau.device)
+            next_value = quantiles_of(self.target.quantiles(following, target_tau), choice)
+            target = self.transitions.targets(batch, next_value)
+            td_error = quantile_distance(prediction, tau, target, target_tau, self.priority)
+        losses = quantile_huber(prediction, tau, target, self.kappa)
+        figures = value_figures(prediction, target, td_error)
+        figures |= self.step(self.gradient("value", weighted_mean(losses, batch)))
+        track(self.target, self.network, self.target_update_rate)
+        return td_error, figures
 
-    def training_step(self, batch: TensorDictBase, optimizer: str) -> Tensor:
-        """Compute the loss of a batch and write |δ| into it."""
-        loss: Tensor = self.loss(batch)["loss"]
-        return loss
-
-    def after_update(self) -> None:
-        """Move the target network towards the online one."""
-        self.target.step()
-
-    def after_collection(self, progress: float) -> None:
+    def after_collection(self, progress: float) -> dict[str, float]:
         """Anneal exploration."""
-        self.greedy.eps.fill_(linear(1.0, self.epsilon_final, self.epsilon_share, progress))
-
-    @torch.no_grad()
-    def figures(self, batch: TensorDictBase) -> dict[str, Tensor]:
-        """Say what is worth logging after an update."""
-        state = batch.select("observation")
-        fractions = self.policy.module[0].policy_tau.expand(len(batch), -1)
-        quantiles = self.policy(state.set("tau", fractions))["quantiles"]
-        taken = quantiles.take_along_dim(batch["action"][:, None, None], -1).squeeze(-1)
-        return {**value_figures(self.loss, taken), "train/epsilon": self.greedy.eps}
+        epsilon = linear(1.0, self.epsilon_final, self.epsilon_share, progress)
+        self.greedy.eps.fill_(epsilon)
+        return {"epsilon": epsilon}
 
 
 if __name__ == "__main__":

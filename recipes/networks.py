@@ -1,13 +1,15 @@
-"""Networks of the recipes, grids first, then vectors; and what the log says of their values.
+"""Networks of the recipes, grids first, then vectors.
 
-They are modules of their own and not ``TensorDictModule``s, whose general way in and out is dear
-for networks of this size. ``hidden_features`` is the width of each hidden layer.
+Policies read and write TensorDicts when they play; updates call the same networks with tensors, as
+the way in and out of a TensorDict is dear for networks of this size. ``hidden_features`` is the
+width of each hidden layer.
 
 B: batch, C: cells of a grid, O: numbers of an observation, A: actions, or numbers of one.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,11 +17,11 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
+from torch.distributions import Normal
 from torch.nn import functional
 from torchrl.data import Bounded, Categorical
 from torchrl.envs import EnvBase
 from torchrl.modules import MLP, NormalParamExtractor
-from torchrl.objectives import LossModule
 
 from vlmrb_torchrl.checks import require
 from vlmrb_torchrl.objectives import QuantileNetwork
@@ -91,10 +93,14 @@ class GridQNetwork(TensorDictModuleBase):
         self.one_hot = CellOneHot(num_codes)
         self.mlp = mlp(num_cells * (num_codes - 1) + 1, num_actions, hidden_features)
 
+    def values(self, observation: Tensor) -> Tensor:
+        """Value every action, ``[B, A]``."""
+        values: Tensor = self.mlp(self.one_hot(observation))
+        return values
+
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the values."""
-        value = self.mlp(self.one_hot(tensordict.get("observation")))
-        return tensordict.set("action_value", value)
+        return tensordict.set("action_value", self.values(tensordict.get("observation")))
 
 
 class GridQuantileNetwork(QuantileNetwork):
@@ -173,6 +179,16 @@ class GaussianPolicy(TensorDictModuleBase):
         self.mlp = mlp(observed, 2 * acted, hidden_features)
         self.split = NormalParamExtractor()
 
+    def draw(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw actions ``[B, A]``, by which gradients flow, and their log π, ``[B]``."""
+        loc, scale = self.split(self.mlp(observation))
+        gaussian = loc + scale * torch.randn_like(loc)
+        # The density of tanh u is that of u over 1 - tanh² u = 4 / (e^u + e^-u)², here without
+        # overflow and without the rounding of a tanh near 1 (Haarnoja et al. 2018, appendix C).
+        slope = 2 * (math.log(2) - gaussian - functional.softplus(-2 * gaussian))
+        density = Normal(loc, scale, validate_args=False).log_prob(gaussian)
+        return gaussian.tanh(), (density - slope).sum(-1)
+
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write location and scale."""
         loc, scale = self.split(self.mlp(tensordict.get("observation")))
@@ -189,66 +205,34 @@ class DeterministicPolicy(TensorDictModuleBase):
         super().__init__()
         self.mlp = mlp(observed, acted, hidden_features)
 
+    def act(self, observation: Tensor) -> Tensor:
+        """Choose actions, ``[B, A]``."""
+        action: Tensor = self.mlp(observation).tanh()
+        return action
+
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the action."""
-        return tensordict.set("action", self.mlp(tensordict.get("observation")).tanh())
+        return tensordict.set("action", self.act(tensordict.get("observation")))
 
 
-class ActionValue(TensorDictModuleBase):
-    """``"observation"`` and ``"action"`` in, ``"state_action_value"`` float32 ``[B, 1]`` out.
+class Critics(nn.ModuleList):
+    """K networks that value actions each in its own way, which keeps their least from optimism.
 
     Layer norms keep values of actions that the replay does not hold from growing.
     """
 
-    in_keys = ("observation", "action")
-    out_keys = ("state_action_value",)
-
     def __init__(
-        self, observed: int, acted: int, hidden_features: Sequence[int], layer_norm: bool = False
+        self,
+        number: int,
+        observed: int,
+        acted: int,
+        hidden_features: Sequence[int],
+        layer_norm: bool = False,
     ) -> None:
-        super().__init__()
-        self.mlp = mlp(observed + acted, 1, hidden_features, layer_norm=layer_norm)
+        sizes = observed + acted, 1, hidden_features
+        super().__init__(mlp(*sizes, layer_norm=layer_norm) for _ in range(number))
 
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write the value."""
-        pair = torch.cat([tensordict.get("observation"), tensordict.get("action")], dim=-1)
-        return tensordict.set("state_action_value", self.mlp(pair))
-
-
-def critics_values(loss: LossModule, batch: TensorDictBase) -> Tensor:
-    """Ask each of the K critics of a loss for the values of a batch's actions, ``[B, K]``."""
-    values = []
-    for params in loss.qvalue_network_params.unbind(0):
-        with params.to_module(loss.qvalue_network):
-            values.append(loss.qvalue_network(batch.copy())["state_action_value"])
-    return torch.cat(values, -1)
-
-
-def keep_targets(loss: LossModule) -> None:
-    """Have a loss keep the targets of its last batch, which TorchRL's losses do not all return."""
-    estimator = loss.value_estimator
-    estimate = estimator.value_estimate
-
-    def kept(*arguments: Any, **options: Any) -> Tensor:
-        target: Tensor = estimate(*arguments, **options)
-        estimator.targets = target.detach()
-        return target
-
-    estimator.value_estimate = kept
-
-
-def value_figures(loss: LossModule, values: Tensor) -> dict[str, Tensor]:
-    """Mean value and target of the last batch; where each value is one of several, their spread.
-
-    Args:
-        loss: One that keeps its targets.
-        values: Of the batch's actions, ``[B, K]``: K quantiles of the return, or K critics'.
-
-    Returns:
-        ``value/q``, ``value/target`` and, if K > 1, ``value/spread``: the standard deviation over
-        K. All in units of the return that is learnt from.
-    """
-    figures = {"value/q": values.mean(), "value/target": loss.value_estimator.targets.mean()}
-    if values.shape[-1] > 1:
-        figures["value/spread"] = values.std(-1, correction=0).mean()
-    return figures
+    def forward(self, observation: Tensor, action: Tensor) -> Tensor:
+        """Value actions ``[B, A]`` in what is observed ``[B, O]``: ``[B, K]``."""
+        pair = torch.cat([observation, action], dim=-1)
+        return torch.cat([critic(pair) for critic in self], dim=-1)

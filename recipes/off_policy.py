@@ -1,69 +1,30 @@
 """The loop of the paper's Figure 1, once and explicit.
 
 collect → extend → score → sample → update → re-prioritise → log.  Every recipe runs it; what
-differs between algorithms is in their LightningModule, what differs between replay methods is
-in the sampler.  A judge is waited for before the first step; afterwards one line knows of it:
+differs between algorithms is in their ``update``, what differs between replay methods is in the
+sampler.  A judge is waited for before the first step; afterwards one line knows of it:
 ``scoring.extend``.
 """
 
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Any, Protocol
 
 import torch
 from jsonargparse import Namespace
 from lightning.fabric import Fabric
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase
-from torch import Tensor
-from torch.optim import Optimizer
 from torchrl import timeit
 
 from recipes.evaluation import evaluate
+from recipes.learning import Algorithm
+from recipes.running.acceleration import way_of
 from recipes.running.checkpoint import Checkpoints
 from recipes.running.divergence import check_learning
 from recipes.running.metrics import Telemetry
 from recipes.running.run_state import Games, Learner, Memory, RunState
 from recipes.settings import progress_of
-from recipes.transitions import Transitions
-
-
-class Algorithm(Protocol):
-    """What the loop asks of a LightningModule."""
-
-    gradient_clip_norm: float
-    transitions: Transitions
-    policy: TensorDictModuleBase
-    behaviour: TensorDictModuleBase
-
-    def configure_optimizers(self) -> dict[str, Optimizer]:
-        """Build the optimizers, in the order of their steps: the critic, whence |δ|, is first."""
-
-    def compile_losses(self, **options: Any) -> None:
-        """Compile what ``training_step`` spends its time in, with options of ``torch.compile``."""
-
-    def training_step(self, batch: TensorDictBase, optimizer: str) -> Tensor | None:
-        """Return the loss that ``optimizer`` descends, or None where it has nothing to do.
-
-        The critic's step writes |δ| into the batch.
-        """
-
-    def after_update(self) -> None:
-        """Run after each update (target networks)."""
-
-    def after_collection(self, progress: float) -> None:
-        """Run after each round of updates (exploration).
-
-        Args:
-            progress: Share of the steps after the warm-up that is done, 0 to 1.
-        """
-
-    def figures(self, batch: TensorDictBase) -> dict[str, Tensor]:
-        """Say what is worth logging, whenever a row is due, of the last batch, just learnt from.
-
-        No random number may be drawn: runs would differ by how often they are logged.
-        """
+from vlmrb_torchrl import keys
 
 
 @timeit("store")
@@ -78,34 +39,17 @@ def store(data: TensorDictBase, memory: Memory) -> None:
 
 
 def update(learner: Learner, memory: Memory, telemetry: Telemetry) -> None:
-    """Learn from one batch: sample, a gradient step of each optimizer, re-prioritise."""
-    fabric, algorithm = learner.fabric, learner.wrapped
+    """Learn from one batch: sample, update, re-prioritise."""
     with timeit("sample"):
-        batch = memory.batches.sample().to(fabric.device)
-    for name, optimizer in learner.optimizers.items():
-        with timeit("loss"):
-            loss = algorithm.training_step(batch, name)
-        if loss is None:
-            continue
-        with timeit("backward"):
-            optimizer.zero_grad()
-            fabric.backward(loss)
-        with timeit("optimizer"):
-            norm = fabric.clip_gradients(
-                algorithm,
-                optimizer,
-                max_norm=algorithm.gradient_clip_norm,
-                error_if_nonfinite=False,  # that would wait for the device, in each step
-            )
-            optimizer.step()
-        telemetry.stepped(name, loss, norm)
-    with timeit("target"):
-        algorithm.after_update()
+        batch = memory.batches.sample()
+    with timeit("update"):
+        td_error, figures = learner.update(batch)
     replayed = memory.batches.replayed(batch)
-    telemetry.updated(batch, replayed, memory.buffer)
+    telemetry.updated(figures, replayed, memory.buffer)
     if memory.replay.uses_td_error:
         with timeit("priority"):  # which goes to the buffer's device: the learner's is waited for
             check_learning(telemetry.learning)
+            replayed.set(keys.TD_ERROR, td_error[: len(replayed)])
             memory.buffer.update_tensordict_priority(replayed)
 
 
@@ -146,8 +90,6 @@ def train(
         StoppedError: By Ctrl-C or SIGTERM, after the step and a checkpoint.
     """
     training = settings.training
-    if training.compile:
-        module.compile_losses()
     seed = training.seed * fabric.world_size + fabric.global_rank
     learner = Learner(fabric, module)
     memory = Memory(settings, module.transitions, seed)
@@ -158,6 +100,8 @@ def train(
             cleanup.enter_context(torch.cuda.stream(torch.cuda.Stream(fabric.device, priority=-1)))
         with telemetry.paused():
             cleanup.enter_context(memory)
+        threaded = memory.scoring is not None and memory.scoring.mode == "thread"
+        learner.accelerate(way_of(training, fabric, judge_in_thread=threaded))
         telemetry.note(memory.batches.figures)
         run = RunState(
             {"algorithm": learner, "memory": memory, "telemetry": telemetry, "games": games}
@@ -182,12 +126,12 @@ def train(
                     update(learner, memory, telemetry)
                 check_learning(telemetry.learning)  # before anything is played, shown or saved
                 progress = progress_of(training, run.env_steps)
-                module.after_collection(progress)
+                telemetry.note(module.after_collection(progress))
                 memory.replay.anneal(memory.buffer.sampler, progress)
 
-            telemetry.log(run.env_steps, module, memory.replay, memory.buffer, memory.scoring)
+            telemetry.log(run.env_steps, memory.replay, memory.buffer, memory.scoring)
             if run.env_steps > training.warmup_env_steps:  # before, nothing has been learnt
                 evaluate_if_due(learner, settings, telemetry, run.env_steps)
             checkpoints.after_step(run, telemetry)
-    policy = {"algorithm": learner.wrapped, "env_steps": run.env_steps}
+    policy = {"algorithm": module.state_dict(), "env_steps": run.env_steps}
     fabric.save(telemetry.folder / "policy.ckpt", policy)

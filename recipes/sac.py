@@ -1,23 +1,20 @@
 """Soft actor-critic (Haarnoja et al. 2018, arXiv 1812.05905), with any replay method.
 
 python -m recipes.sac --config recipes/configs/scene_task1/sac.yaml
-fabric run --devices=2 --strategy=ddp_find_unused_parameters_true recipes/sac.py --config …
+fabric run --devices=2 recipes/sac.py --config recipes/configs/scene_task1/sac.yaml
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
-import lightning as L
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictSequential
-from torch import Tensor
-from torch.optim import Adam, Optimizer
+from torch import nn
+from torch.optim import Optimizer
 from torchrl.envs import EnvBase
 from torchrl.modules import EGreedyModule, ProbabilisticActor, TanhNormal
-from torchrl.objectives import SACLoss, SoftUpdate, ValueEstimators
 
 from recipes.arguments import (
     FiniteFloat,
@@ -28,19 +25,20 @@ from recipes.arguments import (
     RightOpenUnitInterval,
     Width,
 )
-from recipes.networks import (
-    ActionValue,
-    GaussianPolicy,
-    critics_values,
-    keep_targets,
+from recipes.learning import (
+    Algorithm,
+    Learnt,
+    adam,
+    target_of,
+    track,
     value_figures,
-    vector_sizes,
+    weighted_mean,
 )
+from recipes.networks import Critics, GaussianPolicy, vector_sizes
 from recipes.transitions import Transitions
-from vlmrb_torchrl import keys
 
 
-class SAC(L.LightningModule):
+class SAC(Algorithm):
     """Soft actor-critic with twin critics and a temperature that is learnt.
 
     Args:
@@ -78,27 +76,20 @@ class SAC(L.LightningModule):
         super().__init__()
         sizes = vector_sizes(env)
         action_spec = env.action_spec_unbatched
+        self.actor = GaussianPolicy(*sizes, hidden_features)
         self.policy = ProbabilisticActor(
-            GaussianPolicy(*sizes, hidden_features),
+            self.actor,
             in_keys=["loc", "scale"],
             spec=action_spec,
             distribution_class=TanhNormal,
         )
         self.warmup = EGreedyModule(action_spec)
-        self.loss = SACLoss(
-            self.policy,
-            ActionValue(*sizes, hidden_features, critic_layer_norm),
-            num_qvalue_nets=num_critics,
-            loss_function="l2",
-            alpha_init=alpha_init,
-            action_spec=action_spec,
-            target_entropy="auto" if target_entropy is None else target_entropy,
-        )
-        self.loss.make_value_estimator(ValueEstimators.TD0, gamma=gamma)
-        keep_targets(self.loss)
-        _ = self.loss.target_entropy  # a buffer made when first asked for; checkpoints hold it
+        self.critics = Critics(num_critics, *sizes, hidden_features, critic_layer_norm)
+        self.target = target_of(self.critics)
+        self.log_alpha = nn.Parameter(torch.tensor(alpha_init).log())
+        self.target_entropy = -float(sizes[-1]) if target_entropy is None else target_entropy
         self.transitions = Transitions(gamma, n_steps, reward_scale)
-        self.target = SoftUpdate(self.loss, tau=target_update_rate)
+        self.target_update_rate = target_update_rate
         self.learning_rate, self.gradient_clip_norm = learning_rate, gradient_clip_norm
 
     @property
@@ -108,51 +99,43 @@ class SAC(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Optimizer]:
         """Build Adam over the critics, the actor and the logarithm of the temperature."""
-        parameters = {
-            "critic": self.loss.qvalue_network_params.parameters(),
-            "actor": self.loss.actor_network_params.parameters(),
-            "temperature": [self.loss.log_alpha],
+        weights = {
+            "critic": self.critics.parameters(),
+            "actor": self.actor.parameters(),
+            "temperature": [self.log_alpha],
         }
-        return {
-            name: Adam(chosen, lr=self.learning_rate, fused=True)
-            for name, chosen in parameters.items()
-        }
+        return {name: adam(chosen, self.learning_rate) for name, chosen in weights.items()}
 
-    def compile_losses(self, **options: Any) -> None:
-        """Compile the critics' loss and the actor's by ``torch.compile``, with its options."""
-        self.loss.qvalue_v2_loss = torch.compile(self.loss.qvalue_v2_loss, **options)
-        self.loss.actor_loss = torch.compile(self.loss.actor_loss, **options)
+    def update(self, batch: TensorDictBase) -> Learnt:
+        """Learn from a batch: critics, then the actor by them, then the temperature."""
+        observation, following = batch["observation"], batch["next", "observation"]
+        alpha = self.log_alpha.detach().exp()
+        values = self.critics(observation, batch["action"])
+        with torch.no_grad():
+            action, log_prob = self.actor.draw(following)
+            next_value = self.target(following, action).amin(-1) - alpha * log_prob
+            target = self.transitions.targets(batch, next_value)
+        errors = values - target.unsqueeze(-1)
+        td_error = errors.detach().abs().amax(-1)
+        figures = value_figures(values, target, td_error)
+        loss = weighted_mean(errors.square().sum(-1), batch)
+        figures |= self.step(self.gradient("critic", loss))
 
-    def training_step(self, batch: TensorDictBase, optimizer: str) -> Tensor:
-        """Compute a loss of a batch; the critics' writes |δ| into it, the actor's log π."""
-        loss: Tensor
-        if optimizer == "critic":
-            loss, metadata = self.loss.qvalue_v2_loss(batch)
-            batch.set(keys.TD_ERROR, metadata["td_error"])  # |δ|, the larger of the critics'
-        elif optimizer == "actor":
-            # Importance weights are the critics' alone.
-            loss, metadata = self.loss.actor_loss(batch.exclude(keys.WEIGHT))
-            batch.set("log_prob", metadata["log_prob"])
-        else:
-            loss = self.loss.alpha_loss(batch.get("log_prob")).mean()
-        return loss
+        action, log_prob = self.actor.draw(observation)
+        entropy = -log_prob.detach().mean()
+        # Importance weights are the critics' alone.
+        loss = (alpha * log_prob - self.critics(observation, action).amin(-1)).mean()
+        figures |= self.step(self.gradient("actor", loss))
 
-    def after_update(self) -> None:
-        """Move the target critics towards the online ones."""
-        self.target.step()
+        loss = self.log_alpha * (entropy - self.target_entropy)
+        figures |= self.step(self.gradient("temperature", loss))
+        track(self.target, self.critics, self.target_update_rate)
+        return td_error, figures | {"train/entropy": entropy, "train/alpha": alpha}
 
-    def after_collection(self, progress: float) -> None:
+    def after_collection(self, progress: float) -> dict[str, float]:
         """End the uniform actions of the warm-up."""
         self.warmup.eps.zero_()
-
-    @torch.no_grad()
-    def figures(self, batch: TensorDictBase) -> dict[str, Tensor]:
-        """Say what is worth logging after an update."""
-        return {
-            **value_figures(self.loss, critics_values(self.loss, batch)),
-            "train/entropy": -batch["log_prob"].mean(),
-            "train/alpha": self.loss.log_alpha.exp(),
-        }
+        return {}
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ Defaults live here, YAML files hold departures only.
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,8 +50,11 @@ class Training:
         accelerator: Where the networks are trained; the CPU is faster for small ones. The option
             of ``fabric run`` counts instead. The judge has a ``device`` of its own.
         torch_threads: Threads of a tensor operation; 1 is fastest for small networks.
-        compile: Compile the losses by ``torch.compile``: up to a minute before the first
-            update, each update a little faster. Wants a C++ compiler.
+        accelerate: How updates run: one operation after another (``eager``), compiled by
+            ``torch.compile`` (``compile``: up to a minute before the first one; wants a C++
+            compiler), or captured as one CUDA graph (``cudagraph``: one GPU, the judge not in a
+            thread). ``auto``: captured on a GPU where that is possible; on the CPU compiled if the
+            run is long enough to earn it back. The results are the same but for rounding.
         progress: Show a progress bar.
     """
 
@@ -73,17 +74,8 @@ class Training:
     name: str | None = None
     accelerator: Literal["cpu", "cuda", "auto"] = "cpu"
     torch_threads: PositiveInt = 1
-    compile: bool = False
+    accelerate: Literal["auto", "eager", "compile", "cudagraph"] = "auto"
     progress: bool = True
-
-    def __post_init__(self) -> None:
-        compiler = os.environ.get("CXX", "g++")
-        require(
-            not self.compile or shutil.which(compiler) is not None,
-            "training.compile",
-            self.compile,
-            f"install {compiler}, or name another C++ compiler in CXX",
-        )
 
     @property
     def env_steps_per_collection(self) -> int:

@@ -1,23 +1,19 @@
 """TD3 (Fujimoto et al. 2018, arXiv 1802.09477), with any replay method.
 
 python -m recipes.td3 --config tests/recipes/configs/pendulum/td3.yaml
-fabric run --devices=2 --strategy=ddp_find_unused_parameters_true recipes/td3.py --config …
+fabric run --devices=2 recipes/td3.py --config recipes/configs/scene_task1/td3.yaml
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
-import lightning as L
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictSequential
-from torch import Tensor
-from torch.optim import Adam, Optimizer
+from torch.optim import Optimizer
 from torchrl.envs import EnvBase
 from torchrl.modules import AdditiveGaussianModule, EGreedyModule
-from torchrl.objectives import SoftUpdate, TD3Loss, ValueEstimators
 
 from recipes.arguments import (
     LeftOpenUnitInterval,
@@ -28,19 +24,20 @@ from recipes.arguments import (
     RightOpenUnitInterval,
     Width,
 )
-from recipes.networks import (
-    ActionValue,
-    DeterministicPolicy,
-    critics_values,
-    keep_targets,
+from recipes.learning import (
+    Algorithm,
+    Learnt,
+    adam,
+    target_of,
+    track,
     value_figures,
-    vector_sizes,
+    weighted_mean,
 )
+from recipes.networks import Critics, DeterministicPolicy, vector_sizes
 from recipes.transitions import Transitions
-from vlmrb_torchrl import keys
 
 
-class TD3(L.LightningModule):
+class TD3(Algorithm):
     """Twin delayed DDPG: smoothed targets of the lesser critic, an actor that learns more seldom.
 
     Args:
@@ -86,19 +83,11 @@ class TD3(L.LightningModule):
             action_spec, sigma_init=exploration_noise, sigma_end=exploration_noise
         )
         self.warmup = EGreedyModule(action_spec)
-        self.loss = TD3Loss(
-            self.policy,
-            ActionValue(*sizes, hidden_features, critic_layer_norm),
-            num_qvalue_nets=num_critics,
-            loss_function="l2",
-            action_spec=action_spec,
-            policy_noise=target_noise,
-            noise_clip=target_noise_clip,
-        )
-        self.loss.make_value_estimator(ValueEstimators.TD0, gamma=gamma)
-        keep_targets(self.loss)
+        self.critics = Critics(num_critics, *sizes, hidden_features, critic_layer_norm)
+        self.target, self.target_policy = target_of(self.critics), target_of(self.policy)
+        self.target_noise, self.target_noise_clip = target_noise, target_noise_clip
         self.transitions = Transitions(gamma, n_steps, reward_scale)
-        self.target = SoftUpdate(self.loss, tau=target_update_rate)
+        self.target_update_rate = target_update_rate
         self.learning_rate, self.gradient_clip_norm = learning_rate, gradient_clip_norm
         self.policy_delay, self.updates = policy_delay, 0
 
@@ -112,52 +101,46 @@ class TD3(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Optimizer]:
         """Build Adam over the critics and over the actor."""
-        parameters = {
-            "critic": self.loss.qvalue_network_params.parameters(),
-            "actor": self.loss.actor_network_params.parameters(),
-        }
-        return {
-            name: Adam(chosen, lr=self.learning_rate, fused=True)
-            for name, chosen in parameters.items()
-        }
+        weights = {"critic": self.critics.parameters(), "actor": self.policy.parameters()}
+        return {name: adam(chosen, self.learning_rate) for name, chosen in weights.items()}
 
-    @property
-    def actor_is_due(self) -> bool:
-        """Whether actor and targets move in this update."""
-        return self.updates % self.policy_delay == 0
-
-    def compile_losses(self, **options: Any) -> None:
-        """Compile the critics' loss and the actor's by ``torch.compile``, with its options."""
-        self.loss.value_loss = torch.compile(self.loss.value_loss, **options)
-        self.loss.actor_loss = torch.compile(self.loss.actor_loss, **options)
-
-    def training_step(self, batch: TensorDictBase, optimizer: str) -> Tensor | None:
-        """Compute a loss of a batch; the critics' writes |δ| into it."""
-        loss: Tensor
-        if optimizer == "critic":
-            loss, metadata = self.loss.value_loss(batch)
-            # TD3Loss knows δ² of each critic; replay priorities are in units of return.
-            batch.set(keys.TD_ERROR, metadata["td_error"].detach().amax(0).sqrt())
-            return loss
-        if not self.actor_is_due:
-            return None
-        loss, _ = self.loss.actor_loss(batch.exclude(keys.WEIGHT))  # weights are the critics' alone
-        return loss
-
-    def after_update(self) -> None:
-        """Move the target networks towards the online ones, as seldom as the actor."""
-        if self.actor_is_due:
-            self.target.step()
+    def next_update(self) -> str:
+        """Say whether actor and targets move in this update, too."""
+        due = self.updates % self.policy_delay == 0
         self.updates += 1
+        return "update" if due else "update_critics"
 
-    def after_collection(self, progress: float) -> None:
+    def update_critics(self, batch: TensorDictBase) -> Learnt:
+        """Learn from a batch: the critics alone."""
+        action, following = batch["action"], batch["next", "observation"]
+        values = self.critics(batch["observation"], action)
+        with torch.no_grad():
+            noise = self.target_noise * torch.randn_like(action)
+            noise = noise.clamp(-self.target_noise_clip, self.target_noise_clip)
+            smoothed = (self.target_policy.act(following) + noise).clamp(-1, 1)
+            next_value = self.target(following, smoothed).amin(-1)
+            target = self.transitions.targets(batch, next_value)
+        errors = values - target.unsqueeze(-1)
+        td_error = errors.detach().abs().amax(-1)
+        figures = value_figures(values, target, td_error)
+        loss = weighted_mean(errors.square().sum(-1), batch)
+        return td_error, figures | self.step(self.gradient("critic", loss))
+
+    def update(self, batch: TensorDictBase) -> Learnt:
+        """Learn from a batch: the critics, then the actor by the first of them, then targets."""
+        td_error, figures = self.update_critics(batch)
+        observation = batch["observation"]
+        pair = torch.cat([observation, self.policy.act(observation)], dim=-1)
+        loss = -self.critics[0](pair).mean()  # importance weights are the critics' alone
+        figures |= self.step(self.gradient("actor", loss))
+        track(self.target, self.critics, self.target_update_rate)
+        track(self.target_policy, self.policy, self.target_update_rate)
+        return td_error, figures
+
+    def after_collection(self, progress: float) -> dict[str, float]:
         """End the uniform actions of the warm-up."""
         self.warmup.eps.zero_()
-
-    @torch.no_grad()
-    def figures(self, batch: TensorDictBase) -> dict[str, Tensor]:
-        """Say what is worth logging after an update."""
-        return value_figures(self.loss, critics_values(self.loss, batch))
+        return {}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is kept of collected steps: what the loss reads, over n steps, with scaled rewards.
+"""What is kept of collected steps, over n steps with scaled rewards, and what they aim at.
 
 N: environments, T: steps of each, n: steps that a transition spans.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from tensordict import NestedKey, TensorDictBase
+from torch import Tensor
 from torchrl.data import MultiStep
 
 _READ: tuple[NestedKey, ...] = (
@@ -17,7 +18,7 @@ _READ: tuple[NestedKey, ...] = (
     ("next", "done"),
     ("next", "terminated"),
 )
-_SPAN = "steps_to_next_obs"  # by this power of γ TorchRL's value estimators discount
+_SPAN = "steps_to_next_obs"  # by this power of γ the value behind a transition is discounted
 
 
 class Transitions:
@@ -44,7 +45,7 @@ class Transitions:
     def __init__(self, gamma: float, n_steps: int = 1, reward_scale: float = 1.0) -> None:
         # With a γ of 0, which MultiStep refuses, no reward but the first counts.
         self._multi_step = MultiStep(gamma, n_steps) if n_steps > 1 and gamma > 0 else None
-        self._reward_scale = reward_scale
+        self.gamma, self._reward_scale = gamma, reward_scale
 
     def __call__(self, data: TensorDictBase) -> TensorDictBase:
         """Build the transitions; the steps stay as they are."""
@@ -59,3 +60,20 @@ class Transitions:
         for end in (("next", "done"), ("next", "terminated")):
             spanned[end] = steps[end].gather(-2, last)
         return spanned.select(*_READ).set(_SPAN, span)
+
+    def targets(self, batch: TensorDictBase, value: Tensor) -> Tensor:
+        """Bootstrap: R + γ^n V, and R alone where the episode terminated.
+
+        Args:
+            batch: Transitions ``[B]``.
+            value: V of their ``("next", "observation")``, ``[B]``, or ``[B, K]`` for K of each.
+
+        Returns:
+            Targets in the shape of ``value``, in units of the scaled return.
+        """
+        span = batch.get(_SPAN, None)
+        discount = self.gamma if span is None else self.gamma**span
+        reward, ended = batch.get(("next", "reward")), batch.get(("next", "terminated"))
+        columns = value.unsqueeze(-1) if value.ndim == 1 else value
+        targets: Tensor = torch.where(ended, reward, reward + discount * columns)
+        return targets.view_as(value)

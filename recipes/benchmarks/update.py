@@ -1,130 +1,278 @@
-"""What an update costs, and what was taken off it: the same update in turn, mend by mend.
+"""What an update costs: a recipe's against the same in a plain PyTorch loop, written out here.
 
     python -m recipes.benchmarks.update
-    python -m recipes.benchmarks.update --algorithm sac --configs recipes/configs/scene_task1
+    python -m recipes.benchmarks.update --algorithm sac --configs tests/recipes/configs/pendulum
+    python -m recipes.benchmarks.update --device cuda
 
-The two largest items of an update are the losses, most of it not arithmetic but the way in and out
-of small networks, and the optimizers.  Sampling and priorities are left to
-``recipes.benchmarks.sampler``.
+Both have the same networks, batch, data and optimizer.  They are timed on one batch, and with the
+draw of each batch: from a buffer by TorchRL's uniform sampler, and from tensors by random indices.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from contextlib import ExitStack, closing
-from functools import partial
+import copy
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
-from unittest.mock import patch
 
 import torch
 from jsonargparse import Namespace
-from tensordict.nn import TensorDictModule
+from lightning.fabric import Fabric
+from tensordict import TensorDictBase
+from tensordict.nn import CudaGraphModule
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import Optimizer
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
-from recipes.arguments import program
-from recipes.benchmarks.timing import against_first, rates, show
-from recipes.networks import ActionValue, DeterministicPolicy, GaussianPolicy, GridQNetwork
+from recipes.arguments import PositiveInt, program
+from recipes.benchmarks.timing import rates, show
+from recipes.learning import Algorithm, Update
+from recipes.replay import Uniform
 from recipes.running import cli
+from recipes.running.acceleration import accelerated
 
-GENERAL, OWN, RECIPE, COMPILED = (
-    "networks in TensorDictModule, Adam as by default, a search for a GPU in each step",
-    "networks that are modules of their own",
-    "and Adam fused, without the search: the recipe",
-    "and losses compiled (training.compile)",
-)
-_FORWARD: dict[type[Any], Callable[..., Any]] = {
-    GridQNetwork: lambda own, observation: own.mlp(own.one_hot(observation)),
-    ActionValue: lambda own, *pair: own.mlp(torch.cat(pair, dim=-1)),
-    GaussianPolicy: lambda own, observation: own.split(own.mlp(observation)),
-    DeterministicPolicy: lambda own, observation: own.mlp(observation).tanh(),
-}
-"""What the recipes' networks compute, for TorchRL's general module around it."""
+PLAIN_LOOP, PLAIN_GRAPH = "plain loop", "plain loop, cudagraph"
+DRAWN = ", with the draw"
+TRANSITIONS = 2048
+"""Stored, to be drawn from."""
+
+Rows = tuple[Tensor, ...]
+"""Observations, actions, rewards, whether the episode goes on, and next observations."""
+Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""An update by such rows, which returns |δ|."""
 
 
-class _Plain(nn.Module):
-    """Tensors in and out."""
-
-    def __init__(self, own: nn.Module) -> None:
-        super().__init__()
-        self.own = own
-
-    def forward(self, *inputs: Tensor) -> Any:
-        return _FORWARD[type(self.own)](self.own, *inputs)
+# -------------------------------------------------------------- as one writes it without a library
 
 
-def general_module(kind: type[Any], *sizes: Any, **options: Any) -> TensorDictModule:
-    """A network of a class within a ``TensorDictModule``."""
-    own = kind(*sizes, **options)
-    return TensorDictModule(_Plain(own), in_keys=own.in_keys, out_keys=own.out_keys)
+def descend(loss: Tensor, optimizer: Optimizer, max_norm: float) -> None:
+    """One gradient step."""
+    optimizer.zero_grad()
+    loss.backward()
+    if max_norm < math.inf:
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_norm)
+    optimizer.step()
 
 
-def update(recipe: type[Any], settings: Namespace, way: str) -> Callable[[], int]:
-    """Build an algorithm and return its update: each optimizer's step, then the targets'."""
-    plain = way in (GENERAL, OWN)
-    with ExitStack() as patched:
-        names = vars(import_module(recipe.__module__))
-        for kind in _FORWARD:
-            if way == GENERAL and kind.__name__ in names:
-                where = f"{recipe.__module__}.{kind.__name__}"
-                patched.enter_context(patch(where, partial(general_module, kind)))
-        module = cli.build_algorithm(recipe, settings)
-    with closing(settings.env.make(1, seed=0)) as env:  # a batch of random actions' steps
-        steps = env.rollout(settings.replay.batch_size, break_when_any_done=False)
-    batch, optimizers = module.transitions(steps).reshape(-1), module.configure_optimizers()
-    if way == COMPILED:
-        module.compile_losses()
-    for optimizer in optimizers.values() if plain else ():
-        for group in optimizer.param_groups:
-            group["fused"] = None  # torch's default
+@torch.no_grad()
+def follow(target: nn.Module, online: nn.Module, rate: float) -> None:
+    """Move a target network."""
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), rate)
 
-    def work() -> int:
-        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1" if plain else "0"  # 1: Lightning's
-        drawn = batch.copy()
-        for name, optimizer in optimizers.items():
-            loss = module.training_step(drawn, name)
-            if loss is not None:
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-        module.after_update()
-        return 1
 
-    for _ in range(3):  # compiles, more than once where weights have got a gradient or a delay ends
-        work()
-    return work
+def dqn(m: Any) -> Step:
+    """Double DQN with the networks and settings of a recipe."""
+    gamma, value_adam = m.transitions.gamma, m.configure_optimizers()["value"]
+
+    def step(now: Tensor, action: Tensor, reward: Tensor, going: Tensor, after: Tensor) -> Tensor:
+        value = m.network.values(now).gather(1, action[:, None])[:, 0]
+        with torch.no_grad():
+            best = m.network.values(after).argmax(1, keepdim=True)
+            goal = reward + gamma * going * m.target.values(after).gather(1, best)[:, 0]
+        loss = functional.smooth_l1_loss(value, goal)
+        descend(loss, value_adam, m.gradient_clip_norm)
+        follow(m.target, m.network, m.target_update_rate)
+        return (goal - value.detach()).abs()
+
+    return step
+
+
+def iqn(m: Any) -> Step:
+    """IQN."""
+    gamma, value_adam = m.transitions.gamma, m.configure_optimizers()["value"]
+
+    def step(now: Tensor, action: Tensor, reward: Tensor, going: Tensor, after: Tensor) -> Tensor:
+        rows = torch.arange(len(now), device=now.device)
+        tau = torch.rand(len(now), m.online_quantiles, device=now.device)
+        value = m.network.quantiles(now, tau)[rows, :, action]
+        with torch.no_grad():
+            best = m.network.values(after).argmax(1)
+            tau_after = torch.rand(len(now), m.target_quantiles, device=now.device)
+            quantiles = m.target.quantiles(after, tau_after)[rows, :, best]
+            goal = reward[:, None] + gamma * going[:, None] * quantiles
+        difference = goal[:, None] - value[:, :, None]
+        huber = functional.huber_loss(value[:, :, None], goal[:, None], "none", delta=m.kappa)
+        weight = (tau[:, :, None] - (difference < 0).float()).abs()
+        loss = (weight * huber / m.kappa).mean(2).sum(1).mean()
+        descend(loss, value_adam, m.gradient_clip_norm)
+        follow(m.target, m.network, m.target_update_rate)
+        return (goal.mean(1) - value.detach().mean(1)).abs()
+
+    return step
+
+
+def sac(m: Any) -> Step:
+    """SAC with twin critics."""
+    gamma, (critic_adam, actor_adam, alpha_adam) = (
+        m.transitions.gamma,
+        m.configure_optimizers().values(),
+    )
+
+    def step(now: Tensor, action: Tensor, reward: Tensor, going: Tensor, after: Tensor) -> Tensor:
+        alpha = m.log_alpha.exp().detach()
+        with torch.no_grad():
+            next_action, log_prob = m.actor.draw(after)
+            next_value = m.target(after, next_action).min(1).values - alpha * log_prob
+            goal = reward + gamma * going * next_value
+        values = m.critics(now, action)
+        loss = sum(functional.mse_loss(value, goal) for value in values.unbind(1))
+        descend(loss, critic_adam, m.gradient_clip_norm)
+        chosen, log_prob = m.actor.draw(now)
+        loss = (alpha * log_prob - m.critics(now, chosen).min(1).values).mean()
+        descend(loss, actor_adam, m.gradient_clip_norm)
+        loss = -(m.log_alpha * (log_prob.detach() + m.target_entropy)).mean()
+        descend(loss, alpha_adam, m.gradient_clip_norm)
+        follow(m.target, m.critics, m.target_update_rate)
+        return (goal[:, None] - values.detach()).abs().amax(1)
+
+    return step
+
+
+def td3(m: Any) -> Step:
+    """TD3, whose actor learns once in ``policy_delay`` updates."""
+    gamma, (critic_adam, actor_adam) = m.transitions.gamma, m.configure_optimizers().values()
+    made = itertools.count()
+
+    def step(now: Tensor, action: Tensor, reward: Tensor, going: Tensor, after: Tensor) -> Tensor:
+        with torch.no_grad():
+            limit = m.target_noise_clip
+            noise = (m.target_noise * torch.randn_like(action)).clamp(-limit, limit)
+            next_action = (m.target_policy.act(after) + noise).clamp(-1, 1)
+            goal = reward + gamma * going * m.target(after, next_action).min(1).values
+        values = m.critics(now, action)
+        loss = sum(functional.mse_loss(value, goal) for value in values.unbind(1))
+        descend(loss, critic_adam, m.gradient_clip_norm)
+        if next(made) % m.policy_delay == 0:
+            loss = -m.critics[0](torch.cat([now, m.policy.act(now)], 1)).mean()
+            descend(loss, actor_adam, m.gradient_clip_norm)
+            follow(m.target, m.critics, m.target_update_rate)
+            follow(m.target_policy, m.policy, m.target_update_rate)
+        return (goal[:, None] - values.detach()).abs().amax(1)
+
+    return step
+
+
+PLAIN = {"dqn": dqn, "iqn": iqn, "sac": sac, "td3": td3}
+
+
+# -------------------------------------------------------------- the contestants
+
+
+def rows_of(steps: TensorDictBase) -> Rows:
+    """Transitions as tensors."""
+    following = steps["next"]
+    going = ~following["terminated"].squeeze(-1)
+    reward = following["reward"].squeeze(-1)
+    return steps["observation"], steps["action"], reward, going, following["observation"]
+
+
+def recipe(module: Algorithm, device: torch.device, way: str) -> Callable[[TensorDictBase], Any]:
+    """Updates of a recipe, run in a ``way``."""
+    module.prepare(Fabric(accelerator=device.type, devices=1))
+    made: dict[str, Update] = {}
+
+    def step(batch: TensorDictBase) -> Any:
+        name = module.next_update()
+        if name not in made:
+            made[name] = accelerated(getattr(module, name), way)
+        return made[name](batch)
+
+    return step
+
+
+def contestants(
+    algorithm: str, settings: Namespace, kind: type[Any], device: torch.device, ways: Sequence[str]
+) -> dict[str, Callable[[], int]]:
+    """Build the loops: each makes one update when called."""
+    with closing(settings.env.make(8, seed=0)) as env:  # random actions
+        steps = env.rollout(TRANSITIONS // 8, break_when_any_done=False)
+    size, made = settings.replay.batch_size, {}
+    modules = [cli.build_algorithm(kind, settings).to(device) for _ in (PLAIN_LOOP, *ways)]
+    stored = modules[0].transitions(steps).reshape(-1).to(device)
+    buffer = Uniform(capacity=len(stored), batch_size=size).buffer()
+    if device.type == "cuda":
+        buffer = TensorDictReplayBuffer(
+            storage=LazyTensorStorage(len(stored), device=device), batch_size=size
+        )
+    buffer.extend(stored)
+    rows, batch = rows_of(stored), buffer.sample()
+
+    def drawn_rows() -> Rows:
+        chosen = torch.randint(len(stored), (size,), device=device)
+        return tuple(column[chosen] for column in rows)
+
+    some = drawn_rows()
+    plain = PLAIN[algorithm](modules[0])
+    made[PLAIN_LOOP] = lambda: plain(*some)
+    made[PLAIN_LOOP + DRAWN] = lambda: plain(*drawn_rows())
+    if device.type == "cuda" and algorithm != "td3":  # whose turns are two graphs
+        captured = CudaGraphModule(PLAIN[algorithm](copy.deepcopy(modules[0])))
+        made[PLAIN_GRAPH] = lambda: captured(*some)
+        made[PLAIN_GRAPH + DRAWN] = lambda: captured(*drawn_rows())
+    for way, module in zip(ways, modules[1:], strict=True):
+        step = recipe(module, device, way)
+        made[f"recipe, {way}"] = lambda step=step: step(batch)
+        made[f"recipe, {way}{DRAWN}"] = lambda step=step: step(buffer.sample())
+    return made
+
+
+def timed(work: Callable[[], Any], device: torch.device) -> Callable[[], int]:
+    """Make ten updates, and wait for the GPU at their end."""
+
+    def ten() -> int:
+        for _ in range(10):
+            work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return 10
+
+    return ten
 
 
 def main(
     algorithm: Literal["dqn", "iqn", "sac", "td3"] = "dqn",
-    configs: Path = cli.CONFIGS / "doorkey_6x6",
-    rounds: int = 9,
+    configs: Path | None = None,
+    rounds: PositiveInt = 9,
     seconds: float = 1.0,
+    device: Literal["cpu", "cuda"] = "cpu",
     compile: bool = True,
 ) -> None:
-    """Time the update of a recipe, on one CPU core.
+    """Time the update of a recipe against the plain loop; on the CPU on one core.
 
     Args:
         algorithm: Recipe.
-        configs: Folder of a task's YAML files, as for ``recipes.compare``.
+        configs: Folder of a task's YAML files, as for ``recipes.compare``; null: DoorKey-6x6 or,
+            of continuous actions, OGBench's cube.
         rounds: Repetitions, in turn for all, in one run.
         seconds: Least duration of each measurement.
-        compile: Whether compiled losses are timed, too: wants a C++ compiler and a minute.
+        device: Where it learns; on ``cuda`` both are captured as a CUDA graph, too.
+        compile: Whether compiled updates are timed: wants a C++ compiler and a minute.
     """
     torch.set_num_threads(1)
-    recipe = getattr(import_module(f"recipes.{algorithm}"), algorithm.upper())
-    settings = cli.rehearse(recipe, [f"--config={configs / algorithm}.yaml"])
-    ways = [GENERAL, OWN, RECIPE, COMPILED]
-    if algorithm == "iqn":  # whose network was never in a general module
-        ways.remove(GENERAL)
-    if not compile:
-        ways.remove(COMPILED)
-    measured = rates({way: update(recipe, settings, way) for way in ways}, rounds, seconds)
-    times = {way: speed.durations(1e3) for way, speed in measured.items()}
-    title = f"{algorithm.upper()}, batch {settings.replay.batch_size}"
-    show(title, ("", "ms/update", "time ÷ the first's"), against_first(times))
+    kind = getattr(import_module(f"recipes.{algorithm}"), algorithm.upper())
+    task = "doorkey_6x6" if algorithm in ("dqn", "iqn") else "cube_task1"
+    folder = cli.CONFIGS / task if configs is None else configs
+    settings = cli.rehearse(kind, [f"--config={folder / algorithm}.yaml"])
+    where = torch.device(device)
+    ways = ["eager", *(["compile"] if compile else []), *(["cudagraph"] * (device == "cuda"))]
+    works = contestants(algorithm, settings, kind, where, ways)
+    for work in works.values():  # compiles, and captures
+        timed(work, where)()
+    measured = rates({name: timed(work, where) for name, work in works.items()}, rounds, seconds)
+    rows = []
+    for name in [name for name in measured if not name.endswith(DRAWN)]:
+        cells: list[object] = [name]
+        for end in ("", DRAWN):
+            time, first = (measured[each + end].durations(1e3) for each in (name, PLAIN_LOOP))
+            cells += [time, time / first]
+        rows.append(cells)
+    title = f"{algorithm.upper()}, batch {settings.replay.batch_size}, {device}"
+    show(title, ("", "ms/update", "÷ plain", "ms with the draw", "÷ plain"), rows)
 
 
 if __name__ == "__main__":

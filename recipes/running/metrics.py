@@ -18,6 +18,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl import timeit
 
+from recipes.learning import Figures
 from recipes.replay import Replay
 from recipes.settings import Training
 from recipes.tasks import Task
@@ -27,7 +28,7 @@ METRICS_FILE = "metrics.jsonl"
 
 Row = dict[str, float]
 
-_SAVED = ["_sums", "_least_weight", "_drawn", "_updates", "_latest", "_playing", "_episodes"]
+_SAVED = ["_sums", "_drawn", "_updates", "_latest", "_playing", "_episodes"]
 _SAVED += ["_row_env_steps", "_last_point"]
 
 
@@ -50,12 +51,10 @@ class Telemetry:
         self._progress: Progress | None = None
         # Since the last row:
         self._sums: dict[str, tuple[Tensor, int]] = {}  # of figures, and how many they are
-        self._least_weight: Tensor | None = None
-        self._drawn: list[Tensor] = []  # slots
+        self._drawn: list[tuple[int, Tensor, Tensor | None]] = []  # newest slot, slots, weights
         self._updates = 0
-        self._batch: TensorDictBase | None = None  # of the last update since `log` was called
         # Since the start:
-        self._latest: Row = {}  # figures that stay until the next
+        self._latest: Row = {}  # figures of the loop
         self._playing: dict[str, Tensor] = {}  # sums of each game's episode
         self._episodes = 0
         self._row_env_steps = 0  # env steps of the last row
@@ -105,12 +104,10 @@ class Telemetry:
 
     # ---------------------------------------------------------------- collecting figures
 
-    def _add(self, name: str, values: Tensor) -> None:
-        """Add figures to a mean; nothing is read back from the device."""
-        total, number = values.detach().sum(), values.numel()
-        if name in self._sums:
-            total, number = total + self._sums[name][0], number + self._sums[name][1]
-        self._sums[name] = total, number
+    def _add(self, name: str, total: Tensor, number: int = 1) -> None:
+        """Add ``number`` figures to a mean; nothing is read back from the device."""
+        before, count = self._sums.get(name, (0, 0))
+        self._sums[name] = before + total, count + number
 
     def note(self, figures: Row) -> None:
         """Keep figures of the training loop for the rows to come."""
@@ -130,7 +127,7 @@ class Telemetry:
                 before = self._playing.get(name, torch.zeros_like(now))
                 total = before | now if name == "success" else before + now  # one is enough
                 if ended.any():
-                    self._add(f"train/{name}", total[ended])
+                    self._add(f"train/{name}", total[ended].sum(), int(ended.sum()))
                 self._playing[name] = total.masked_fill(ended, 0)
             self._episodes += int(ended.sum())
 
@@ -138,10 +135,13 @@ class Telemetry:
         """Forget the episodes in progress."""
         self._playing = {}
 
-    def stepped(self, optimizer: str, loss: Tensor, gradient_norm: Tensor) -> None:
-        """Note a gradient step."""
-        self._add(f"loss/{optimizer}", loss)
-        self._add(f"gradient_norm/{optimizer}", gradient_norm)
+    def updated(self, figures: Figures, drawn: TensorDictBase, buffer: VLMReplayBuffer) -> None:
+        """Note an update's figures, and what of the buffer was drawn for it."""
+        self._updates += 1
+        for name, figure in figures.items():
+            self._add(name, figure)
+        newest = buffer.writer._cursor - 1
+        self._drawn.append((newest, drawn[keys.INDEX], drawn.get(keys.WEIGHT, None)))
 
     @property
     def learning(self) -> dict[str, Tensor]:
@@ -149,59 +149,46 @@ class Telemetry:
         kinds = ("loss/", "gradient_norm/")
         return {name: total for name, (total, _) in self._sums.items() if name.startswith(kinds)}
 
-    def updated(
-        self, batch: TensorDictBase, replayed: TensorDictBase, buffer: VLMReplayBuffer
-    ) -> None:
-        """Note an update by ``batch``, of which ``replayed`` was drawn from the buffer."""
-        self._batch = batch
-        self._updates += 1
-        self._add("value/td_error", batch[keys.TD_ERROR])
-        index = replayed[keys.INDEX]
-        self._drawn.append(index)
-        age = (buffer.writer._cursor - 1 - index) % buffer.storage.max_size  # of the newest: 0
-        self._add("replay/age_transitions", age)
-        if (weights := replayed.get(keys.WEIGHT, None)) is not None:
-            least, known = weights.min(), self._least_weight
-            self._least_weight = least if known is None else torch.minimum(known.to(least), least)
+    def _replayed(self, buffer: VLMReplayBuffer) -> tuple[Tensor | None, Row]:
+        """Slots drawn since the last row, and what there is to say of them."""
+        if not self._drawn:
+            return None, {}
+        ages = [(newest - slots) % buffer.storage.max_size for newest, slots, _ in self._drawn]
+        row = {"replay/age_transitions": float(torch.cat(ages).float().mean())}  # of the newest: 0
+        weights = [each for _, _, each in self._drawn if each is not None]
+        if weights:
+            row["replay/least_weight"] = float(torch.cat(weights).min())
+        return torch.cat([slots for _, slots, _ in self._drawn]).cpu(), row
 
     # ---------------------------------------------------------------- writing them
 
     def log(
         self,
         env_steps: int,
-        algorithm: Any,
         replay: Replay,
         buffer: VLMReplayBuffer,
         scoring: AsyncScorer | None,
     ) -> None:
-        """Write a row if it is time for one; only then is the algorithm asked for its figures.
-
-        The end of a run always is.
-        """
-        batch, self._batch = self._batch, None
+        """Write a row if it is time for one; the end of a run always is."""
         if self._progress is not None:
             self._progress.update(self._bar, completed=env_steps)
         due = self._passed(env_steps, self._training.log_every_env_steps)
         if not due and env_steps < self._training.total_env_steps:
             return
-        if batch is not None:
-            figures = algorithm.figures(batch)
-            self._latest |= {name: float(figure) for name, figure in figures.items()}
-        drawn = torch.cat([slots.cpu() for slots in self._drawn]) if self._drawn else None
+        drawn, replayed = self._replayed(buffer)
         now = time.perf_counter()
         seconds = now - self._row_time
         spent = timeit.todict(percall=False, prefix="time")
         row = {
             **{name: float(total) / number for name, (total, number) in self._sums.items()},
             **self._latest,
+            **replayed,
             **{name: total / seconds for name, total in spent.items()},
             **{f"replay/{name}": value for name, value in replay.figures(buffer, drawn).items()},
             "speed/env_steps_per_s": (env_steps - self._row_env_steps) / seconds,
             "speed/updates_per_s": self._updates / seconds,
             "train/episodes": self._episodes,
         }
-        if self._least_weight is not None:
-            row["replay/least_weight"] = float(self._least_weight)
         if scoring is not None:
             row |= {f"scoring/{name}": value for name, value in scoring.statistics().items()}
         self._write(env_steps, row)
@@ -210,7 +197,7 @@ class Telemetry:
         timeit.erase()
         self._sums.clear()
         self._drawn.clear()
-        self._least_weight, self._updates = None, 0
+        self._updates = 0
         self._row_time, self._row_env_steps = now, env_steps
 
     def _passed(self, env_steps: int, every: int) -> bool:

@@ -31,6 +31,8 @@ from torchrl.envs import TransformedEnv
 from torchrl.envs.batched_envs import BatchedEnvBase
 
 from recipes.demonstrations import Batches
+from recipes.learning import Algorithm, Learnt, Update
+from recipes.running.acceleration import accelerated
 from recipes.running.divergence import check_steps
 from recipes.running.metrics import Telemetry
 from recipes.settings import Scoring
@@ -69,26 +71,36 @@ class RunState:
 
 
 class Learner:
-    """An algorithm, ``wrapped`` by Fabric, and its optimizers, on the device that it learns on.
+    """An algorithm and its optimizers, on the device that it learns on.
 
     Its ``counts``, if there are any, name attributes to be saved besides weights and buffers:
     numbers, tensors or containers of these.
     """
 
-    def __init__(self, fabric: Fabric, module: Any) -> None:
-        optimizers = module.configure_optimizers()
+    def __init__(self, fabric: Fabric, module: Algorithm) -> None:
         self.fabric, self.module = fabric, module
         self._counts: tuple[str, ...] = getattr(module, "counts", ())
-        self.wrapped, *prepared = fabric.setup(module, *optimizers.values())
-        self.wrapped.mark_forward_method("training_step")
-        self.optimizers = dict(zip(optimizers, prepared, strict=True))
+        self._optimizers = module.prepare(fabric)
+        self.accelerate("eager")
+
+    def accelerate(self, way: str) -> None:
+        """Have updates run in a way that `accelerated` knows."""
+        self._way, self._updates = way, dict[str, Update]()
+
+    def update(self, batch: TensorDictBase) -> Learnt:
+        """Learn from a batch ``[B]``; see `Algorithm.update`."""
+        name = self.module.next_update()
+        if name not in self._updates:
+            self._updates[name] = accelerated(getattr(self.module, name), self._way)
+        with self.fabric.autocast():  # `fabric run --precision`
+            return self._updates[name](self.fabric.to_device(batch))
 
     def state_dict(self) -> State:
         """Weights, buffers and counts; the optimizers' states."""
         return {
             "weights": self.module.state_dict(),
             "counts": {name: getattr(self.module, name) for name in self._counts},
-            "optimizers": {name: each.state_dict() for name, each in self.optimizers.items()},
+            "optimizers": {name: each.state_dict() for name, each in self._optimizers.items()},
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -96,7 +108,7 @@ class Learner:
         self.module.load_state_dict(state["weights"])
         for name in self._counts:
             setattr(self.module, name, state["counts"][name])
-        for name, optimizer in self.optimizers.items():
+        for name, optimizer in self._optimizers.items():
             rates = [group["lr"] for group in optimizer.param_groups]
             optimizer.load_state_dict(state["optimizers"][name])
             for group, rate in zip(optimizer.param_groups, rates, strict=True):

@@ -8,6 +8,7 @@ are 1 and 0. Took a learner the next episode's start for the outcome, A's were 1
 from __future__ import annotations
 
 import torch
+from lightning.fabric import Fabric
 from tensordict import TensorDict
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
@@ -65,3 +66,37 @@ class Chain(Task):
 
     def make(self, num_envs, seed, *, held_out=False):
         return ChainEnv(num_envs, self.discrete, self.terminates)
+
+
+def learner(algorithm, num_envs=2, **arguments):
+    """An algorithm for the chain, ready to learn."""
+    env = ChainEnv(num_envs, discrete=algorithm.__name__ in ("DQN", "IQN"))
+    module = algorithm(env, **{"hidden_features": (8,)} | arguments)
+    module.prepare(Fabric(accelerator="cpu", devices=1))
+    return module
+
+
+def batch(discrete, size=5, seed=0):
+    """Random transitions, weighted, some of several steps, some of them ends."""
+    random = torch.Generator().manual_seed(seed)
+
+    def observed():
+        if discrete:
+            states = torch.tensor([[1, 0], [2, 0]], dtype=torch.uint8)
+            return states[torch.randint(2, (size,), generator=random)]
+        return torch.randn(size, 2, generator=random)
+
+    action = torch.rand(size, 1, generator=random) * 2 - 1
+    drawn = {
+        "priority_weight": torch.rand(size, generator=random) + 0.1,
+        "observation": observed(),
+        "action": (action > 0).long().squeeze(-1) if discrete else action,
+        "steps_to_next_obs": torch.randint(1, 4, (size, 1), generator=random),
+        "next": {
+            "observation": observed(),
+            "reward": torch.randn(size, 1, generator=random),
+            "done": torch.arange(size).unsqueeze(-1) % 2 == 0,
+            "terminated": torch.arange(size).unsqueeze(-1) % 4 == 0,
+        },
+    }
+    return TensorDict(drawn, [size])

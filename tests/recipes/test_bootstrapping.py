@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 from tensordict import TensorDict
+from torch import nn
 from torchrl.envs.utils import check_env_specs
 
 from recipes.dqn import DQN
@@ -10,17 +12,21 @@ from recipes.iqn import IQN
 from recipes.running import cli
 from recipes.sac import SAC
 from recipes.td3 import TD3
-from tests.recipes.chain import ChainEnv
+from tests.recipes.chain import ChainEnv, learner
 
 DISCRETE, CONTINUOUS = [DQN, IQN], [SAC, TD3]
 
 
-def constant(params, *values):
-    """Make networks answer constants: all weights 0, the last bias of network i ``values[i]``."""
-    params.apply(lambda leaf: leaf.data.zero_())
-    biases = {name: leaf for name, leaf in params.items(True, True) if name[-1] == "bias"}
-    last = max(biases, key=lambda name: ("head" in name, name))
-    biases[last].data += torch.tensor(values).unsqueeze(-1) if len(values) > 1 else values[0]
+def constant(layers, *values):
+    """Make layers answer constants: all weights 0, the last bias ``values``."""
+    for weight in layers.parameters():
+        weight.data.zero_()
+    layers[-1].bias.data += torch.tensor(values)
+
+
+def last_layers(network):
+    """What the action values come out of: DQN's layers, IQN's head."""
+    return network.mlp if hasattr(network, "mlp") else nn.ModuleList([network.head])
 
 
 def transitions(observation, action):
@@ -42,13 +48,10 @@ def transitions(observation, action):
     )
 
 
-def figures(module, batch):
-    """What is logged of it, without a random number drawn or the batch changed."""
-    drawn, before = torch.random.get_rng_state(), batch.clone()
-    said = {name: figure.item() for name, figure in module.figures(batch).items()}
-    assert torch.equal(torch.random.get_rng_state(), drawn)
-    assert (batch == before).all()
-    return said
+def learnt(module, batch):
+    """|δ| and figures of an update."""
+    td_error, figures = module.update(batch)
+    return td_error.tolist(), {name: figure.item() for name, figure in figures.items()}
 
 
 @pytest.mark.parametrize("algorithm", DISCRETE)
@@ -58,18 +61,15 @@ def test_td_error_of_values_is_absolute_and_bootstraps_at_a_time_limit(algorithm
     The targets are 0.5 + 0.5³ x 2 = 0.75, 0.5 + 0.5 x 2 = 1.5 and, at an end, 0.5. They and Q are
     logged; all quantiles are the same. DQN's loss is Huber's: |δ| - 0.5 beyond 1.
     """
-    module = algorithm(ChainEnv(3, discrete=True), hidden_features=(8,), gamma=0.5)
-    constant(module.loss.value_network_params, 3.0)
-    constant(module.loss.target_value_network_params, 2.0)
+    module = learner(algorithm, gamma=0.5)
+    constant(last_layers(module.network), 3.0, 3.0)
+    constant(last_layers(module.target), 2.0, 2.0)
     grid = torch.tensor([[1, 0], [2, 0], [1, 0]], dtype=torch.uint8)
-    batch = transitions(grid, torch.tensor([0, 1, 1]))
-    loss = module.training_step(batch, "value")
-    assert batch["td_error"].flatten().tolist() == pytest.approx([2.25, 1.5, 2.5])
-    if algorithm is DQN:
-        assert loss.item() == pytest.approx((1.75 + 1 + 2) / 3)
-    expected = {"value/q": 3, "value/target": 2.75 / 3, "train/epsilon": 1}
-    expected |= {"value/spread": 0} if algorithm is IQN else {}
-    assert figures(module, batch) == pytest.approx(expected, abs=1e-6)
+    td_error, figures = learnt(module, transitions(grid, torch.tensor([0, 1, 1])))
+    assert td_error == pytest.approx([2.25, 1.5, 2.5])
+    expected = {"value/q": 3, "value/target": 2.75 / 3, "value/td_error": 6.25 / 3}
+    expected |= {"value/spread": 0} if algorithm is IQN else {"loss/value": (1.75 + 1 + 2) / 3}
+    assert {name: figures[name] for name in expected} == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("algorithm", CONTINUOUS)
@@ -79,20 +79,18 @@ def test_td_error_of_critics_is_the_larger_absolute_one_and_bootstraps_at_a_time
     The targets are 0.75, 1.5 and 0.5, as above. Of δ = 0.25 and 2.25, -0.5 and 1.5, 0.5 and 2.5
     the larger counts; the losses are the squares. The critics' mean 2 and spread 1 are logged.
     """
-    module = algorithm(ChainEnv(3, discrete=False), hidden_features=(8,), gamma=0.5)
+    module = learner(algorithm, gamma=0.5)
     if algorithm is SAC:
-        module.loss.log_alpha.data.fill_(-100)
-    constant(module.loss.qvalue_network_params, 1.0, 3.0)
-    constant(module.loss.target_qvalue_network_params, 4.0, 2.0)
-    batch = transitions(torch.rand(3, 2), torch.rand(3, 1))
-    loss = module.training_step(batch, "critic")
-    assert batch["td_error"].flatten().tolist() == pytest.approx([2.25, 1.5, 2.5])
-    assert loss.item() == pytest.approx((5.125 + 2.5 + 6.5) / 3)
+        module.log_alpha.data.fill_(-100)
+    for critics, answers in ((module.critics, (1.0, 3.0)), (module.target, (4.0, 2.0))):
+        for critic, answer in zip(critics, answers, strict=True):
+            constant(critic, answer)
+    td_error, figures = learnt(module, transitions(torch.rand(3, 2), torch.rand(3, 1)))
+    assert td_error == pytest.approx([2.25, 1.5, 2.5])
     expected = {"value/q": 2, "value/spread": 1, "value/target": 2.75 / 3}
-    if algorithm is SAC:
-        batch["log_prob"] = torch.tensor([-1.0, 2.0, 2.0])
-        expected |= {"train/entropy": -1, "train/alpha": 0}
-    assert figures(module, batch) == pytest.approx(expected)
+    expected |= {"value/td_error": 6.25 / 3, "loss/critic": (5.125 + 2.5 + 6.5) / 3}
+    expected |= {"train/alpha": 0} if algorithm is SAC else {}
+    assert {name: figures[name] for name in expected} == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("discrete", [False, True])
@@ -102,15 +100,9 @@ def test_chain_is_an_environment(discrete):
 
 def values(module, env):
     """Q of states A and B, the mean over the critics."""
-    states = TensorDict({"observation": env.states}, [2])
-    if isinstance(module, (DQN, IQN)):
-        return module.policy(states)["action_value"].mean(-1)
-    states["action"] = torch.zeros(2, 1)
-    both = []
-    for params in module.loss.qvalue_network_params.unbind(0):
-        with params.to_module(module.loss.qvalue_network):
-            both.append(module.loss.qvalue_network(states.clone())["state_action_value"])
-    return torch.cat(both, -1).mean(-1)
+    if isinstance(module, DQN | IQN):
+        return module.network.values(env.states).mean(-1)
+    return module.critics(env.states, torch.zeros(2, 1)).mean(-1)
 
 
 def check_closed_form(module, env):
@@ -129,16 +121,10 @@ def test_values_of_the_chain_are_those_of_the_closed_form(algorithm, terminates)
     if algorithm is SAC:  # entropy is worth next to nothing
         settings["alpha_init"] = 1e-6
     module = algorithm(env, gamma=0.5, **settings)
+    module.prepare(Fabric(accelerator="cpu", devices=1))
     steps = module.transitions(env.rollout(16, break_when_any_done=False)).reshape(-1)
-    optimizers = module.configure_optimizers()
     for _ in range(120):
-        for name, optimizer in optimizers.items():
-            loss = module.training_step(steps, name)
-            if loss is not None:
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-        module.after_update()
+        getattr(module, module.next_update())(steps)
     check_closed_form(module, env)
 
 
@@ -173,14 +159,9 @@ def test_the_online_network_chooses_the_next_action_and_the_target_network_value
 
     Had the target network chosen, it would be 0.5 + 0.5 x 6 - 1 = 2.5.
     """
-    module = algorithm(ChainEnv(3, discrete=True), hidden_features=(8,), gamma=0.5)
-    for params, values in (
-        (module.loss.value_network_params, [1.0, 0.0]),
-        (module.loss.target_value_network_params, [2.0, 6.0]),
-    ):
-        constant(params, 0.0)
-        (last,) = (each for each in params.values(True, True) if each.shape == (2,))
-        last.data += torch.tensor(values)
+    module = learner(algorithm, gamma=0.5)
+    constant(last_layers(module.network), 1.0, 0.0)
+    constant(last_layers(module.target), 2.0, 6.0)
     batch = transitions(torch.tensor([[1, 0]] * 3, dtype=torch.uint8), torch.zeros(3).long())[1:2]
-    module.training_step(batch, "value")
-    assert batch["td_error"].item() == pytest.approx(0.5)
+    td_error, _ = module.update(batch)
+    assert td_error.item() == pytest.approx(0.5)

@@ -107,7 +107,7 @@ def test_training_counts_the_success_of_any_step_over_the_end_of_collections_and
     with telemetry(resumed=True) as resumed:
         resumed.load_state_dict(state)
         resumed.collected(steps[:, 1:])
-        resumed.log(8, None, Uniform(), VLMReplayBuffer(), None)
+        resumed.log(8, Uniform(), VLMReplayBuffer(), None)
     (row,) = read_rows(tmp_path / "r")
     assert row["train/episodes"] == 6
     assert row["train/success"] == 1
@@ -126,14 +126,9 @@ def test_what_is_replayed_is_logged_over_a_resume(tmp_path):
     buffer.update_priority(torch.arange(4), torch.tensor([1.0, 1.0, 2.0, 4.0]))
     replay.anneal(buffer.sampler, 0.5)
     batches = [
-        {"index": [1, 2], "priority_weight": [1.0, 0.5], "td_error": [1.0, 2.0]},
-        {"index": [0, 0], "priority_weight": [0.25, 1.0], "td_error": [3.0, 4.0]},
+        {"index": [1, 2], "priority_weight": [1.0, 0.5]},
+        {"index": [0, 0], "priority_weight": [0.25, 1.0]},
     ]
-
-    class Learner:
-        def figures(self, batch):
-            return {"value/q": batch["td_error"].sum()}
-
     training = Training(log_every_env_steps=1, progress=False)
     state = None
     for entries in batches:
@@ -142,14 +137,14 @@ def test_what_is_replayed_is_logged_over_a_resume(tmp_path):
         with Telemetry(*where, resumed=state is not None) as telemetry:
             if state is not None:
                 telemetry.load_state_dict(state)
-            telemetry.updated(batch, batch, buffer)
+            figure = torch.tensor(3.0 if state is None else 4.0)
+            telemetry.updated({"value/td_error": figure}, batch, buffer)
             state = telemetry.state_dict()
             if entries is batches[-1]:
-                telemetry.log(8, Learner(), replay, buffer, None)
+                telemetry.log(8, replay, buffer, None)
     (row,) = read_rows(tmp_path / "run")
     expected = {
-        "value/td_error": 2.5,
-        "value/q": 7,
+        "value/td_error": 3.5,
         "replay/age_transitions": (0 + 3 + 1 + 1) / 4,
         "replay/least_weight": 0.25,
         "replay/beta": 0.7,

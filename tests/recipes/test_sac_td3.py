@@ -13,52 +13,27 @@ from recipes.iqn import IQN
 from recipes.running import cli
 from recipes.sac import SAC
 from recipes.td3 import TD3
-from tests.recipes.chain import ChainEnv
+from tests.recipes import chain
+from tests.recipes.chain import ChainEnv, learner
 
 BOTH = pytest.mark.parametrize("algorithm", [SAC, TD3])
 
 
 def module(algorithm, **arguments):
     torch.manual_seed(0)
-    return algorithm(ChainEnv(2, discrete=False), **({"hidden_features": (8,)} | arguments))
+    return learner(algorithm, **arguments)
 
 
 def batch(size=4):
-    return TensorDict(
-        {
-            "observation": torch.randn(size, 2),
-            "action": torch.rand(size, 1) * 2 - 1,
-            "next": {
-                "observation": torch.randn(size, 2),
-                "reward": torch.randn(size, 1),
-                "done": torch.zeros(size, 1, dtype=torch.bool),
-                "terminated": torch.zeros(size, 1, dtype=torch.bool),
-            },
-        },
-        [size],
-    )
+    return chain.batch(discrete=False, size=size).exclude("priority_weight", "steps_to_next_obs")
 
 
-def copied(params):
-    return params.data.clone()
+def copied(network):
+    return [weight.detach().clone() for weight in network.parameters()]
 
 
-def unchanged(params, before):
-    return bool((params.data == before).all())
-
-
-def step(trained, optimizers, drawn):
-    """One update of the loop; returns the optimizers that stepped."""
-    stepped = []
-    for name, optimizer in optimizers.items():
-        loss = trained.training_step(drawn, name)
-        if loss is not None:
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            stepped.append(name)
-    trained.after_update()
-    return stepped
+def unchanged(network, before):
+    return all(map(torch.equal, network.parameters(), before))
 
 
 def own_log_prob(trained, observed):
@@ -71,67 +46,67 @@ def own_log_prob(trained, observed):
 
 
 @BOTH
-def test_each_trained_weight_has_one_optimizer_and_the_critics_come_first(algorithm):
+def test_each_trained_weight_has_one_optimizer(algorithm):
     trained = module(algorithm)
-    optimizers = trained.configure_optimizers()
-    groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
+    groups = [
+        group
+        for optimizer in trained.configure_optimizers().values()
+        for group in optimizer.param_groups
+    ]
     stepped = [id(weight) for group in groups for weight in group["params"]]
-    assert sorted(stepped) == sorted(id(weight) for weight in trained.loss.parameters())
-    assert next(iter(optimizers)) == "critic"
+    learnt = [id(weight) for weight in trained.parameters() if weight.requires_grad]
+    assert sorted(stepped) == sorted(learnt)
 
 
 @BOTH
 def test_a_step_changes_the_weights_of_its_own_optimizer_alone(algorithm):
+    """An actor's loss goes through the critics: without their own step they stay."""
     trained = module(algorithm)
-    optimizers = trained.configure_optimizers()
-    drawn = batch()
-    trained.training_step(drawn, "critic")
-    actor, critic = trained.loss.actor_network_params, trained.loss.qvalue_network_params
-    before = copied(actor), copied(critic)
-    trained.training_step(drawn, "actor").backward()
-    optimizers["actor"].step()
-    assert not unchanged(actor, before[0])
-    assert unchanged(critic, before[1])
-    assert all(weight.grad is None for weight in critic.parameters())
+    step, kept = trained.step, []
+    trained.step = lambda gradient: (
+        step(gradient) if gradient.optimizer == "actor" else kept.append(gradient.optimizer) or {}
+    )
+    policy = trained.policy
+    before = copied(policy), copied(trained.critics)
+    trained.update(batch())
+    assert "critic" in kept
+    assert not unchanged(policy, before[0])
+    assert unchanged(trained.critics, before[1])
+    assert all(weight.grad is None for weight in trained.critics.parameters())
 
 
 @BOTH
 def test_importance_weights_weight_the_critics_and_not_the_actor(algorithm):
     """With one critic its loss is Σ w δ² / Σ w."""
-    trained, drawn = module(algorithm, num_critics=1), batch()
     actor_loss = []
     for weight in (torch.ones(4), torch.tensor([0.1, 1.0, 0.5, 0.2])):
-        drawn.set("priority_weight", weight)
-        critic_loss = trained.training_step(drawn, "critic").item()
-        expected = (weight * drawn["td_error"] ** 2).sum() / weight.sum()
-        assert critic_loss == pytest.approx(expected.item())
+        trained, drawn = module(algorithm, num_critics=1, learning_rate=0.0), batch()
         torch.manual_seed(1)
-        actor_loss.append(trained.training_step(drawn, "actor").item())
+        td_error, figures = trained.update(drawn.set("priority_weight", weight))
+        expected = (weight * td_error**2).sum() / weight.sum()
+        assert figures["loss/critic"].item() == pytest.approx(expected.item())
+        actor_loss.append(figures["loss/actor"].item())
     assert actor_loss[0] == actor_loss[1]
 
 
 @BOTH
 def test_target_critics_follow_by_the_polyak_rate(algorithm):
-    trained = module(algorithm, target_update_rate=0.25)
-    online, target = trained.loss.qvalue_network_params, trained.loss.target_qvalue_network_params
-    online.apply(lambda weight: weight.data.fill_(5.0))
-    target.apply(lambda weight: weight.data.fill_(1.0))
-    trained.after_update()
-    assert all((weight == 2.0).all() for weight in target.values(True, True))
+    trained = module(algorithm, target_update_rate=0.25, learning_rate=0.0)
+    for network, value in ((trained.critics, 5.0), (trained.target, 1.0)):
+        for weight in network.parameters():
+            weight.data.fill_(value)
+    trained.update(batch())
+    assert all((weight == 2.0).all() for weight in trained.target.parameters())
 
 
 def test_td3_moves_actor_and_targets_once_in_policy_delay_updates():
     trained = module(TD3, policy_delay=3)
-    optimizers = trained.configure_optimizers()
-    moving = (
-        trained.loss.actor_network_params,
-        trained.loss.target_qvalue_network_params,
-        trained.loss.target_actor_network_params,
-    )
+    moving = trained.policy, trained.target, trained.target_policy
     stepped, moved = [], []
     for _ in range(7):
-        before = [copied(params) for params in moving]
-        stepped.append("actor" in step(trained, optimizers, batch()))
+        before = [copied(network) for network in moving]
+        _, figures = getattr(trained, trained.next_update())(batch())
+        stepped.append("loss/actor" in figures)
         moved.append([not unchanged(*pair) for pair in zip(moving, before, strict=True)])
     due = [True, False, False] * 2 + [True]
     assert stepped == due
@@ -144,70 +119,62 @@ def test_td3_target_actions_are_smoothed_by_clipped_noise():
     Noise of 1000 is always clipped, to ±0.3: |δ| is 0.5 x 0.3.
     """
     trained = module(TD3, hidden_features=(), gamma=0.5, target_noise=1e3, target_noise_clip=0.3)
-    for params in (
-        trained.loss.qvalue_network_params,
-        trained.loss.target_qvalue_network_params,
-        trained.loss.target_actor_network_params,
-    ):
-        params.apply(lambda weight: weight.data.zero_())
-    trained.loss.target_qvalue_network_params["mlp", "0", "weight"].data[..., -1] = 1.0
+    for network in (trained.critics, trained.target, trained.target_policy):
+        for weight in network.parameters():
+            weight.data.zero_()
+    for critic in trained.target:
+        critic[0].weight.data[..., -1] = 1.0
     drawn = batch(64)
     drawn["next", "reward"].zero_()
-    trained.training_step(drawn, "critic")
-    assert drawn["td_error"].tolist() == pytest.approx([0.15] * 64)
-
-
-def test_sac_temperature_rises_below_the_target_entropy_and_falls_above():
-    for entropy, sign in ((-2.0, 1), (2.0, -1)):
-        trained = module(SAC, target_entropy=0.5, alpha_init=0.2)
-        drawn = TensorDict({"log_prob": torch.full((4,), -entropy)}, [4])
-        loss = trained.training_step(drawn, "temperature")
-        # -log α (log π + target), the mean
-        assert loss.item() == pytest.approx(-math.log(0.2) * (-entropy + 0.5))
-        loss.backward()
-        trained.configure_optimizers()["temperature"].step()
-        assert sign * (trained.loss.log_alpha.exp().item() - 0.2) > 0
+    drawn["next", "terminated"].zero_()
+    td_error, _ = trained.update_critics(drawn)
+    assert td_error.tolist() == pytest.approx([0.15] * 64)
 
 
 def test_sac_temperature_follows_the_entropy_of_the_actor_s_own_actions():
-    trained, drawn = module(SAC, target_entropy=0.5, alpha_init=0.2), batch(64)
-    torch.manual_seed(3)
-    trained.training_step(drawn, "actor")
-    loss = trained.training_step(drawn, "temperature")
-    torch.manual_seed(3)
-    log_prob = own_log_prob(trained, drawn.clone())
-    assert loss.item() == pytest.approx(-math.log(0.2) * (log_prob.mean().item() + 0.5), rel=1e-4)
-    trained.training_step(drawn, "critic")
-    entropy = trained.figures(drawn)["train/entropy"].item()
-    assert entropy == pytest.approx(-log_prob.mean().item(), rel=1e-4)
+    """Its loss is -log α (log π + target); it rises below the target entropy and falls above."""
+    for target, sign in ((50.0, 1), (-50.0, -1)):
+        trained, drawn = module(SAC, target_entropy=target, alpha_init=0.2), batch(64)
+        torch.manual_seed(3)
+        trained.actor.draw(drawn["next", "observation"])  # as the critics' target does
+        log_prob = own_log_prob(trained, drawn.clone())
+        torch.manual_seed(3)
+        _, figures = trained.update(drawn)
+        entropy = -log_prob.mean().item()
+        assert figures["train/entropy"].item() == pytest.approx(entropy, rel=1e-4)
+        expected = -math.log(0.2) * (target - entropy)
+        assert figures["loss/temperature"].item() == pytest.approx(expected, rel=1e-4)
+        assert sign * (trained.log_alpha.exp().item() - 0.2) > 0
 
 
 @pytest.mark.parametrize("numbers", [1, 3])
 def test_sac_target_entropy_is_minus_one_per_number_of_an_action(numbers):
     env = ChainEnv(2, discrete=False)
     env.action_spec = Bounded(-1, 1, (2, numbers), dtype=torch.float32)
-    assert SAC(env, hidden_features=(8,)).loss.target_entropy == -numbers
+    assert SAC(env, hidden_features=(8,)).target_entropy == -numbers
 
 
 def test_sac_values_the_entropy_of_what_it_would_do_next():
     """Critics say 0, γ is 0.5 and α 2: δ is -0.5 x -2 log π(a'|s'), with a' drawn anew."""
     trained = module(SAC, gamma=0.5, alpha_init=2.0)
-    for params in (trained.loss.qvalue_network_params, trained.loss.target_qvalue_network_params):
-        params.apply(lambda weight: weight.data.zero_())
+    for network in (trained.critics, trained.target):
+        for weight in network.parameters():
+            weight.data.zero_()
     drawn = batch()
     drawn["next", "reward"].zero_()
-    torch.manual_seed(3)
-    trained.training_step(drawn, "critic")
+    drawn["next", "terminated"].zero_()
     torch.manual_seed(3)
     log_prob = own_log_prob(trained, drawn["next"].clone())
-    assert drawn["td_error"].tolist() == pytest.approx(log_prob.abs().tolist(), rel=1e-4)
+    torch.manual_seed(3)
+    td_error, _ = trained.update(drawn)
+    assert td_error.tolist() == pytest.approx(log_prob.abs().tolist(), rel=1e-4)
 
 
 @BOTH
 def test_actions_are_uniform_in_the_warm_up_and_the_policy_s_afterwards(algorithm):
     trained = module(algorithm)
     if algorithm is SAC:  # its draws are not about 0, as uniform ones are
-        trained.policy[0].mlp[-1].bias.data[0] = 1.0
+        trained.actor.mlp[-1].bias.data[0] = 1.0
     state = TensorDict({"observation": torch.zeros(4000, 2)}, [4000])
     with torch.no_grad(), set_exploration_type(ExplorationType.RANDOM):
         uniform = trained.behaviour(state.clone())["action"]
@@ -241,7 +208,7 @@ def test_policy_without_exploration_gives_the_same_action_again(algorithm):
 def test_layer_norm_is_the_critics_alone(algorithm):
     trained = module(algorithm, critic_layer_norm=True)
     # in 3 x 8 + 8, norm 8 + 8, out 8 + 1, of two critics
-    assert sum(w.numel() for w in trained.loss.qvalue_network_params.parameters()) == 2 * 57
+    assert sum(w.numel() for w in trained.critics.parameters()) == 2 * 57
 
 
 REFUSED = {

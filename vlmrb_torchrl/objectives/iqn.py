@@ -132,18 +132,35 @@ class QuantileNetwork(TensorDictModuleBase):
         self.register_buffer("frequencies", torch.pi * torch.arange(num_cosines))
         self.register_buffer("policy_tau", policy_tau)
 
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write ``"action_value"``, and the quantiles where fractions are given."""
-        tau = tensordict.get(self.tau_key, None)
-        fractions = self.policy_tau if tau is None else tau
-        phi = torch.relu(self.embedding(torch.cos(fractions.unsqueeze(-1) * self.frequencies)))
-        if tau is None and isinstance(self.head, nn.Linear):
+    def quantiles(self, observation: Tensor, tau: Tensor) -> Tensor:
+        """Quantiles ``[B, N, A]`` of every action's return at fractions ``[B, N]``."""
+        quantiles: Tensor = self.head(self._psi(observation) * self._phi(tau))
+        return quantiles
+
+    def values(self, observation: Tensor) -> Tensor:
+        """Mean ``[B, A]`` over the quantiles that actions are chosen by."""
+        phi = self._phi(self.policy_tau)
+        if isinstance(self.head, nn.Linear):
             # The mean over quantiles commutes with a linear f: one pass instead of K.
             phi = phi.mean(-2, keepdim=True)
-        psi = self.features(tensordict.get(self.in_keys[0])).unsqueeze(-2)
-        quantiles = self.head(psi * phi)
-        if tau is not None:
-            tensordict.set(self.quantiles_key, quantiles)
+        quantiles: Tensor = self.head(self._psi(observation) * phi)
+        return quantiles.mean(-2)
+
+    def _psi(self, observation: Tensor) -> Tensor:
+        psi: Tensor = self.features(observation)
+        return psi.unsqueeze(-2)
+
+    def _phi(self, tau: Tensor) -> Tensor:
+        return torch.relu(self.embedding(torch.cos(tau.unsqueeze(-1) * self.frequencies)))
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write ``"action_value"``, and the quantiles where fractions are given."""
+        observation = tensordict.get(self.in_keys[0])
+        tau = tensordict.get(self.tau_key, None)
+        if tau is None:
+            return tensordict.set("action_value", self.values(observation))
+        quantiles = self.quantiles(observation, tau)
+        tensordict.set(self.quantiles_key, quantiles)
         return tensordict.set("action_value", quantiles.mean(-2))
 
 
@@ -191,10 +208,35 @@ def quantile_huber(prediction: Tensor, tau: Tensor, target: Tensor, kappa: float
     return (weight * huber / kappa).mean(-1).sum(-1)
 
 
-def _of_action(quantiles: Tensor, action: Tensor) -> Tensor:
+def quantiles_of(quantiles: Tensor, action: Tensor) -> Tensor:
     """Pick the quantiles ``[B, N]`` of one action ``[B]`` each out of ``[B, N, A]``."""
     index = action[..., None, None].expand(*quantiles.shape[:-1], 1)
     return quantiles.gather(-1, index).squeeze(-1)
+
+
+def quantile_distance(
+    prediction: Tensor,
+    tau: Tensor,
+    target: Tensor,
+    target_tau: Tensor,
+    kind: Literal["mean", "pairwise"] = "mean",
+) -> Tensor:
+    """Distance of two returns, for replay, from their quantiles at fractions.
+
+    Args:
+        prediction: Online quantile values, float32 ``[B, N]``, in units of return.
+        tau: Fractions of ``prediction``, ``[B, N]``.
+        target: Target quantile values, ``[B, M]``.
+        target_tau: Fractions of ``target``, ``[B, M]``.
+        kind: The distance of their ``"mean"``s, or ``"pairwise"``: the mean of |δ_ij|.
+
+    Returns:
+        |δ|, ``[B]``, in units of return, without a gradient.
+    """
+    prediction = prediction.detach()
+    if kind == "mean":
+        return (_mean(target, target_tau) - _mean(prediction, tau)).abs()
+    return (target.unsqueeze(-2) - prediction.unsqueeze(-1)).abs().mean((-2, -1))
 
 
 def _mean(quantiles: Tensor, tau: Tensor) -> Tensor:
@@ -344,15 +386,10 @@ class IQNLoss(DQNLoss):
         state = self._state(tensordict)
         online, tau = self._quantiles(state, self.value_network_params, self.online_quantiles)
         action = self._index(tensordict.get(self.tensor_keys.action), tensordict.shape)
-        prediction = _of_action(online, action)
+        prediction = quantiles_of(online, action)
         target, target_tau = self._target(tensordict)
         loss = quantile_huber(prediction, tau, target, self.kappa)
-        with torch.no_grad():
-            if self.priority == "mean":
-                td_error = (_mean(target, target_tau) - _mean(prediction, tau)).abs()
-            else:
-                pairs = target.unsqueeze(-2) - prediction.unsqueeze(-1)
-                td_error = pairs.abs().mean((-2, -1))
+        td_error = quantile_distance(prediction, tau, target, target_tau, self.priority)
         tensordict.set(self.tensor_keys.priority, td_error.unsqueeze(-1), inplace=True)
         weights = self._maybe_get_priority_weight(tensordict)
         output = TensorDict(loss=self._reduce_loss(loss, tensordict=tensordict, weights=weights))
@@ -395,7 +432,7 @@ class IQNLoss(DQNLoss):
         with chooser.to_module(self.value_network, preserve_module_state=False):
             choice = self.value_network(state.clone(False)).get(self.tensor_keys.action)
         quantiles, tau = self._quantiles(state, target_params, self.target_quantiles)
-        value = _of_action(quantiles, self._index(choice, tensordict.shape))
+        value = quantiles_of(quantiles, self._index(choice, tensordict.shape))
         # TorchRL's estimators want rewards and ends in the shape of the values.
         transitions = tensordict.empty()
         steps = self.value_estimator.tensor_keys.steps_to_next_obs
