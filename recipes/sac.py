@@ -95,7 +95,9 @@ class SAC(Algorithm):
     @property
     def behaviour(self) -> TensorDictModule:
         """The policy that collects: draws of the policy, uniform ones before the first update."""
-        return TensorDictSequential(self.policy, self.warmup)
+        # Not ``self.policy``, which builds a distribution for each action.
+        draw = TensorDictModule(self.actor.draw, in_keys=["observation"], out_keys=["action", "_"])
+        return TensorDictSequential(draw, self.warmup)
 
     def configure_optimizers(self) -> dict[str, Optimizer]:
         """Build Adam over the critics, the actor and the logarithm of the temperature."""

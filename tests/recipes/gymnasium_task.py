@@ -19,15 +19,8 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Dict
-from torchrl.envs import (
-    ActionScaling,
-    Compose,
-    DoubleToFloat,
-    EnvBase,
-    GymWrapper,
-    SerialEnv,
-    TransformedEnv,
-)
+from gymnasium.wrappers import DtypeObservation, RescaleAction
+from torchrl.envs import EnvBase, GymWrapper, SerialEnv
 
 from recipes.tasks import Task
 from vlmrb_torchrl import keys
@@ -112,13 +105,13 @@ class Gymnasium(Task):
 
     def make_one(self) -> EnvBase:
         """Build one environment: float32 observations, actions in [-1, 1]."""
-        env, scaled = gymnasium.make(self.id), [ActionScaling()]
-        if env.observation_space.dtype == np.float64:  # a render state stays as exact as it is
-            scaled.append(DoubleToFloat(in_keys=["observation"]))
-        if self.is_mujoco:
+        # Gymnasium's wrappers: TorchRL's transforms of one step of one environment are slower.
+        env = RescaleAction(gymnasium.make(self.id), np.float32(-1), np.float32(1))
+        env = DtypeObservation(env, np.float32)
+        if self.is_mujoco:  # whose render state stays as exact as it is
             enough = math.inf if self.success_reward is None else self.success_reward
             env = Judged(env, enough)
-        return TransformedEnv(GymWrapper(env), Compose(*scaled))
+        return GymWrapper(env)
 
     def make(self, num_envs: int, seed: int, *, held_out: bool = False) -> EnvBase:
         """Build ``num_envs`` of them, stepped in turn."""
