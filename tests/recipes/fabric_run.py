@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def fabric_run(recipe, folder, *arguments, devices=2, strategy="ddp"):
+def fabric_run(recipe, folder, *arguments, devices=2):
     """Run it in ``folder`` to its end, which is to be a good one.
 
     The recipes are found because they are installed, and by no PYTHONPATH of the test's own.
@@ -19,7 +19,6 @@ def fabric_run(recipe, folder, *arguments, devices=2, strategy="ddp"):
         port = free.getsockname()[1]
     command = [str(Path(sys.executable).parent / "fabric"), "run", "--accelerator=cpu"]
     command += [f"--devices={devices}", f"--main-port={port}"]
-    command += [f"--strategy={strategy}"] if devices > 1 else []
     done = subprocess.run(
         [*command, str(ROOT / "recipes" / f"{recipe}.py"), *arguments],
         env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},

@@ -1,6 +1,7 @@
 """Updates: TorchRL's losses are the oracle, and compiled or captured they are the same."""
 
 import copy
+import math
 import warnings
 from functools import partial
 
@@ -200,6 +201,45 @@ def test_accelerated_updates_are_the_same_and_compiled_once(algorithm, backend, 
     assert len(left) == len(expected)
     for one, other in zip(left, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+class TwoRanks:
+    """A rank beside one whose gradients are all 1 and whose weights are all 0."""
+
+    world_size = 2
+
+    def to_device(self, module):
+        return module
+
+    def broadcast(self, state):
+        return {name: torch.zeros_like(value) for name, value in state.items()}
+
+    def all_reduce(self, flat, reduce_op):
+        assert reduce_op == "mean"
+        return (flat + 1) / 2
+
+
+@ALL
+def test_ranks_start_with_equal_weights_and_step_by_their_mean_gradient(algorithm):
+    """Each gradient of one's own, g, becomes (g + 1) / 2 before its norm is taken."""
+    seen = []
+    for ranks in (Fabric(accelerator="cpu", devices=1), TwoRanks()):
+        module = built(algorithm, gradient_clip_norm=math.inf)
+        module.prepare(ranks)
+        assert all(not weight.any() for weight in module.parameters()) == (ranks.world_size == 2)
+        for weight in module.parameters():
+            weight.data.fill_(0.01)
+        step = module.step
+        kept = []
+        module.step = lambda gradient, kept=kept, step=step: kept.append(gradient) or step(gradient)
+        torch.manual_seed(1)
+        module.update(batch(is_discrete(algorithm)))
+        seen.append(kept[0])
+    own, mean = seen
+    for part, both in zip(own.parts, mean.parts, strict=True):
+        torch.testing.assert_close(both, (part + 1) / 2)
+    flat = nn.utils.parameters_to_vector(mean.parts)
+    assert mean.norm.item() == pytest.approx(flat.norm().item(), rel=1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

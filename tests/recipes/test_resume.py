@@ -1,8 +1,10 @@
 """A run that was stopped and resumed is, bit for bit, the run that was not."""
 
 import random
+from functools import partial
 
 import pytest
+import torch
 
 from recipes.dqn import DQN
 from recipes.iqn import IQN
@@ -25,7 +27,10 @@ RUNS = {
         [*DOORKEY, SYNC, NOISY, "--replay.td_boost=true", *DEMONSTRATIONS],
     ),
     "sac, prioritized": (SAC, [*LINE, "--replay=Prioritized"]),
-    "td3, uniform, n steps": (TD3, [*LINE, "--replay=Uniform", "--algorithm.n_steps=3"]),
+    "td3, uniform, n steps, compiled": (
+        TD3,
+        [*LINE, "--replay=Uniform", "--algorithm.n_steps=3", "--training.accelerate=compile"],
+    ),
 }
 SLOW = {
     "dqn, judge": (DQN, [*DOORKEY, SYNC, PRIVILEGED]),
@@ -40,6 +45,8 @@ SLOW = {
 )
 def test_resumed_run_is_bit_equal_to_an_uninterrupted_one(name, tmp_path, monkeypatch):
     algorithm, arguments = (RUNS | SLOW)[name]
+    # Compiled as far as the graph: the C++ of it takes a minute.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     start(algorithm, tmp_path / "whole", *arguments)
     seed = random.SystemRandom().randrange(2**32)  # a run seeds the common generator
     print(f"seed {seed}")
