@@ -212,7 +212,8 @@ class TwoRanks:
         return module
 
     def broadcast(self, state):
-        return {name: torch.zeros_like(value) for name, value in state.items()}
+        learnt = ("weight", "bias", "log_alpha")
+        return {name: value * (not name.endswith(learnt)) for name, value in state.items()}
 
     def all_reduce(self, flat, reduce_op):
         assert reduce_op == "mean"
