@@ -45,7 +45,7 @@ def test_peers_are_torchrl_s_own_buffer_and_samplers(peer):
 @pytest.mark.parametrize(
     ("run", "expected"),
     [
-        (lambda _: rendering.main(sizes=(5,), clips=1, rounds=1, seconds=0.01), "env.render()"),
+        (lambda _: rendering.main((5,), (3,), clips=1, rounds=1, seconds=0.01), "GB/s"),
         (lambda _: environment.main(size=5, num_envs=(2,), rounds=1, seconds=0.01), "Collector"),
         (lambda _: sampler.main(slots=(100,), batch_sizes=(8,), rounds=1, seconds=0.01), "100"),
         pytest.param(

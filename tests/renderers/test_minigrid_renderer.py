@@ -67,7 +67,7 @@ def test_every_cell_is_drawn_as_minigrid_draws_it() -> None:
 def test_any_tile_size_is_exact() -> None:
     env = DoorKeyEnv(size=5)
     env.reset(seed=0)
-    for tile_size in (1, 3, 4, 6, 10, 32):
+    for tile_size in (1, 3, 6, 16, 28):
         frame = MiniGridRenderer(tile_size)(minigrid_render_state(env))
         assert torch.equal(frame, stock_frame(env, tile_size)), tile_size
 
@@ -162,7 +162,7 @@ def test_renderer_pickles_without_its_tiles_and_draws_the_same() -> None:
 
 def test_mosaic_of_other_devices_equals_the_cpus() -> None:
     rng = np.random.default_rng(0)
-    tiles = rng.integers(0, 2**60, (7, 3, 8, 1))
+    tiles = rng.integers(0, 256, (7, 3, 5, 5), dtype=np.uint8).view("V5")[..., 0]
     slots = rng.integers(0, 7, (5, 4, 6))
     assert torch.equal(_mosaic_on(torch.device("cpu"), tiles, slots), _mosaic(tiles, slots))
 

@@ -210,10 +210,8 @@ class MiniGridRenderer:
     def _clear(self) -> None:
         self._lock = threading.Lock()
         self._slot_of_code = np.full(_CODES, -1, np.intp)
-        # Rows of pixels are copied as the widest integers that they divide into.
-        width = next(w for w in (8, 4, 2, 1) if self.tile_size % w == 0)
-        row = self.tile_size // width
-        self._tiles = np.zeros((1, 3, self.tile_size, row), np.dtype(f"i{width}"))
+        # A row of a tile's pixels is one element: numpy copies it at once, not pixel by pixel.
+        self._tiles = np.zeros((1, 3, self.tile_size), np.dtype((np.void, self.tile_size)))
 
     def __call__(self, render_state: Tensor) -> Tensor:
         """Draw states, uint8 ``[*B, W, H, 4]``: see `minigrid_render_state`.
@@ -261,7 +259,8 @@ class MiniGridRenderer:
             if new:
                 cells = [Cell(c & 0xF, c >> 4 & 7, c >> 7 & 3, c >> 9) for c in new]
                 pixels = np.stack([self.sprites(cell, self.tile_size) for cell in cells])
-                tiles = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).view(self._tiles.dtype)
+                planes = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+                tiles = planes.view(self._tiles.dtype)[..., 0]
                 first = len(self._tiles)
                 # The tiles first: another thread that sees a slot finds its tile.
                 self._tiles = np.concatenate([self._tiles, tiles])
@@ -276,26 +275,26 @@ class MiniGridRenderer:
         self._clear()
 
 
-def _mosaic(tiles: NDArray[Any], slots: NDArray[np.intp]) -> Tensor:
-    """Lay tiles ``[K, 3, t, r]`` by slots ``[N, H, W]``: uint8 frames ``[N, 3, H t, W t]``."""
+def _mosaic(tiles: NDArray[np.void], slots: NDArray[np.intp]) -> Tensor:
+    """Lay tiles ``[K, 3, t]``, rows of t bytes, by slots ``[N, H, W]``: ``[N, 3, H t, W t]``."""
     N, H, W = slots.shape
     t = tiles.shape[2]
-    frames = np.empty((N, 3, H, t, W, tiles.shape[3]), tiles.dtype)
+    frames = np.empty((N, 3, H, t, W), tiles.dtype)
     # numpy's take and transposing copy are faster than torch's here. A few frames at a time:
     # what was gathered stays in the cache, and no second batch of frames is allocated.
     few = max(_CHUNK_BYTES // (3 * t * t * H * W), 1)
     for i in range(0, N, few):
-        frames[i : i + few] = tiles.take(slots[i : i + few], 0).transpose(0, 3, 1, 4, 2, 5)
+        frames[i : i + few] = tiles.take(slots[i : i + few], 0).transpose(0, 3, 1, 4, 2)
     return torch.from_numpy(frames.view(np.uint8).reshape(N, 3, H * t, W * t))
 
 
-def _mosaic_on(device: torch.device, tiles: NDArray[Any], slots: NDArray[np.intp]) -> Tensor:
+def _mosaic_on(device: torch.device, tiles: NDArray[np.void], slots: NDArray[np.intp]) -> Tensor:
     """``_mosaic`` by torch on ``device``: only tiles and slots travel there, not frames."""
     N, H, W = slots.shape
     t = tiles.shape[2]
-    atlas, where = torch.from_numpy(tiles).to(device), torch.from_numpy(slots).to(device)
-    laid = atlas[where].permute(0, 3, 1, 4, 2, 5).contiguous()
-    return laid.view(torch.uint8).view(N, 3, H * t, W * t)
+    atlas = torch.from_numpy(tiles.view(np.uint8).reshape(-1, 3, t, t)).to(device)
+    laid = atlas[torch.from_numpy(slots).to(device)]
+    return laid.permute(0, 3, 1, 4, 2, 5).reshape(N, 3, H * t, W * t)
 
 
 def _crop(slots: NDArray[np.intp], agent: NDArray[np.uint8], window: int) -> NDArray[np.intp]:
