@@ -149,6 +149,8 @@ class Faulty(Yes):
                 raise RuntimeError("no\nluck")
             case "is unavailable":
                 raise ScorerUnavailableError("the server\nis down")
+            case "breaks its GPU":
+                raise torch.AcceleratorError("CUDA error: unspecified launch failure")
             case "exits":
                 os._exit(3)
             case "leaves":

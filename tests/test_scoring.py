@@ -42,7 +42,13 @@ from vlmrb_torchrl.clips import ClipCutter
 from vlmrb_torchrl.envs import DoorKeyEnv
 from vlmrb_torchrl.renderers import ClipRenderTransform, MiniGridRenderer
 from vlmrb_torchrl.samplers import VLMPrioritizedSampler
-from vlmrb_torchrl.scorers import ConstantScorer, NoisyScorer, PrivilegedScorer, RandomScorer
+from vlmrb_torchrl.scorers import (
+    ConstantScorer,
+    EmbeddedJudge,
+    NoisyScorer,
+    PrivilegedScorer,
+    RandomScorer,
+)
 from vlmrb_torchrl.scoring import AsyncScorer, choose_mode
 from vlmrb_torchrl.scoring_worker import InPlaceWorker, ProcessWorker, ScorerError, judge
 
@@ -279,8 +285,7 @@ def test_on_cuda_a_thread_scores_in_a_stream_of_its_own():
             return super().score(tensordict)
 
     buffer = make_buffer()
-    with make(buffer, OnGPU(), "auto") as scoring:
-        assert scoring.mode == "thread"
+    with make(buffer, OnGPU(), "thread") as scoring:
         insert(buffer, scoring, stream([4, 4]))
         assert scoring.drain(PATIENT)
     assert scores(buffer)[:8] == pytest.approx([4 / 255] * 4 + [8 / 255] * 4)
@@ -382,6 +387,7 @@ FAULTS = {
     "leaves": "raised",
     "is unavailable": "unavailable",  # where learning would wait: elsewhere its batch does
     "hangs": "timeout",
+    "breaks its GPU": "died",
     "exits": "died",
 }
 
@@ -481,13 +487,62 @@ def test_a_process_survives_every_fault_or_is_replaced(tmp_path, caplog):
     """Every batch is saved by its retry but the last, whose process exits twice."""
     caplog.set_level(logging.WARNING)
     survived = ["raises", "answers NaN", "answers 2", "answers one too many", "hangs"]
+    survived.append("breaks its GPU")
     script = [step for how in survived for step in (how, "works")] + ["exits"] * 2
-    found, figures = judged(Faulty(script, tmp_path), "process", stream([4] * 6), timeout_s=0.5)
-    assert found[:24] == [1] * 20 + [-1] * 4
-    assert figures["retries"] == 6
-    assert faults(figures) == {"raised": 1, "invalid": 3, "timeout": 1, "died": 2}
-    assert "process ended with code 3" in caplog.text
+    found, figures = judged(Faulty(script, tmp_path), "process", stream([4] * 7), timeout_s=0.5)
+    assert found[:28] == [1] * 24 + [-1] * 4
+    assert figures["retries"] == 7
+    assert faults(figures) == {"raised": 1, "invalid": 3, "timeout": 1, "died": 3}
+    assert "launch failure" in caplog.text
     assert len(caplog.records) == 4
+
+
+def test_a_process_whose_gpu_failed_is_replaced(tmp_path):
+    """What a GPU's fault leaves in a process runs no kernel any more."""
+    script = ["works", "breaks its GPU", "works"]
+    buffer, pids = make_buffer(), []
+    with make(buffer, Faulty(script, tmp_path), "process") as scoring:
+        for start in (0, 4):
+            insert(buffer, scoring, stream([4], start=start))
+            assert scoring.drain(PATIENT)
+            pids.append(scoring.worker_pid)
+    assert scores(buffer)[:8] == [1] * 8
+    assert pids[0] != pids[1]
+    assert vanishes(pids[0])
+
+
+def test_a_judge_on_cuda_begins_with_the_gpu_in_its_own_process_alone(monkeypatch, caplog):
+    """A learner that had begun with it would hold memory there, and could not be forked."""
+    begun = []  # of this process: the judge's has a copy
+
+    def begin():
+        begun.append(True)
+        raise RuntimeError("it begins")
+
+    monkeypatch.setattr(torch.cuda, "_lazy_init", begin)
+    buffer = make_buffer()
+    with make(buffer, EmbeddedJudge(device="cuda"), "auto") as scoring:
+        insert(buffer, scoring, stream([4]))
+        assert not scoring.wait_until_ready(PATIENT)
+        scoring.state_dict(), scoring.showcase(), books(scoring)
+    assert begun == []
+    assert "loading the scorer failed: RuntimeError: it begins" in caplog.text
+
+
+def test_a_model_in_a_process_scores_as_in_a_thread():
+    """The embedded judge, from the render states on, which alone go there."""
+    env, found = DoorKeyEnv(6, 2, seed=1), {}
+    data = env.rollout(32, break_when_any_done=False).reshape(-1)
+    for mode in ("thread", "process"):
+        buffer = make_buffer()
+        transform = ClipRenderTransform(MiniGridRenderer(8, window=8))
+        with AsyncScorer(buffer, transform, EmbeddedJudge(), clip_transitions=8, mode=mode) as it:
+            it.extend(data)
+            assert it.drain(PATIENT, flush=True)
+            assert faults(books(it)) == {}
+        found[mode] = scores(buffer)
+    assert min(found["thread"]) >= 0
+    assert found["process"] == pytest.approx(found["thread"], abs=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["sync", "thread", "process"])
@@ -1046,12 +1101,12 @@ def test_clips_that_cannot_be_drawn_are_not_shown_and_that_is_said_once(caplog):
     assert warnings == ["No clips will be shown: RuntimeError: no graphics"]
 
 
-def test_auto_takes_a_process_for_cpu_models_and_a_thread_for_the_others():
+def test_auto_takes_a_thread_for_the_cheap_and_a_process_for_the_others():
     class OnGPU(Yes):
         device = torch.device("cuda", 0)
 
     assert choose_mode("auto", Yes()) == "process"
-    assert choose_mode("auto", OnGPU()) == "thread"
+    assert choose_mode("auto", OnGPU()) == "process"
     assert choose_mode("auto", ConstantScorer()) == "thread"
     assert choose_mode("auto", NoisyScorer(Yes())) == "process"
     assert choose_mode("sync", Yes()) == "sync"

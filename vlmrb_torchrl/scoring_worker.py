@@ -60,7 +60,7 @@ class ScorerError(Exception):
     Attributes:
         kind: ``"raised"`` (the scorer raised), ``"invalid"`` (it answered something else than
             one number in [0, 1] per clip), ``"unavailable"`` (it cannot answer now, whatever the
-            batch), ``"timeout"`` (no answer), ``"died"`` (its process).
+            batch), ``"timeout"`` (no answer), ``"died"`` (its process, or its GPU's state in it).
         scores: Answer of the scorer, float32 ``[B]``, NaN for a clip without a score; None if
             there is none that could be told apart by clips.
     """
@@ -90,6 +90,8 @@ def _faults(scorer: object, while_: str = "") -> Iterator[None]:
         raise ScorerError("invalid", str(error), scores) from error
     except ScorerUnavailableError as error:
         raise ScorerError("unavailable", described(error)) from error
+    except torch.AcceleratorError as error:  # mostly nothing runs there any more in this process
+        raise ScorerError("died", while_ + described(error)) from error
     except Exception as error:
         raise ScorerError("raised", while_ + described(error)) from error
 
@@ -350,6 +352,8 @@ class ProcessWorker:
         finally:
             timer.cancel()
         if isinstance(answer, ScorerError):
+            if answer.kind == "died":
+                self._end()
             raise answer
         return answer
 
