@@ -97,7 +97,7 @@ class Scoring:
         batch_clips: Clips that the judge sees at once.
         timeout_s: Seconds for a batch until the judge counts as hanging.
         duty_cycle: Share of the time that the judge may compute, for one on the learner's own GPU.
-        mode: Where the judge runs: a process (CPU), a thread with its own CUDA stream, in the
+        mode: Where the judge runs: a process, a thread (on CUDA with a stream of its own), in the
             loop itself (``sync``: reruns are bit-exact), or what suits the judge (``auto``).
     """
 
