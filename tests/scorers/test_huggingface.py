@@ -24,13 +24,14 @@ from typing import Any
 import pytest
 import torch
 from tensordict import TensorDict
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.v2 import functional
 
 from recipes.train_judge.model import build_tokenizer
 from tests.scorers.distributions import DISTRIBUTIONS
 from tests.scorers.families import FAMILIES, save, says
 from vlmrb_torchrl.scorers import HuggingFaceScorer, local
-from vlmrb_torchrl.scorers.huggingface import ENCODED_ONE_BY_ONE, answer_ids, answer_start
+from vlmrb_torchrl.scorers.huggingface import ENCODED_ONE_BY_ONE, _filled, answer_ids, answer_start
 
 PROMPTS = (
     "Is the goal reached in this clip? Answer Yes or No.",
@@ -151,10 +152,34 @@ def test_turns_of_unequal_length_in_a_batch_are_padded_on_the_left(
     """Padded on the right, the last position of the shorter turn would be no answer."""
     scorer, frames = shared(family, dedup=False), some_clips()["clip"][:2]
     with torch.inference_mode():
-        together = scorer._answers(scorer._processed(frames, PROMPTS[:2]), use_cache=False)
+        together = scorer._odds(scorer._run(**scorer._processed(frames, PROMPTS[:2])))
         for k in range(2):
             one = scorer._processed(frames[k : k + 1], [PROMPTS[k]])
-            close(together[k : k + 1], scorer._answers(one, use_cache=False))
+            close(together[k : k + 1], scorer._odds(scorer._run(**one)))
+
+
+@pytest.mark.parametrize("family", slow_but((*FAST, "internvl"), *FAMILIES))
+def test_words_are_read_once_and_what_the_model_reads_is_its_processors(
+    shared: Shared, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """InternVL's processor renames what its video processor makes: each batch goes through it."""
+    scorer, clips, asked = shared(family, dedup=False), some_clips()["clip"], []
+    expected = scorer._processed(clips, ["Is it?"] * 4)
+    assert expected.pop("attention_mask").all()
+    real = HuggingFaceScorer._processed
+
+    def noted(self: Any, clips: torch.Tensor, prompts: Any) -> Any:
+        asked.append(len(clips))
+        return real(self, clips, prompts)
+
+    monkeypatch.setattr(HuggingFaceScorer, "_processed", noted)
+    for _ in range(2):
+        found = scorer._inputs(clips, "Is it?")
+        found.pop("attention_mask", None)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert torch.equal(found[name], value), name
+    assert asked == ([1, 4, 4] if family == "internvl" else [1])
 
 
 @each_family
@@ -227,7 +252,7 @@ def test_a_further_prompt_costs_its_own_tokens(shared: Shared, family: str) -> N
     )
     scorer.asking(PROMPTS).score_prompts(clips)
     handle.remove()
-    turns = [scorer._turn(clips["clip"], prompt)["input_ids"].shape[1] for prompt in PROMPTS]
+    turns = [scorer._turn(clips["clip"], prompt).words["input_ids"].shape[1] for prompt in PROMPTS]
     begun = read[0]
     assert read[1:] == [turn - begun for turn in turns]
     assert begun > 0.5 * min(turns)
@@ -339,10 +364,43 @@ def test_resolution_changes_the_tokens_of_a_frame(
     """Picture tokens of a clip of 6 frames, from the family's patches and poolings."""
     scorer = shared(family, resolution=edge)
     assert scores(scorer, some_clips()).unique().numel() == 4
-    ids = scorer._turn(torch.zeros(1, 6, 3, edge, edge, dtype=torch.uint8), "?")["input_ids"]
+    ids = scorer._turn(torch.zeros(1, 6, 3, edge, edge, dtype=torch.uint8), "?").words["input_ids"]
     config = scorer._loaded.model.config
     places = {getattr(config, f"{kind}_token_id", None) for kind in ("image", "video")}
     assert sum(int((ids == place).sum()) for place in places if place is not None) == 6 * per_frame
+
+
+def test_a_resized_tower_sees_as_one_of_any_size_and_in_its_own_precision(
+    folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """timm's ``dynamic_img_size`` would make the rotary embedding, and what it touches, float32."""
+    any_size = shutil.copytree(folder_of("perception_lm_pe"), tmp_path / "model")
+    config = json.loads((any_size / "config.json").read_text())
+    config["vision_config"]["model_args"]["dynamic_img_size"] = True
+    (any_size / "config.json").write_text(json.dumps(config))
+    frames = torch.rand(1, 2, 3, 56, 56)
+
+    class Dtypes(TorchDispatchMode):
+        """Precisions of what is computed of the frames; a rotary embedding is of no batch."""
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.ndim >= 3:
+                met.add(out.dtype)
+            return out
+
+    for dtype in ("float32", "bfloat16"):
+        seen = []
+        for folder in (folder_of("perception_lm_pe"), any_size):
+            scorer, met = HuggingFaceScorer(folder, resolution=56, dtype=dtype), set()
+            scorer.load()
+            with torch.inference_mode(), Dtypes():
+                model = scorer._loaded.model
+                seen.append(model.model.get_image_features(frames.to(model.dtype)).pooler_output)
+            if folder != any_size:
+                assert met == {model.dtype}
+        if dtype == "float32":
+            assert torch.equal(*seen)
 
 
 @pytest.mark.parametrize(
@@ -392,12 +450,48 @@ def test_out_of_memory_halves_the_batch_and_goes_on(
         scores(scorer, clips[:2])
 
 
+@pytest.mark.parametrize(
+    ("most", "sizes"), [(64, {8, 16, 32, 64}), (6, {1, 2, 3, 6}), (1, {1})], ids=str
+)
+def test_a_batch_is_filled_up_to_one_of_four_sizes_by_its_last_row(
+    most: int, sizes: set[int]
+) -> None:
+    """An eighth, a quarter, half or all of the greatest, rounded up."""
+    rows, found = torch.arange(most), set()
+    for count in range(1, most + 1):
+        filled = _filled(rows[:count], most)
+        found.add(len(filled))
+        assert len(filled) < 2 * count or len(filled) == min(sizes)
+        assert filled.tolist() == [min(row, count - 1) for row in range(len(filled))]
+    assert found == sizes
+
+
+@pytest.mark.parametrize("dedup", [None, False])
+def test_clips_that_fill_a_batch_up_change_no_score(
+    shared: Shared, monkeypatch: pytest.MonkeyPatch, dedup: bool | None
+) -> None:
+    """Compiled or not: here it only pretends to be."""
+    scorer, clips = shared("perception_lm", dedup=dedup).asking(PROMPTS), some_clips(5)
+    plain = scores(scorer, clips)
+    scorer._compile, scorer.batch_clips, seen = True, 4, []
+    real = HuggingFaceScorer.log_odds
+
+    def noted(self: Any, part: torch.Tensor, prompts: Any) -> torch.Tensor:
+        seen.append(len(part))
+        return real(self, part, prompts)
+
+    monkeypatch.setattr(HuggingFaceScorer, "log_odds", noted)
+    close(scores(scorer, clips), plain)
+    close(scores(scorer, clips[:3]), plain[:3])
+    assert seen == [4, 1, 4]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["perception_lm_pe", "smolvlm"])
-def test_compiled_with_frames_encoded_once_it_is_translated_for_four_numbers_of_them(
+def test_compiled_it_is_translated_for_four_numbers_of_frames_and_of_clips(
     folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
-    """8, 16, 32 or 64 of a batch's different frames at once, whose last is repeated."""
+    """8, 16, 32 or 64 of a batch's different frames at once, and 1, 2 or 4 clips (4, 2, 1, ½)."""
     graphs = []
 
     def noted(graph: Any, inputs: Any) -> Any:
@@ -405,7 +499,7 @@ def test_compiled_with_frames_encoded_once_it_is_translated_for_four_numbers_of_
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=noted))
-    compiled = HuggingFaceScorer(folder_of(family), PROMPTS[0], compile=True)
+    compiled = HuggingFaceScorer(folder_of(family), PROMPTS[0], compile=True, batch_clips=4)
     plain = HuggingFaceScorer(folder_of(family), PROMPTS[0], dedup=False)
     compiled.load()
 
@@ -417,19 +511,20 @@ def test_compiled_with_frames_encoded_once_it_is_translated_for_four_numbers_of_
         torch.testing.assert_close(scores(compiled, batch), scores(plain, batch), atol=1e-6, rtol=0)
 
     torch.compiler.reset()
-    for number in (8, 16, 32, 64):
-        check(number, 3)
-    assert len(graphs) > 4
+    for number, clips in ((8, 3), (16, 3), (32, 3), (64, 3), (1, 1), (1, 2)):
+        check(number, clips)
+    assert len(graphs) > 6
     before = len(graphs)
-    for number, clips in ((1, 3), (7, 2), (9, 3), (20, 2), (33, 3), (65, 3), (72, 3)):
+    for number, clips in ((1, 4), (7, 2), (9, 5), (20, 2), (33, 3), (65, 3), (72, 3), (9, 1)):
         check(number, clips)
     assert len(graphs) == before
 
 
 @pytest.mark.slow
-def test_compiled_model_scores_the_same(shared: Shared) -> None:
-    plain, clips = shared("qwen3_vl", dedup=False), some_clips()
-    compiled = shared("qwen3_vl", dedup=False, compile=True)
+@pytest.mark.parametrize(("family", "dedup"), [("qwen3_vl", False), ("perception_lm_pe", None)])
+def test_compiled_model_scores_the_same(shared: Shared, family: str, dedup: bool | None) -> None:
+    plain, clips = shared(family, dedup=False).asking(PROMPTS), some_clips()
+    compiled = shared(family, dedup=dedup, compile=True).asking(PROMPTS)
     close(scores(compiled, clips), scores(plain, clips))
     close(scores(compiled, clips[:3]), scores(plain, clips[:3]))
 

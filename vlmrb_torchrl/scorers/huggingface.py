@@ -14,6 +14,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from vlmrb_torchrl.checks import is_positive, is_whole, require
 from vlmrb_torchrl.prompts import GOAL
 from vlmrb_torchrl.scorers.answers import NO_WORDS, YES_WORDS
-from vlmrb_torchrl.scorers.local import FrameEmbeddings, Loaded, LocalScorer
+from vlmrb_torchrl.scorers.local import FRAMES_AT_ONCE, FrameEmbeddings, Loaded, LocalScorer
 
 Attention = Literal["eager", "sdpa", "flash_attention_2", "flex_attention"]
 ENCODED_ONE_BY_ONE = {"perception_lm": "video", "smolvlm": "image"}
@@ -67,8 +68,10 @@ class HuggingFaceScorer(LocalScorer):
         dedup: Encode equal frames once and keep their embeddings. None: where the model allows
             it (PerceptionLM, SmolVLM). False: the plain path.
         cache_megabytes: Memory for the embeddings kept, least recently used dropped first.
-        compile: Whether ``torch.compile`` translates the model, which takes a minute or more; the
-            vision tower again for each of four numbers of frames, where they are encoded once.
+        compile: Whether ``torch.compile`` translates the model, which takes a minute or more: for
+            four numbers of clips, ``batch_clips`` and its halves down to an eighth, up to which a
+            batch is filled; and the vision tower for as many numbers of frames, where they are
+            encoded once.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Whether Python code that comes with the model may run, with your
             rights. Off, such a model is refused.
@@ -129,16 +132,13 @@ class HuggingFaceScorer(LocalScorer):
     # ------------------------------------------------------------ loading
 
     def _read(self) -> Loaded:
-        def any_size(config: Any) -> None:  # a timm tower is made for one
-            timm_arguments = getattr(getattr(config, "vision_config", None), "model_args", None)
-            if self.resolution is not None and timm_arguments is not None:
-                timm_arguments["dynamic_img_size"] = True
-
         options: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
         if self.attention is not None:
             options["attn_implementation"] = self.attention
-        processor, model = self._pretrained("AutoModelForImageTextToText", any_size, **options)
+        processor, model = self._pretrained("AutoModelForImageTextToText", **options)
         _fold_batch_norms(model)
+        if self.resolution is not None:
+            _resize_timm_tower(model, self.resolution)
         tokenizer = processor.tokenizer
         tokenizer.padding_side = "left"  # the answer is read off the last position
         if tokenizer.pad_token_id is None:
@@ -175,14 +175,15 @@ class HuggingFaceScorer(LocalScorer):
                 ) from error
         if self._compile:
             model, inner = loaded.model, loaded.model.model
-            model.forward = torch.compile(model.forward, dynamic=True)
+            model.forward = torch.compile(model.forward, dynamic=False)
             if loaded.embeddings is not None:
                 inner.get_image_features = torch.compile(inner.get_image_features, dynamic=False)
 
     # ------------------------------------------------------------ from frames to P(Yes)
 
     def _ask(self, clips: Tensor) -> Tensor:
-        return self.log_odds(clips, self.prompts).sigmoid()
+        filled = _filled(clips, self.batch_clips) if self._compile else clips
+        return self.log_odds(filled, self.prompts)[: len(clips)].sigmoid()
 
     def log_odds(self, clips: Tensor, prompts: Sequence[str]) -> Tensor:
         """Logarithm of P(Yes) / P(No) of each clip under each prompt, once the model is loaded.
@@ -193,38 +194,40 @@ class HuggingFaceScorer(LocalScorer):
         if self._loaded.embeddings is None:  # else the frames that are encoded go there alone
             clips = self._resized(clips.to(self._device, non_blocking=True))
         if len(prompts) == 1:
-            return self._answers(self._inputs(clips, prompts[0]), use_cache=False)[:, None]
-        turns = [self._turn(clips, prompt)["input_ids"][0] for prompt in prompts]
+            output = self._run(**self._inputs(clips, prompts[0]), use_cache=False)
+            return self._odds(output)[:, None]
+        turns = [self._turn(clips, prompt).words["input_ids"][0] for prompt in prompts]
         common = _common_prefix(turns)
         if any(self._sees(turn[common:]) for turn in turns):  # the clip comes after the words
             return torch.cat([self.log_odds(clips, [prompt]) for prompt in prompts], 1)
         whole = self._inputs(clips, prompts[0])
         begun = {k: v[:, :common] if _along(v, len(turns[0])) else v for k, v in whole.items()}
-        # From transformers 5.40 on, the older name would be ignored.
-        known = _arguments(type(self._loaded.model).forward)
-        kept = "cache" if "cache" in known else "past_key_values"
+        # From transformers 5.40 on, the cache's older name would be ignored.
+        model, forward = self._loaded.model, type(self._loaded.model).forward
+        kept = "cache" if "cache" in _arguments(forward) else "past_key_values"
         past = getattr(self._run(**begun, use_cache=True), kept)
         answers = []
         for turn in turns:
             words = turn[common:].expand(len(clips), -1)
             rest = {"input_ids": words, kept: past, **self._places(begun, words)}
-            answers.append(self._answers(rest, use_cache=True))
+            # A few words: compiled, each prompt's would be translated by themselves.
+            answers.append(self._odds(forward(model, **rest, use_cache=True, logits_to_keep=1)))
             past.crop(common - len(turn))
         return torch.stack(answers, 1)
 
-    def _answers(self, inputs: dict[str, Any], use_cache: bool) -> Tensor:
-        logits = self._run(**inputs, use_cache=use_cache).logits[:, -1].float()
+    def _odds(self, output: Any) -> Tensor:
+        logits = output.logits[:, -1].float()
         odds: Tensor = logits[:, self._yes].logsumexp(-1) - logits[:, self._no].logsumexp(-1)
         return odds
 
     def _run(self, *, frames: Tensor | None = None, **inputs: Any) -> Any:
-        """One forward pass, embeddings ``frames`` ``[tokens, width]`` put in their places."""
+        """One forward pass, embeddings ``frames`` ``[B, tokens, width]`` put in their places."""
         model = self._loaded.model
         if frames is not None:  # before transformers 5.23 models ignore those handed over
-            ids = inputs.pop("input_ids")
-            seen_as = ENCODED_ONE_BY_ONE[model.config.model_type]
-            words = model.get_input_embeddings()(ids)
-            words[ids == getattr(model.config, f"{seen_as}_token_id")] = frames.to(words.dtype)
+            places = inputs.pop("places")
+            words = model.get_input_embeddings()(inputs.pop("input_ids"))
+            # By places, not by a mask, whose places a GPU would be waited for to count.
+            words[:, places] = frames.to(words.dtype)
             inputs["inputs_embeds"] = words
         # Without logits_to_keep, a row of 8,232 tokens over 128,256 words costs 4.2 GB.
         return model(**inputs, logits_to_keep=1)
@@ -241,19 +244,36 @@ class HuggingFaceScorer(LocalScorer):
 
     def _inputs(self, clips: Tensor, prompt: str) -> dict[str, Any]:
         """What `_run` reads for ``[B, F, 3, H, W]`` clips and one question."""
-        if self._loaded.embeddings is None:
-            return self._processed(clips, [prompt] * len(clips))
-        words = {k: v.expand(len(clips), -1) for k, v in self._turn(clips, prompt).items()}
-        frames = self._loaded.embeddings(clips.flatten(0, 1), self._encode)
-        return {**words, "frames": frames.flatten(0, 1)}
+        B, turn = len(clips), self._turn(clips, prompt)
+        words = {
+            k: v.expand(B, *v.shape[1:]) if isinstance(v, Tensor) else v * B
+            for k, v in turn.words.items()
+        }
+        if self._loaded.embeddings is not None:
+            frames = self._loaded.embeddings(clips.flatten(0, 1), self._encode)
+            frames = frames.reshape(B, -1, frames.shape[-1])
+            return {**words, "frames": frames, "places": turn.places}
+        if turn.apart:
+            return {**words, **self._pixels(clips)}
+        return self._processed(clips, [prompt] * B)
 
-    def _turn(self, clips: Tensor, prompt: str) -> dict[str, Tensor]:
-        """Token ids of one clip and a question, ``[1, S]``; they depend on its shape alone."""
+    def _turn(self, clips: Tensor, prompt: str) -> _Turn:
+        """One clip and a question, as read of a black clip of the same shape."""
         key, turns = (prompt, *clips.shape[1:]), self._loaded.prepared
         if key not in turns:
-            turn = self._processed(self._resized(torch.zeros_like(clips[:1])), [prompt])
-            turns[key] = {k: turn[k] for k in ("input_ids", "attention_mask")}
-        return dict(turns[key])
+            black = self._resized(torch.zeros_like(clips[:1], device=self._device))
+            whole, pixels = self._processed(black, [prompt]), self._pixels(black)
+            seen = [k for k in whole if "pixel" in k]
+            apart = {*seen} == {*pixels} and all(torch.equal(whole[k], pixels[k]) for k in seen)
+            # Nothing is padded: without a mask, attention takes its fast road without a look at it.
+            words = {k: v for k, v in whole.items() if k not in (*seen, "attention_mask")}
+            config = self._loaded.model.config
+            seen_as = ENCODED_ONE_BY_ONE.get(config.model_type)
+            token = getattr(config, f"{seen_as}_token_id", -1)
+            places = (words["input_ids"][0] == token).nonzero()[:, 0]
+            turns[key] = _Turn(words, places, apart)
+        turn: _Turn = turns[key]
+        return turn
 
     def _processed(self, clips: Tensor, prompts: Sequence[str]) -> dict[str, Any]:
         """What the processor makes of clips ``[B, F, 3, H, W]`` and as many questions."""
@@ -323,23 +343,51 @@ class HuggingFaceScorer(LocalScorer):
         """Embed frames ``[U, 3, H, W]`` as the model itself would, ``[U, tokens, width]``."""
         count = len(frames)
         frames = self._resized(frames.to(self._device, non_blocking=True))
-        if self._compile:  # for few sizes, since each is translated anew: 8, 16, 32, 64
-            more = max(8, 1 << (count - 1).bit_length()) - count
-            frames = torch.cat([frames, frames[-1:].expand(more, -1, -1, -1)])
-        pixels = self._loaded.processor.video_processor(
-            videos=[frames], return_tensors="pt", **self._video_options()
-        )
-        placed = self._placed({k: v for k, v in pixels.items() if "pixel" in k})
-        encoded = self._loaded.model.model.get_image_features(*placed.values()).pooler_output
+        if self._compile:
+            frames = _filled(frames, FRAMES_AT_ONCE)
+        pixels = self._pixels(frames[None])
+        encoded = self._loaded.model.model.get_image_features(*pixels.values()).pooler_output
         whole: Tensor = encoded if isinstance(encoded, Tensor) else torch.cat(encoded)
         embeddings: Tensor = whole.reshape(len(frames), -1, whole.shape[-1])[:count]
         return embeddings
+
+    def _pixels(self, clips: Tensor) -> dict[str, Any]:
+        """What the model sees of clips ``[B, F, 3, H, W]``, made where they lie."""
+        made = self._loaded.processor.video_processor(
+            videos=list(clips), return_tensors="pt", **self._video_options()
+        )
+        return self._placed({k: v for k, v in made.items() if "pixel" in k})
 
     def _sees(self, tokens: Tensor) -> bool:
         """Whether pictures are put in among ``tokens``."""
         names = ("image_token_id", "video_token_id")
         places = [getattr(self._loaded.model.config, name, None) for name in names]
         return any(bool((tokens == place).any()) for place in places if place is not None)
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A clip and a question as the model reads them, but for what the frames hold.
+
+    Attributes:
+        words: The model's arguments that depend on the clip's shape alone, of one clip.
+        places: Positions of its frames' tokens, where they are encoded one by one.
+        apart: Whether the video processor alone makes the others.
+    """
+
+    words: dict[str, Any]
+    places: Tensor
+    apart: bool
+
+
+def _filled(rows: Tensor, most: int) -> Tensor:
+    """Repeat the last row up to an eighth, a quarter, half or all of ``most`` rows.
+
+    What is compiled is translated anew for each number of rows.
+    """
+    sizes = (-(-most // share) for share in (8, 4, 2, 1))
+    more = next(size for size in sizes if size >= len(rows)) - len(rows)
+    return torch.cat([rows, rows[-1:].expand(more, *rows.shape[1:])])
 
 
 def answer_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -391,6 +439,18 @@ def _fold_batch_norms(model: nn.Module) -> None:
             if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
                 chain[k] = nn.utils.fuse_conv_bn_eval(first, second)
                 chain[k + 1] = nn.Identity()
+
+
+def _resize_timm_tower(model: nn.Module, edge: int) -> None:
+    """Make a tower of timm, which is made for one size, one for frames of ``edge`` pixels.
+
+    A ``dynamic_img_size`` instead would have it compute its rotary embedding anew each time, in
+    float32: 30 % of the bytes that the layers of one in bfloat16 write, none when it is kept.
+    """
+    tower: Any = getattr(getattr(model.base_model, "vision_tower", None), "timm_model", None)
+    if hasattr(tower, "set_input_size"):
+        tower.set_input_size((edge, edge))
+        tower.patch_embed.strict_img_size = False  # it would cut off what fills no patch
 
 
 def _arguments(function: Callable[..., Any]) -> Mapping[str, Any]:

@@ -37,7 +37,7 @@ from vlmrb_torchrl.scorers.base import PromptedScorer
 _LOGGER = logging.getLogger("vlmrb_torchrl.scorers")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _INSTALL = "pip install 'vlmrb-torchrl[vlm]'"
-_FRAMES_AT_ONCE = 64
+FRAMES_AT_ONCE = 64
 
 
 @dataclass
@@ -319,8 +319,8 @@ class FrameEmbeddings:
         for number, key in enumerate(keys):
             first.setdefault(key, number)
         missing = [key for key in first if key not in self._kept]
-        for start in range(0, len(missing), _FRAMES_AT_ONCE):
-            part = missing[start : start + _FRAMES_AT_ONCE]
+        for start in range(0, len(missing), FRAMES_AT_ONCE):
+            part = missing[start : start + FRAMES_AT_ONCE]
             encoded = encode(frames[[first[key] for key in part]])
             # Copies: a view would keep the whole batch of embeddings in memory.
             self._kept.update((key, e.clone()) for key, e in zip(part, encoded, strict=True))
