@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import multiprocessing
 import sys
 
@@ -14,8 +15,11 @@ from tensordict import TensorDict
 
 from recipes.train_judge.data import Clip, Episode, render
 from recipes.train_judge.worlds import ENDLESS, Phase, play
+from vlmrb_torchrl import scoring_worker
+from vlmrb_torchrl.frames import _sums
 from vlmrb_torchrl.prompts import MINIGRID
-from vlmrb_torchrl.scorers import EmbeddedJudge
+from vlmrb_torchrl.renderers import ClipRenderTransform, MiniGridRenderer, minigrid
+from vlmrb_torchrl.scorers import EmbeddedJudge, local
 from vlmrb_torchrl.scorers.embedded import FOLDER
 
 
@@ -60,6 +64,26 @@ def test_shipped_weights_are_small_safetensors() -> None:
 def test_another_view_is_refused(judge: EmbeddedJudge) -> None:
     with pytest.raises(ValueError, match=r"is \(40, 40\): EmbeddedJudge knows \(64, 64\)"):
         judge(TensorDict({"clip": torch.zeros(1, 4, 3, 40, 40, dtype=torch.uint8)}, [1]))
+
+
+def test_the_road_on_a_gpu_gives_the_scores_of_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its steps, run here: frames laid by torch, and told apart by sums where they lie."""
+    episode = solved(8, 500)
+    rows = np.stack([Clip(episode, 0, n, 32).rows for n in (len(episode), len(episode) - 1, 5)])
+    clips = TensorDict({"render_state": torch.as_tensor(episode.states[rows])}, [3])
+    transform = ClipRenderTransform(MiniGridRenderer(8, window=8))
+
+    def scored() -> tuple[list[float], int]:
+        scorer = EmbeddedJudge()
+        scores = scoring_worker.judge(transform, scorer, clips.clone())
+        return scores.tolist(), scorer._loaded.embeddings.encoded
+
+    plain, encoded = scored()
+    there = functools.partial(minigrid._mosaic_on, torch.device("cpu"))
+    monkeypatch.setattr(minigrid, "_mosaic", there)
+    monkeypatch.setattr(local, "frame_digests", lambda f: [s.tobytes() for s in _sums(f).numpy()])
+    assert scored() == (pytest.approx(plain, abs=1e-6), encoded)
+    assert plain[0] > 0.9 > 0.1 > plain[2]
 
 
 def test_two_questions_score_their_maximum(judge: EmbeddedJudge) -> None:
