@@ -68,10 +68,11 @@ class HuggingFaceScorer(LocalScorer):
         dedup: Encode equal frames once and keep their embeddings. None: where the model allows
             it (PerceptionLM, SmolVLM). False: the plain path.
         cache_megabytes: Memory for the embeddings kept, least recently used dropped first.
-        compile: Whether ``torch.compile`` translates the model, which takes a minute or more: for
-            four numbers of clips, ``batch_clips`` and its halves down to an eighth, up to which a
-            batch is filled; and the vision tower for as many numbers of frames, where they are
-            encoded once.
+        compile: Whether ``torch.compile`` translates the model's layers: one for all that are
+            alike, when it is first met, for each of four numbers of clips, ``batch_clips`` and its
+            halves down to an eighth, up to which a batch is filled; those of the vision tower for
+            as many numbers of frames, where they are encoded once. Asked several prompts, most of
+            the language model is left as it is: its layers then keep what the others do not.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Whether Python code that comes with the model may run, with your
             rights. Off, such a model is refused.
@@ -174,10 +175,7 @@ class HuggingFaceScorer(LocalScorer):
                     f"({reason}), try another multiple of its patches, or None"
                 ) from error
         if self._compile:
-            model, inner = loaded.model, loaded.model.model
-            model.forward = torch.compile(model.forward, dynamic=False)
-            if loaded.embeddings is not None:
-                inner.get_image_features = torch.compile(inner.get_image_features, dynamic=False)
+            _compile_layers(loaded.model)
 
     # ------------------------------------------------------------ from frames to P(Yes)
 
@@ -202,16 +200,15 @@ class HuggingFaceScorer(LocalScorer):
             return torch.cat([self.log_odds(clips, [prompt]) for prompt in prompts], 1)
         whole = self._inputs(clips, prompts[0])
         begun = {k: v[:, :common] if _along(v, len(turns[0])) else v for k, v in whole.items()}
-        # From transformers 5.40 on, the cache's older name would be ignored.
-        model, forward = self._loaded.model, type(self._loaded.model).forward
-        kept = "cache" if "cache" in _arguments(forward) else "past_key_values"
+        # From transformers 5.40 on, the older name would be ignored.
+        known = _arguments(type(self._loaded.model).forward)
+        kept = "cache" if "cache" in known else "past_key_values"
         past = getattr(self._run(**begun, use_cache=True), kept)
         answers = []
         for turn in turns:
             words = turn[common:].expand(len(clips), -1)
             rest = {"input_ids": words, kept: past, **self._places(begun, words)}
-            # A few words: compiled, each prompt's would be translated by themselves.
-            answers.append(self._odds(forward(model, **rest, use_cache=True, logits_to_keep=1)))
+            answers.append(self._odds(self._run(**rest, use_cache=True)))
             past.crop(common - len(turn))
         return torch.stack(answers, 1)
 
@@ -378,6 +375,16 @@ class _Turn:
     words: dict[str, Any]
     places: Tensor
     apart: bool
+
+
+def _compile_layers(module: nn.Module) -> None:
+    """Let ``torch.compile`` translate what ``module`` lists: its layers, most of them alike."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            for layer in child:
+                layer.compile(dynamic=False)
+        else:
+            _compile_layers(child)
 
 
 def _filled(rows: Tensor, most: int) -> Tensor:
