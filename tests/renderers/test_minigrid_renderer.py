@@ -160,9 +160,11 @@ def test_renderer_pickles_without_its_tiles_and_draws_the_same() -> None:
     assert torch.equal(pickle.loads(data)(state), frame)
 
 
-def test_mosaic_of_other_devices_equals_the_cpus() -> None:
+@pytest.mark.parametrize("edge", [5, 8, 28])
+def test_mosaic_of_other_devices_equals_the_cpus(edge: int) -> None:
     rng = np.random.default_rng(0)
-    tiles = rng.integers(0, 256, (7, 3, 5, 5), dtype=np.uint8).view("V5")[..., 0]
+    pixels = rng.integers(0, 256, (7, 3, edge, edge), dtype=np.uint8)
+    tiles = pixels.view(f"V{edge}")[..., 0]
     slots = rng.integers(0, 7, (5, 4, 6))
     assert torch.equal(_mosaic_on(torch.device("cpu"), tiles, slots), _mosaic(tiles, slots))
 

@@ -10,6 +10,7 @@ hundred times faster (``recipes/benchmarks/rendering.py``).
 from __future__ import annotations
 
 import copy
+import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -292,9 +293,10 @@ def _mosaic_on(device: torch.device, tiles: NDArray[np.void], slots: NDArray[np.
     """``_mosaic`` by torch on ``device``: only tiles and slots travel there, not frames."""
     N, H, W = slots.shape
     t = tiles.shape[2]
-    atlas = torch.from_numpy(tiles.view(np.uint8).reshape(-1, 3, t, t)).to(device)
-    laid = atlas[torch.from_numpy(slots).to(device)]
-    return laid.permute(0, 3, 1, 4, 2, 5).reshape(N, 3, H * t, W * t)
+    rows = tiles.view(f"i{math.gcd(t, 8)}").reshape(-1, 3, t, t // math.gcd(t, 8))
+    atlas, where = torch.from_numpy(rows).to(device), torch.from_numpy(slots).to(device)
+    laid = atlas[where].permute(0, 3, 1, 4, 2, 5).contiguous()
+    return laid.view(torch.uint8).view(N, 3, H * t, W * t)
 
 
 def _crop(slots: NDArray[np.intp], agent: NDArray[np.uint8], window: int) -> NDArray[np.intp]:
