@@ -231,8 +231,8 @@ def main(
                 part.save_pretrained(folder)
             sizes = clips, batch_clips, rounds, peak_teraflops, compile
             race(folder, shape, device, views, *sizes)
-            options = {"model": folder, "device": device, "dtype": "bfloat16"}
-            options |= {"resolution": pixels, "frames": frames}
+            view = {"resolution": pixels, "frames": frames}
+            options = {"model": folder, "device": device, "dtype": "bfloat16", **view}
             scorer = {"class_path": "HuggingFaceScorer", "init_args": options}
             settings += ["--env.tile_size=16", "--env.window=null"]
         if training_pairs:
