@@ -50,7 +50,7 @@ def training(
         configs: Folder of a task's YAML files, as for ``recipes.compare``.
         algorithm: Recipe to run.
         method: A method of ``recipes.compare``, or ``mixture``: VLM-RB's buffer and sampler with TD
-            boost and no judge; or ``uer_compiled``: ``uer`` with its losses compiled.
+            boost and no judge; or ``uer_compiled``: ``uer`` with updates compiled.
         peer: Method to divide by: such a one, or ``torchrl_uniform`` or ``torchrl_per``: the same
             loop with TorchRL's own buffer and sampler.
         pairs: Repetitions.
