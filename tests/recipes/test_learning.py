@@ -203,6 +203,28 @@ def test_accelerated_updates_are_the_same_and_compiled_once(algorithm, backend, 
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+def gradients(module, drawn):
+    """What the optimizers of an update step by, and the figures."""
+    kept, step = [], module.step
+    module.step = lambda gradient: kept.append(gradient) or step(gradient)
+    torch.manual_seed(1)
+    _, figures = module.update(drawn)
+    return kept, figures
+
+
+@ALL
+@pytest.mark.parametrize("share", [0.1, 10.0])
+def test_gradients_are_cut_to_their_largest_norm_and_logged_as_they_were(algorithm, share):
+    drawn = batch(is_discrete(algorithm))
+    whole, said = gradients(built(algorithm, gradient_clip_norm=math.inf), drawn)
+    most = share * whole[0].norm.item()
+    cut, figures = gradients(built(algorithm, gradient_clip_norm=most), drawn)
+    flat = nn.utils.parameters_to_vector(cut[0].parts)
+    assert flat.norm().item() == pytest.approx(min(most, whole[0].norm.item()), rel=1e-3)
+    name = f"gradient_norm/{cut[0].optimizer}"
+    assert figures[name] == said[name] == whole[0].norm
+
+
 class TwoRanks:
     """A rank beside one whose gradients are all 1 and whose weights are all 0."""
 
@@ -230,12 +252,7 @@ def test_ranks_start_with_equal_weights_and_step_by_their_mean_gradient(algorith
         assert all(not weight.any() for weight in module.parameters()) == (ranks.world_size == 2)
         for weight in module.parameters():
             weight.data.fill_(0.01)
-        step = module.step
-        kept = []
-        module.step = lambda gradient, kept=kept, step=step: kept.append(gradient) or step(gradient)
-        torch.manual_seed(1)
-        module.update(batch(is_discrete(algorithm)))
-        seen.append(kept[0])
+        seen.append(gradients(module, batch(is_discrete(algorithm)))[0][0])
     own, mean = seen
     for part, both in zip(own.parts, mean.parts, strict=True):
         torch.testing.assert_close(both, (part + 1) / 2)
