@@ -142,7 +142,8 @@ class World:
     def check(self) -> None:
         """Compares every slot with the transition in it."""
         ids = self.buffer.storage.get(torch.arange(len(self.buffer)))["id"].cpu()
-        score, td_error = self.sampler._score.cpu(), self.sampler._td_error.cpu()
+        state = self.sampler.state_dict()
+        score, td_error = state["_score"].cpu(), state["_td_error"].cpu()
         scored, visited = (score >= 0)[: len(ids)], (td_error >= 0)[: len(ids)]
         assert torch.equal(score[: len(ids)][scored], score_of(ids[scored]))
         assert torch.equal(td_error[: len(ids)][visited], td_error_of(ids[visited]))
@@ -156,7 +157,12 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 @pytest.mark.parametrize(
     ("device", "shared"),
-    [("cpu", False), ("cpu", True), pytest.param("cuda", False, marks=needs_gpu)],
+    [
+        ("cpu", False),
+        ("cpu", True),
+        ("played", False),
+        pytest.param("cuda", False, marks=needs_gpu),
+    ],
 )
 @pytest.mark.parametrize(
     ("rounds", "operations_each"),
@@ -168,9 +174,12 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
     ids=["hundreds", "thousands", "million"],
 )
 def test_no_write_lands_on_a_wrong_transition(
-    rounds: int, operations_each: int, device: str, shared: bool
+    request: Any, rounds: int, operations_each: int, device: str, shared: bool
 ) -> None:
     torch.set_num_threads(1)
+    if device == "played":
+        request.getfixturevalue("as_on_a_gpu")
+        device = "cpu"
     world = World(SEED, shared, device)
     print("seed", SEED)
     world.run(rounds, operations_each)

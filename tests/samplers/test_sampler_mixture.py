@@ -26,6 +26,8 @@ from tests.samplers.sampler_facts import (
 from vlmrb_torchrl.samplers import VLMPrioritizedSampler
 from vlmrb_torchrl.samplers.trees import CompiledSumTree, RadixSumTree
 
+pytestmark = pytest.mark.usefixtures("place")
+
 
 @pytest.mark.parametrize("tree", [CompiledSumTree, RadixSumTree])
 @pytest.mark.parametrize("td_boost", [False, True])
@@ -78,6 +80,21 @@ def test_chi_square_would_notice_a_mixture_one_percent_off(tree: type) -> None:
     drawn = torch.cat([sampler.sample(Slots(SLOTS), 4096)[0] for _ in range(32)])
     arguments = {"lmbda": 0.3, "td_boost": False, "threshold": 0.5, "unscored_priority": 0.0}
     assert chi_square(drawn, mixture(score, td_error, alpha=0.6, eps=1e-12, **arguments)) < 1e-6
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("positive", [False, True])
+def test_both_trees_draw_the_same_from_the_same_numbers(lmbda: float, positive: bool) -> None:
+    score, td_error = facts(SEED)
+    drawn = []
+    for tree in (CompiledSumTree, RadixSumTree):
+        sampler = VLMPrioritizedSampler(SLOTS, lmbda=lmbda, beta=0.5, td_boost=True)
+        sampler = on(tree, told(sampler, score * positive, td_error))
+        sampler._rng = torch.Generator().manual_seed(SEED)
+        drawn.append(sampler.sample(Slots(SLOTS), 4096))
+    (index, info), (same, same_info) = drawn
+    assert torch.equal(index, same)
+    torch.testing.assert_close(info, same_info)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])

@@ -78,20 +78,53 @@ def test_find_never_lands_on_a_zero_leaf(
 ) -> None:
     tree = planted(make, leaves, dtype)
     # Also the ends, what lies beyond them, and each prefix sum, where rounding decides.
-    total, prefix = tree.total(), tree.leaves().cumsum(0)
+    total, prefix = float(tree.total()), tree.leaves().cumsum(0)
     mass = torch.tensor([*(s * total for s in shares), 0.0, total, 2.0 * total], dtype=dtype)
     mass = torch.cat([mass, prefix, prefix.nextafter(prefix + 1)])
     assert (torch.as_tensor(tree[tree.find(mass)]) > 0).all()
-    draw = (1.0 - mass.double() / total).clamp(0.0, 1.0 - 2**-53)
-    index, _ = tree.mix(draw, len(leaves), 1.0, total)
-    assert (torch.as_tensor(tree[index]) > 0).all()
+    if isinstance(tree, CompiledSumTree):
+        draw = (1.0 - mass.double() / total).clamp(0.0, 1.0 - 2**-53)
+        _, leaf = tree.mix(draw.numpy(), len(leaves), 1.0, total)
+        assert (leaf > 0).all()
+
+
+@both_dtypes
+@given(
+    leaves=any_leaves,
+    shares=st.lists(st.floats(0, 1), min_size=1, max_size=20),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=25, deadline=None)
+def test_sums_that_a_parallel_scan_has_rounded_up_and_down_find_no_zero_leaf(
+    dtype: torch.dtype, leaves: list[float], shares: list[float], seed: int
+) -> None:
+    """What a GPU does, played on the CPU: each running sum off by some ulps, so that they fall."""
+    rng = torch.Generator().manual_seed(seed)
+    exact = Tensor.cumsum
+
+    def parallel(rows: Tensor, dim: int) -> Tensor:
+        noise = torch.randint(-4, 5, rows.shape, generator=rng) * torch.finfo(dtype).eps
+        return exact(rows, dim) * (1.0 + noise.to(dtype))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "cumsum", parallel)
+        tree = RadixSumTree(len(leaves), dtype)
+        tree.device = torch.device("cuda")  # as which it guards against such sums
+        every = torch.arange(len(leaves))
+        tree.update(every, torch.tensor(leaves, dtype=dtype))
+        for chunk in every.split(2):  # row by row as well
+            tree.update(chunk, torch.tensor(leaves, dtype=dtype)[chunk])
+        total, prefix = float(tree.total()), exact(tree[every], 0)
+        mass = torch.tensor([*(s * total for s in shares), 0.0, total, 2.0 * total], dtype=dtype)
+        mass = torch.cat([mass, prefix, prefix.nextafter(prefix + 1)])
+        assert (tree[tree.find(mass)] > 0).all()
 
 
 @both_trees
 @both_dtypes
-def test_of_duplicate_indices_the_last_wins(make: Maker, dtype: torch.dtype) -> None:
+def test_duplicates_of_one_value_count_once(make: Maker, dtype: torch.dtype) -> None:
     tree = planted(make, [1.0] * 9, dtype)
-    tree.update(torch.tensor([3, 5, 3, 3, 5]), torch.tensor([7, 8, 9, 2, 4], dtype=dtype))
+    tree.update(torch.tensor([3, 5, 3, 3, 5]), torch.tensor([2, 4, 2, 2, 4], dtype=dtype))
     assert tree.leaves().tolist() == [1, 1, 1, 2, 1, 4, 1, 1, 1]
     assert tree.total() == 13
 
@@ -110,7 +143,7 @@ def test_sums_follow_any_history_of_updates(
     tree, leaves = make(100, torch.float64), [0] * 100
     for update in updates:
         index, value = (torch.tensor(column) for column in zip(*update, strict=True))
-        tree.update(index, value.double())
+        tree.update(index, value[last_of_duplicates(index, 100)].double())
         for i, v in update:
             leaves[i] = v
         assert tree.total() == sum(leaves)
@@ -132,19 +165,6 @@ def test_every_slot_of_every_capacity_can_be_set_and_found(make: Maker, capacity
     assert torch.equal(tree.find(2.0 * every + 1.0), every)
 
 
-@pytest.mark.parametrize("lmbda", [0.25, 1.0])
-def test_both_trees_draw_the_same_from_the_same_numbers(lmbda: float) -> None:
-    leaves = torch.randint(0, 5, (300,), generator=torch.Generator().manual_seed(1)).tolist()
-    draw = torch.rand(4000, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    drawn = [
-        planted(tree, leaves, torch.float64).mix(draw, 300, lmbda, float(sum(leaves)))
-        for tree in TREES
-    ]
-    for index, leaf in drawn:
-        assert torch.equal(index, drawn[0][0])
-        assert torch.equal(torch.as_tensor(leaf), torch.tensor(leaves).double()[index])
-
-
 def test_a_compiled_tree_without_mass_raises_rather_than_looping() -> None:
     with pytest.raises(RuntimeError, match="total is 0"):
         CompiledSumTree(4).find(torch.tensor([0.5], dtype=torch.float64))
@@ -153,11 +173,8 @@ def test_a_compiled_tree_without_mass_raises_rather_than_looping() -> None:
 def test_last_of_duplicates_pairs_every_index_with_its_last_value() -> None:
     generator = torch.Generator().manual_seed(0)
     index = torch.randint(0, 20, (100,), generator=generator)
-    kept, value = last_of_duplicates(index, torch.arange(100))
-    assert dict(zip(kept.tolist(), value.tolist(), strict=True)) == {
-        int(i): at for at, i in enumerate(index)
-    }
-    assert kept.unique().numel() == kept.numel()
+    last = {int(i): at for at, i in enumerate(index)}
+    assert last_of_duplicates(index, 20).tolist() == [last[int(i)] for i in index]
 
 
 def test_without_the_extension_the_sampler_draws_from_the_torch_tree_and_says_so_once(

@@ -9,6 +9,7 @@ N slots, B items of one call.
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import ABC, abstractmethod
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_USUAL_BATCH = 64  # items, of which a radix tree's shape makes the most
 _EXTENSION_MISSING = (
     "TorchRL's compiled segment trees do not load ({error}): replay uses the torch radix tree, "
     "slower and as exact; install the torchrl that pairs with torch {torch}."
@@ -31,6 +33,8 @@ class SumTree(ABC):
     """
 
     capacity: int
+    nowhere: int
+    """An index behind the slots; off the CPU what is written there has no effect."""
     dtype: torch.dtype
     device: torch.device
 
@@ -40,44 +44,23 @@ class SumTree(ABC):
 
     @abstractmethod
     def update(self, index: Tensor, value: Tensor) -> None:
-        """Sets the leaves ``index`` ``[B]`` to ``value`` ``[B]``; of duplicates the last wins."""
+        """Sets the leaves ``index`` ``[B]`` to ``value`` ``[B]``, which is one for duplicates."""
 
     @abstractmethod
-    def total(self) -> float:
-        """Sum over all leaves."""
+    def total(self) -> Any:
+        """Sum over all leaves, a number or a 0-dimensional tensor."""
 
     @abstractmethod
     def find(self, mass: Tensor) -> Tensor:
         """Slots that hold the given masses of the running sum over the leaves.
 
         Args:
-            mass: ``[B]`` in (0, total]. What lies outside counts as the nearer end.
+            mass: ``[B]`` in (0, total]. What lies outside counts as the nearer end, a NaN as total.
 
         Returns:
             int64 ``[B]``: per item the first slot whose prefix sum (its own leaf included) reaches
             the mass. Its leaf is never zero, whatever the rounding, as long as total > 0.
         """
-
-    def mix(self, draw: Tensor, slots: int, lmbda: float, total: float) -> tuple[Tensor, Any]:
-        """Draws by leaf with probability λ, else uniformly; one number serves both branches.
-
-        Args:
-            draw: Uniform numbers, float64 ``[B]`` in [0, 1). Below 1 − λ one is a slot, above it a
-                mass of the running sum.
-            slots: The first so many leaves are in use, the others are 0.
-            lmbda: λ in (0, 1].
-            total: Sum over all leaves, above 0.
-
-        Returns:
-            Slots, int64 ``[B]``, and a copy of their leaves, float64 ``[B]``: a tensor, or an array
-            of numpy, whose operations on a batch cost 0.4 μs each, torch's 1 μs.
-        """
-        index = self.find((1.0 - draw).mul_(total / lmbda).to(self.dtype))
-        if lmbda < 1.0:
-            uniform = (draw * (slots / (1.0 - lmbda))).long()
-            index = torch.where(draw < 1.0 - lmbda, uniform, index)
-        index = index.clamp_max_(slots - 1)
-        return index, self[index].double()
 
     def leaves(self) -> Tensor:
         """All leaves, a copy ``[N]``."""
@@ -103,9 +86,9 @@ class CompiledSumTree(SumTree):
     def __init__(self, capacity: int, dtype: torch.dtype = torch.float64) -> None:
         from torchrl._torchrl import SumSegmentTreeFp32, SumSegmentTreeFp64
 
-        self.capacity, self.dtype = capacity, dtype
+        self.capacity, self.nowhere, self.dtype = capacity, capacity, dtype
         single = dtype == torch.float32
-        self._numpy_dtype = np.float32 if single else np.float64
+        self.numpy_dtype = np.float32 if single else np.float64
         self._tree: Any = (SumSegmentTreeFp32 if single else SumSegmentTreeFp64)(capacity)
 
     # The numpy overloads cost a quarter of the tensor overloads (0.6 against 4.2 μs a gather of
@@ -118,7 +101,11 @@ class CompiledSumTree(SumTree):
 
     def update(self, index: Tensor, value: Tensor) -> None:
         """Sets leaves; see :meth:`SumTree.update`."""
-        self._tree.update(index.contiguous().numpy(), value.contiguous().numpy())
+        self.set(index.contiguous().numpy(), value.contiguous().numpy())
+
+    def set(self, index: np.ndarray, value: np.ndarray) -> None:
+        """The same of contiguous arrays."""
+        self._tree.update(index, value)
 
     def total(self) -> float:
         """Sum over all leaves."""
@@ -139,28 +126,45 @@ class CompiledSumTree(SumTree):
             ulp *= 2.0
         raise RuntimeError("find in a sum tree whose total is 0: no slot has mass")
 
-    def mix(self, draw: Tensor, slots: int, lmbda: float, total: float) -> tuple[Tensor, Any]:
-        """Draws from the mixture; see :meth:`SumTree.mix`, whose lines these are, in numpy."""
-        uniform = draw.numpy()
-        mass = 1.0 - uniform
+    def mix(
+        self, draw: np.ndarray, slots: int, lmbda: float, total: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Draws by leaf with probability λ, else uniformly; one number serves both branches.
+
+        In numpy, whose operations on a batch cost 0.4 μs each, torch's 1 μs.
+
+        Args:
+            draw: Uniform numbers, float64 ``[B]`` in [0, 1). Below 1 − λ one is a slot, above it a
+                mass of the running sum.
+            slots: The first so many leaves are in use, the others are 0.
+            lmbda: λ in (0, 1].
+            total: Sum over all leaves, above 0.
+
+        Returns:
+            Slots, int64 ``[B]``, and a copy of their leaves, float64 ``[B]``.
+        """
+        mass = 1.0 - draw
         mass *= total / lmbda
-        np.minimum(mass, total, out=mass)
-        index = self._tree.scan_lower_bound(mass.astype(self._numpy_dtype, copy=False))
+        # N for what is beyond the root: the draws below 1 − λ, and one that rounding has put there.
+        index = self._tree.scan_lower_bound(mass.astype(self.numpy_dtype, copy=False))
         if lmbda < 1.0:
-            slot = (uniform * (slots / (1.0 - lmbda))).astype(np.int64)
-            index = np.where(uniform < 1.0 - lmbda, slot, index)
+            slot = (draw * (slots / (1.0 - lmbda))).astype(np.int64)
+            index = np.where(draw < 1.0 - lmbda, slot, index)
         np.minimum(index, slots - 1, out=index)
         leaf = self._tree.at(index)
         if np.count_nonzero(leaf) < leaf.size:  # found by rounding, or drawn uniformly under eps=0
-            return super().mix(draw, slots, lmbda, total)
-        return torch.from_numpy(index), leaf.astype(np.float64, copy=False)
+            by_leaf = draw >= 1.0 - lmbda
+            index[by_leaf] = self.find(torch.from_numpy(mass[by_leaf]).to(self.dtype)).numpy()
+            leaf = self._tree.at(index)
+        return index, leaf.astype(np.float64, copy=False)
 
 
 class RadixSumTree(SumTree):
-    """Sum tree of three levels in plain torch, on any device.
+    """Sum tree of two levels in plain torch, on any device, which is never waited for.
 
-    Each level has R children a node, R = ceil(N^(1/3)): 100 for a million slots. A level is one
-    gather and one cumulative sum over B rows of R, so nothing loops in Python.
+    Leaves lie in rows of C; kept beside them are the running sums along each row, and those over
+    the rows. A batch of B reads B rows and scans N / C sums, so C is about √(N / B). Every shape is
+    that of the call: a CUDA graph can hold all of it but ``leaves``.
 
     Example:
         >>> tree = RadixSumTree(3, torch.float64)
@@ -176,77 +180,65 @@ class RadixSumTree(SumTree):
         device: torch.device = CompiledSumTree.device,
     ) -> None:
         self.capacity, self.dtype, self.device = capacity, dtype, device
-        radix = max(2, round(capacity ** (1.0 / 3.0)))
-        self._radix = radix if radix**3 >= capacity else radix + 1
-        self._leaves, self._blocks, self._roots = (
-            torch.zeros(self._radix**level, dtype=dtype, device=device) for level in (3, 2, 1)
-        )
+        self._columns = max(2, math.isqrt(capacity // _USUAL_BATCH))
+        rows = -(-capacity // self._columns)
+        self.nowhere = rows * self._columns  # the first leaf of a row that is not summed
+        self._leaves = torch.zeros(rows + 1, self._columns, dtype=dtype, device=device)
+        self._in_row = self._running(self._leaves)
+        self._over_rows = self._running(self._leaves[:-1].sum(-1))
 
     def __getitem__(self, index: Tensor | int) -> Any:
-        return self._leaves[index]
+        return self._leaves.view(-1)[index]
 
     def update(self, index: Tensor, value: Tensor) -> None:
         """Sets leaves; see :meth:`SumTree.update`."""
-        index, value = last_of_duplicates(index, value)
-        self._leaves[index] = value
-        leaves, blocks = self._leaves.view(-1, self._radix), self._blocks.view(-1, self._radix)
-        if index.numel() >= self._blocks.numel():  # fewer rows in all than rows touched
-            self._blocks.copy_(leaves.sum(-1))
-            self._roots.copy_(blocks.sum(-1))
-            return
-        block = index // self._radix
-        self._blocks[block] = leaves[block].sum(-1)
-        root = block // self._radix
-        self._roots[root] = blocks[root].sum(-1)
+        self._leaves.view(-1)[index] = value
+        if index.numel() >= len(self._leaves):  # fewer rows in all than rows touched
+            self._in_row.copy_(self._running(self._leaves))
+        else:
+            row = index // self._columns
+            self._in_row[row] = self._running(self._leaves[row])
+        self._over_rows.copy_(self._running(self._in_row[:-1, -1].clamp_min(0.0)))
 
-    def total(self) -> float:
+    def total(self) -> Tensor:
         """Sum over all leaves."""
-        return float(self._roots.sum())
+        return self._over_rows[-1].clamp_min(0.0)
 
     def find(self, mass: Tensor) -> Tensor:
         """Slots that hold the masses; see :meth:`SumTree.find`."""
-        root, mass = _descend(self._roots.expand(mass.shape[0], -1), mass)
-        child, mass = _descend(self._blocks.view(-1, self._radix)[root], mass)
-        block = root * self._radix + child
-        child, _ = _descend(self._leaves.view(-1, self._radix)[block], mass)
-        index: Tensor = block * self._radix + child
-        return index
+        row = torch.searchsorted(self._over_rows, mass.fmin(self._over_rows[-1]))
+        in_row = self._in_row[row]
+        rest = mass - (self._over_rows[row] - in_row[:, -1])
+        # What rounding leaves beyond the row's end is its last leaf with mass.
+        column = torch.searchsorted(in_row, rest.fmin(in_row[:, -1]).unsqueeze(-1)).squeeze(-1)
+        return column.add(row, alpha=self._columns)
+
+    def _running(self, mass: Tensor) -> Tensor:
+        """Running sums along the last dimension, −∞ before the first mass: nothing finds it."""
+        sums = mass.cumsum(-1)
+        if self.device.type == "cpu":  # one after the other: they never fall
+            return sums.masked_fill_(sums == 0.0, -torch.inf)
+        # A parallel scan may round the sum at a leaf without mass above its left neighbour's.
+        # Such a leaf is no candidate.
+        return torch.where(mass > 0.0, sums, -torch.inf).cummax(-1).values
 
 
-def _descend(rows: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
-    """One level down: the child that holds the mass, and the mass left within it.
+def last_of_duplicates(index: Tensor, slots: int) -> Tensor:
+    """For each item the last item of the same slot, int64 ``[B]``.
 
-    Args:
-        rows: Children's sums ``[B, R]``, non-negative, each row with one above zero.
-        mass: ``[B]``.
-    """
-    prefix = rows.cumsum(-1)
-    if rows.device.type != "cpu":
-        # A parallel scan may round the prefix sum of a child without mass above its left
-        # neighbour's. Such a child is no candidate.
-        prefix = torch.where(rows > 0, prefix, -torch.inf).cummax(-1).values
-    # What rounding leaves beyond the row's ends is its first or its last child with mass.
-    mass = mass.clamp_min(torch.finfo(mass.dtype).tiny).minimum(prefix[:, -1]).unsqueeze(-1)
-    child = torch.searchsorted(prefix, mass)
-    mass = mass - (prefix.gather(-1, child) - rows.gather(-1, child))
-    return child.squeeze(-1), mass.squeeze(-1)
-
-
-def last_of_duplicates(index: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Keeps of each index the last value: a scatter with duplicates has no order on a GPU.
+    A scatter with duplicates has no order on a GPU. Without a wait for it.
 
     Args:
-        index: int64 ``[B]``.
-        value: ``[B]``.
+        index: int64 ``[B]`` in [0, ``slots``).
+        slots: Number of slots.
 
     Example:
-        >>> last_of_duplicates(torch.tensor([4, 2, 4]), torch.tensor([1.0, 2.0, 3.0]))
-        (tensor([2, 4]), tensor([2., 3.]))
+        >>> last_of_duplicates(torch.tensor([4, 2, 4]), 5)
+        tensor([2, 1, 2])
     """
-    ordered, origin = index.sort(stable=True)
-    last = torch.ones_like(ordered, dtype=torch.bool)
-    last[:-1] = ordered[1:] != ordered[:-1]
-    return ordered[last], value[origin[last]]
+    item = torch.arange(len(index), device=index.device)
+    last = item.new_empty(slots)
+    return last.scatter_reduce_(0, index, item, "amax", include_self=False)[index]
 
 
 def make_sum_tree(capacity: int, dtype: torch.dtype, device: torch.device) -> SumTree:

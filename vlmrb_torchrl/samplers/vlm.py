@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from copy import copy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchrl.data.replay_buffers.samplers import PrioritizedSampler
-from torchrl.data.replay_buffers.utils import unravel_index
 
 from vlmrb_torchrl.checks import checked_device, is_real, is_whole, require, shown
 from vlmrb_torchrl.keys import PROBABILITY, WEIGHT
-from vlmrb_torchrl.samplers.trees import SumTree, last_of_duplicates, make_sum_tree
+from vlmrb_torchrl.samplers.trees import (
+    CompiledSumTree,
+    SumTree,
+    last_of_duplicates,
+    make_sum_tree,
+)
 
 UNSCORED = -1.0  # score of a slot without one
 EMPTY = -1.0  # p of a slot that holds no row
@@ -35,6 +40,7 @@ _FIXED = ("max_size", "dtype", "_eps", "td_boost", "threshold", "unscored_priori
 # These a scheduler may have moved, and they are restored.
 _MOVING = ("lmbda", "alpha", "beta")
 _ARRAYS = ("_score", "_td_error", "_sum_tree")
+_NO_SLOT = 2**62
 _BAD_VALUE = "nothing was written; pass scores from 0 to 1, |δ| of 0 or more and finite"
 
 
@@ -98,6 +104,13 @@ class VLMPrioritizedSampler(PrioritizedSampler):
 
     ``lmbda``, ``alpha``, ``beta``, ``td_boost``, ``threshold`` and ``unscored_priority`` are
     attributes that may be set later; all but λ and β then recompute every leaf, O(capacity).
+
+    On a GPU neither drawing nor writing waits for it. There a bad value (NaN, out of range, of no
+    slot) is left out when it is written, and raises at the next call that reads values anyway:
+    :meth:`statistics`, :meth:`probabilities`, :meth:`state_dict`, :meth:`check_valid`. Shapes are
+    those of the call, so that a CUDA graph can hold :meth:`sample` and :meth:`update_priority`,
+    warmed up and with a generator that the graph knows. Call :meth:`match_storage` before each
+    replay, and capture anew after loading a state.
 
     Raises:
         ValueError: An argument is outside its range.
@@ -172,41 +185,63 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         """Knows of no row. Also how a buffer empties its sampler."""
         slots, device = self._max_capacity, self._device or torch.device("cpu")
         try:  # the tree last: its C++ does not say no to what is too much
+            torch.empty(6 * slots, dtype=self.dtype, device=device)
+            self._sum_tree = make_sum_tree(slots, self.dtype, device)
+            # On the CPU an index behind the slots is found out by the arrays' length.
+            length = slots if self._on_cpu else self._sum_tree.nowhere + 1
             self._score, self._p, self._td_error = (
-                torch.full((slots,), value, dtype=self.dtype, device=device)
+                torch.full((length,), value, dtype=self.dtype, device=device)
                 for value in (UNSCORED, EMPTY, NO_ROW)
             )
-            self._sum_tree = make_sum_tree(slots, self.dtype, device)
         except (RuntimeError, MemoryError, TypeError):
             require(False, "max_capacity", slots, "use what fits the memory, 50 bytes a slot")
-        self._written = 0  # slots that hold a row
-        self._positive = 0  # of them: slots with p > 0
+        self._written, self._positive = torch.zeros(2, dtype=torch.long, device=device).unbind()
         self._max_priority = None
+        if not self._on_cpu:
+            self._max_priority = torch.full((), -1.0, dtype=self.dtype, device=device), None
+        self._all_good = torch.ones((), dtype=torch.bool, device=device)
+        self._rows, self._prefers = 0, None
+        self._told_of, self._home = None, None
+        self._drawn_with = torch.zeros(4, dtype=torch.float64, device=device)
         self._just_marked: Any = None
 
     # What is known of each slot. Score and |δ| are told; all else follows from them and the
     # settings. Kept beside them for speed: p, the leaves (p + ε)^α or (p |δ| + ε)^α (0 without a
-    # row), and the counts.
+    # row), and the counts. Off the CPU the arrays go on behind the slots, to the tree's `nowhere`,
+    # which takes what is not to be written: boolean indices would wait for the device.
     _score: Tensor
     _td_error: Tensor  # |δ| of a visited slot; of another one minus what stands in for it
     _p: Tensor
     _sum_tree: SumTree
-    _max_priority: Any  # TorchRL's: the greatest |δ| and its slot
+    _written: Tensor  # number of slots that hold a row
+    _positive: Tensor  # of them: with p > 0
+    _prefers: bool | None  # whether there is one, once that has been looked at
+    _max_priority: Any  # TorchRL's: the greatest |δ| (off the CPU a tensor, -1: none) and its slot
+    _all_good: Tensor  # whether no bad value was left out
+    _rows: int  # so many first slots hold a row and no others do; -1: not known
+    _drawn_with: Tensor  # float64 [4]: rows, rows - 1, λ and -β where a captured graph reads them
+    _told_of: Any  # the same, as it was written there
+    _home: Any  # the device of the storage that was last seen
+
+    @property
+    def _on_cpu(self) -> bool:
+        """Whether values can be read without waiting for a device."""
+        return self._sum_tree.device.type == "cpu"
 
     @property
     def scored(self) -> Tensor:
         """Which slots have a score, bool ``[N]``."""
-        return self._score >= 0.0
+        return self._score[: self._max_capacity] >= 0.0
 
     @property
     def positive(self) -> Tensor:
         """Which slots have a score with p > 0, bool ``[N]``."""
-        return self.scored & (self._p > 0.0)
+        return self.scored & (self._p[: self._max_capacity] > 0.0)
 
     @property
     def visited(self) -> Tensor:
         """Which slots have a TD error since they were written, bool ``[N]``."""
-        return self._td_error >= 0.0
+        return self._td_error[: self._max_capacity] >= 0.0
 
     @property
     def uses_td_error(self) -> bool:
@@ -226,22 +261,28 @@ class VLMPrioritizedSampler(PrioritizedSampler):
             p.mul_(td_error)
         return p.add_(self._eps).pow_(self._alpha)
 
-    def _refresh(self, index: Tensor) -> None:
-        """Brings the leaves of the slots ``index`` ``[B]`` up to date with the arrays."""
-        self._sum_tree.update(index, self._leaf(self._p[index], self._td_error[index].abs_()))
+    def _refresh(self, slot: Tensor) -> None:
+        """Brings the leaves of the slots ``[B]`` up to date with the arrays."""
+        self._sum_tree.update(slot, self._leaf(self._p[slot], self._td_error[slot].abs_()))
 
-    def _derived(self) -> dict[str, Any]:
+    def _derive(self) -> None:
         """Every p and the counts, from the scores and from which slots hold a row."""
-        written = self._td_error > NO_ROW
-        p = torch.where(self.scored, self._judge(self._score), self._unscored_priority)
-        p = p.masked_fill(~written, EMPTY)
-        return {"_p": p, "_written": int(written.sum()), "_positive": int((p > 0.0).sum())}
+        slots = self._max_capacity
+        written = self._td_error[:slots] > NO_ROW
+        p = torch.where(self.scored, self._judge(self._score[:slots]), self._unscored_priority)
+        self._p[:slots] = p.masked_fill_(~written, EMPTY)
+        self._written.copy_(written.sum())
+        self._positive.copy_((p > 0.0).sum())
+        self._prefers = None
 
     def _rejudge(self) -> None:
         """Has everything follow a changed setting."""
-        if self._written:
-            self.__dict__.update(self._derived())
-            self._refresh((self._p != EMPTY).nonzero().squeeze(-1))
+        self._derive()
+        every = torch.arange(self._max_capacity, device=self._p.device)
+        p = self._p[every]
+        empty = p == EMPTY
+        leaf = self._leaf(p, self._td_error[every].abs_())
+        self._sum_tree.update(every, leaf.masked_fill_(empty, 0.0))
 
     # ---------------------------------------------------------------- drawing
 
@@ -266,38 +307,64 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         slots = len(storage)
         if slots == 0:
             raise RuntimeError("Cannot sample from an empty storage.")
-        if self._written != slots:
-            self.match_storage(storage)
+        self._match(slots)
         rng, device = self._rng, self._p.device
         source = device if rng is None else rng.device
-        draw = torch.rand(batch_size, dtype=torch.float64, device=source, generator=rng).to(device)
-        lmbda, total = self._mixture()
-        if lmbda > 0.0:
-            # q(i) = λ q^P(i) + (1 − λ)/N with q^P(i) = leaf(i) / Σ leaf. The density is N q.
-            index, leaf = self._sum_tree.mix(draw, slots, lmbda, total)
-            leaf *= lmbda * slots / total
-            leaf += 1.0 - lmbda
-            density = leaf if isinstance(leaf, Tensor) else torch.from_numpy(leaf)
+        draw = torch.rand(batch_size, dtype=torch.float64, device=source, generator=rng)
+        # q(i) = λ q^P(i) + (1 − λ)/N with q^P(i) = leaf(i) / Σ leaf. The density is N q.
+        if isinstance(self._sum_tree, CompiledSumTree):
+            arrays = self._draw_in_numpy(self._sum_tree, draw.numpy(), slots)
+            index, weight, probability = map(torch.from_numpy, arrays)
         else:
-            index = (draw * slots).long().clamp_max_(slots - 1)
-            density = torch.ones_like(draw)
+            index, weight, probability = self._draw(sent(draw, device))
         home = getattr(storage, "device", None)
-        if home != index.device:
-            home = "cpu" if home in (None, "auto") else home
-            index, density = index.to(home), density.to(home)
-        if self._beta:
-            weight = density.pow(-self._beta).float()
-        else:
-            weight = torch.ones_like(density, dtype=torch.float32)
-        info = {WEIGHT: weight, PROBABILITY: density.div_(slots)}
-        if storage.ndim > 1:
-            return unravel_index(index, storage.shape), info
-        return index, info
+        if home != device:
+            home = torch.device("cpu" if home in (None, "auto") else home)
+            index, weight, probability = (sent(t, home) for t in (index, weight, probability))
+        info = {WEIGHT: weight, PROBABILITY: probability}
+        return (_unravel(index, storage.shape) if storage.ndim > 1 else index), info
 
-    def _mixture(self) -> tuple[float, float]:
-        """The λ to draw with, 0 while there is nothing to prefer, and the tree's total."""
-        total = self._sum_tree.total() if self._positive and self._lmbda > 0.0 else 0.0
-        return (self._lmbda, total) if total > 0.0 else (0.0, 0.0)  # 0 under eps=0, all |δ| 0
+    def _draw_in_numpy(
+        self, tree: CompiledSumTree, draw: np.ndarray, slots: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Slots, weights and q, ``[B]`` each, for uniform numbers in [0, 1)."""
+        lmbda, total = self._mixture(self._lmbda)
+        if lmbda > 0.0:
+            slot, density = tree.mix(draw, slots, lmbda, total)
+            density *= lmbda * slots / total
+            density += 1.0 - lmbda
+        else:
+            slot = (draw * slots).astype(np.int64)
+            np.minimum(slot, slots - 1, out=slot)
+            density = np.ones_like(draw)
+        weight = (density**-self._beta).astype(np.float32)
+        density /= slots
+        return slot, weight, density
+
+    def _draw(self, draw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same in tensors of fixed shapes; nothing is waited for."""
+        rows, last, lmbda, minus_beta = self._drawn_with.unbind()
+        lmbda, total = self._mixture(lmbda)
+        uniform = 1.0 - lmbda
+        by_leaf = self._sum_tree.find((1.0 - draw).mul_(total / lmbda).to(self.dtype))
+        slot = (draw * (rows / uniform)).fmin(last).long()
+        index = torch.where(draw < uniform, slot, by_leaf)
+        density = torch.addcmul(uniform, self._sum_tree[index].double(), lmbda * rows / total)
+        return index, density.pow(minus_beta).float(), density.div_(rows)
+
+    def _mixture(self, lmbda: Any) -> tuple[Any, Any]:
+        """λ, or 0 while there is nothing to prefer, and the tree's total.
+
+        They are numbers on the CPU, except for the radix tree, and 0-dimensional tensors else.
+        """
+        if isinstance(self._sum_tree, CompiledSumTree):
+            if self._prefers is None:
+                self._prefers = bool(self._positive)
+            total = self._sum_tree.total() if lmbda > 0.0 and self._prefers else 0.0
+            return (lmbda, total) if total > 0.0 else (0.0, 1.0)  # 0: eps=0, all |δ| 0
+        total = self._sum_tree.total().double()
+        prefers = self._positive * total > 0.0
+        return lmbda * prefers, total.clamp_min(torch.finfo(self.dtype).tiny)
 
     def probabilities(self, length: int) -> Tensor:
         """The probability q of every slot, float64 ``[length]``, in closed form.
@@ -309,12 +376,11 @@ class VLMPrioritizedSampler(PrioritizedSampler):
             ValueError: ``length`` is 0 or more than the sampler has slots.
         """
         require(is_whole(length, 1, self._max_capacity), "length", length, "use len(buffer)")
-        lmbda, total = self._mixture()
-        uniform = torch.full((length,), (1.0 - lmbda) / length, dtype=torch.float64)
-        uniform = uniform.to(self._p.device)
-        if lmbda == 0.0:
-            return uniform
-        return uniform.add_(self._sum_tree.leaves()[:length].double(), alpha=lmbda / total)
+        self._raise_refused()
+        mixture = self._mixture(torch.tensor(self._lmbda, dtype=torch.float64))
+        lmbda, total = map(float, mixture)
+        leaves = self._sum_tree.leaves()[:length].double()
+        return leaves.mul_(lmbda / total).add_((1.0 - lmbda) / length)
 
     def statistics(self, length: int) -> dict[str, float]:
         """Figures for a logger, in one O(N) pass.
@@ -357,23 +423,68 @@ class VLMPrioritizedSampler(PrioritizedSampler):
                 infinite sum; nothing was written.
             IndexError: An index is out of range; nothing was written.
         """
-        index, p, stored = self._slots(index, storage)
-        if index.numel() == 0:
+        most = _greatest_priority(self.dtype, self._max_capacity, self._alpha)
+        self._maybe_init_from_storage(storage)
+        if self._visit_in_numpy(index, priority, most):
             return
-        # Even with all N slots at this priority the tree's total is finite.
-        most = (torch.finfo(self.dtype).max / self._max_capacity) ** (1.0 / max(self._alpha, 1.0))
-        values, high = self._values(priority, index, stored, "priority", most)
-        p = self._claim(index, p)
+        slot, values = self._told(index, storage, priority, "priority", most)
+        if slot.numel() == 0:
+            return
+        self._claim(slot, storage)
+        values = values[last_of_duplicates(slot, len(self._p))]
+        self._td_error[slot] = values
+        if self._on_cpu:
+            value, item = values.max(0)
+            if self._max_priority[0] is None or value > self._max_priority[0]:
+                self._max_priority = (float(value), int(slot[item]))
+            self._restore_maximum(slot)
+        else:
+            greatest = self._max_priority[0]
+            torch.maximum(greatest, values.max(), out=greatest)
+        if self._td_boost:
+            self._sum_tree.update(slot, self._leaf(self._p[slot], values))
+
+    def _visit_in_numpy(self, index: Any, priority: Any, most: float) -> bool:
+        """What :meth:`update_priority` mostly is: good values of written slots, on the CPU.
+
+        False: it is something else, and nothing was done.
+        """
+        tree = self._sum_tree
+        if not (
+            isinstance(tree, CompiledSumTree)
+            and isinstance(index, Tensor)
+            and isinstance(priority, Tensor)
+            and index.dtype == torch.long
+            and priority.dtype in (torch.float32, self.dtype)
+            and index.ndim == 1
+            and priority.numel() == index.numel() > 0
+            and index.device.type == "cpu" == priority.device.type
+        ):
+            return False
+        slot = index.contiguous().numpy()
+        values = priority.detach().numpy().reshape(-1).astype(tree.numpy_dtype, copy=False)
+        # The reductions of numpy themselves: what is round them costs as much. Unsigned, a
+        # negative index is beyond any slot.
+        low, high = np.minimum.reduce(values), np.maximum.reduce(values)
+        if not (low >= 0.0 and high <= most):  # a NaN is in both
+            return False
+        if np.maximum.reduce(slot.view(np.uint64)) >= self._max_capacity:
+            return False
+        p = self._p.numpy()[slot]
+        if self._rows != self._max_capacity and np.minimum.reduce(p) < 0.0:
+            return False
+        self._td_error.numpy()[slot] = values
+        if self._td_boost:
+            p *= values
+            p += self._eps
+            p **= self._alpha
+            tree.set(slot, p)
         greatest = self._max_priority[0]
         if greatest is None or high > greatest:
-            self._max_priority = (high, int(index[values.argmax()]))
-        if index.device.type != "cpu":  # there a scatter writes duplicates in any order
-            index, values = last_of_duplicates(index, values)
-            p = self._p[index]
-        self._td_error.scatter_(0, index, values)
-        if self._td_boost:
-            self._sum_tree.update(index, self._leaf(p, values))
+            self._max_priority = (float(high), int(slot[values.argmax()]))
         self._restore_maximum(index)
+        self._just_marked = None
+        return True
 
     def update_score(self, index: Any, score: Any, *, storage: Any = None) -> None:
         """Stores the judge's scores; a slot that has one keeps the greater.
@@ -387,26 +498,33 @@ class VLMPrioritizedSampler(PrioritizedSampler):
             ValueError: A score is NaN or outside [0, 1]; nothing was written.
             IndexError: An index is out of range; nothing was written.
         """
-        index, p, stored = self._slots(index, storage)
-        if index.numel() == 0:
+        slot, values = self._told(index, storage, score, "score", 1.0)
+        if slot.numel() == 0:
             return
-        values, _ = self._values(score, index, stored, "score", 1.0)
-        self._claim(index, p)
-        slot, item = index.unique(return_inverse=True)
-        after = self._score[slot].scatter_reduce(0, item, values, "amax")  # a score is above none
-        p_before, p_after = self._p[slot], self._judge(after)
-        self._score[slot] = after
-        self._p[slot] = p_after
-        self._positive += int((p_after > 0.0).count_nonzero() - (p_before > 0.0).count_nonzero())
+        self._claim(slot, storage)
+        self._score.scatter_reduce_(0, slot, values, "amax")  # any score is above none
+        self._put_p(slot, self._judge(self._score[slot]))
         self._refresh(slot)
+
+    def _put_p(self, slot: Tensor, p: Tensor) -> None:
+        """Gives slots ``[B]`` their p ``[B]``, the same to duplicates, and counts."""
+        before = self._p[slot]
+        item = torch.arange(len(slot), device=slot.device)
+        once = last_of_duplicates(slot, len(self._p)) == item
+        once &= slot < self._max_capacity
+        self._written += (once & (before == EMPTY)).sum()
+        self._positive += (once & (p > 0.0)).sum() - (once & (before > 0.0)).sum()
+        self._p[slot] = p
+        self._prefers = None
 
     def mark_update(self, index: Any, *, storage: Any = None) -> None:
         """Makes slots that were (over)written unscored and unvisited.
 
         Index, storage and IndexError are as of :meth:`update_priority`.
         """
-        slot = self._slots(index, storage)[0]
-        self._reset(slot.unique() if slot.numel() > 1 else slot)
+        self._reset(self._told(index, storage)[0])
+        if self._rows != self._max_capacity:
+            self._rows = -1
         self._just_marked = index
 
     def extend(self, index: Any) -> None:
@@ -425,44 +543,85 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         """Takes over which slots hold a row, N = ``len(storage)``: the first N, and no others.
 
         Rows that were never announced came with the storage, and are unscored and unvisited. Slots
-        behind the rows were emptied by another buffer of the storage.
+        behind the rows were emptied by another buffer of the storage. :meth:`sample` does this;
+        a captured CUDA graph of it cannot, nor hear of a new λ or β, and wants it before a replay.
         """
-        slots = len(storage)
-        if self._written < slots:
-            self._claim(torch.arange(slots, device=self._p.device), self._p[:slots])
-        if self._written > slots:
-            self._score[slots:], self._td_error[slots:] = UNSCORED, NO_ROW
-            gone = torch.arange(slots, self._max_capacity, device=self._p.device)
-            self._sum_tree.update(gone, torch.zeros_like(gone, dtype=self.dtype))
-            self.__dict__.update(self._derived())
-            self._restore_maximum(gone)
+        self._maybe_init_from_storage(storage)
+        self._match(len(storage))
+
+    def _match(self, rows: int) -> None:
+        if self._rows != rows and not (self._on_cpu and self._written == rows):
+            slots = self._max_capacity
+            score, p, td_error = self._score[:slots], self._p[:slots], self._td_error[:slots]
+            every = torch.arange(slots, device=p.device)
+            fresh, gone = (every < rows) & (p == EMPTY), every >= rows
+            stand_in, leaf = self._stand_in()
+            score.masked_fill_(fresh | gone, UNSCORED)
+            p.masked_fill_(fresh, self._unscored_priority).masked_fill_(gone, EMPTY)
+            td_error.masked_fill_(fresh, -stand_in).masked_fill_(gone, NO_ROW)
+            leaves = self._sum_tree.leaves().masked_fill_(fresh, leaf).masked_fill_(gone, 0.0)
+            self._sum_tree.update(every, leaves)
+            self._written.fill_(rows)
+            self._positive.copy_((p > 0.0).sum())
+            self._prefers = None
+            self._restore_maximum(every[rows:])
+        self._rows = rows
+        if not isinstance(self._sum_tree, CompiledSumTree):
+            drawn_with = rows, rows - 1, self._lmbda, -self._beta
+            if drawn_with != self._told_of:
+                for place, value in enumerate(drawn_with):
+                    self._drawn_with[place].fill_(value)
+                self._told_of = drawn_with
+
+    def _stand_in(self) -> tuple[Any, Any]:
+        """What stands in for the |δ| of an unvisited slot, and the leaf of such a one, unscored."""
+        # It must be above 0, since its minus sign says that it is no |δ|.
+        greatest, tiny = self.default_priority, torch.finfo(self.dtype).tiny
+        above_0 = isinstance(greatest, Tensor)
+        stand_in = greatest.clamp_min(tiny) if above_0 else max(float(greatest), tiny)
+        mass = self._unscored_priority * (stand_in if self._td_boost else 1.0) + self._eps
+        return stand_in, mass**self._alpha
 
     def _reset(self, slot: Tensor) -> None:
-        """Makes distinct slots, int64 ``[B]``, hold a row of which nothing is known."""
+        """Makes slots, int64 ``[B]``, hold a row of which nothing is known."""
         if slot.numel() == 0:
             return
-        before = self._p.index_select(0, slot)
-        if self._written < self._max_capacity:
-            self._written += int((before == EMPTY).count_nonzero())
-        now_positive = slot.numel() if self._unscored_priority > 0.0 else 0
-        self._positive += now_positive - int((before > 0.0).count_nonzero())
-        # What stands in for |δ| must be above 0, since its minus sign says that it is none.
-        stand_in = max(float(self.default_priority), torch.finfo(self.dtype).tiny)
+        stand_in, leaf = self._stand_in()
         self._score.index_fill_(0, slot, UNSCORED)
-        self._p.index_fill_(0, slot, self._unscored_priority)
+        filled = torch.empty_like(slot, dtype=self.dtype)
+        self._put_p(slot, filled.fill_(self._unscored_priority))
         self._td_error.index_fill_(0, slot, -stand_in)
-        mass = self._unscored_priority * (stand_in if self._td_boost else 1.0) + self._eps
-        self._sum_tree.update(slot, torch.full_like(slot, mass**self._alpha, dtype=self.dtype))
+        self._sum_tree.update(slot, filled.fill_(leaf))
         self._restore_maximum(slot)
 
-    def _claim(self, index: Tensor, p: Tensor) -> Tensor:
+    def _claim(self, slot: Tensor, storage: Any) -> None:
         """Resets slots that were never announced as written: the storage came with data."""
-        if self._written < self._max_capacity:
-            unknown = p == EMPTY
-            if unknown.any():
-                self._reset(index[unknown].unique())
-                return self._p[index]
-        return p
+        if self._rows == self._max_capacity:
+            return
+        unknown = self._p[slot] == EMPTY
+        if self._on_cpu:
+            slot = slot[unknown]
+        elif storage is None:
+            slot = torch.where(unknown, slot, self._sum_tree.nowhere)
+        else:  # all slots that can be told of hold a row of it
+            return
+        self._reset(slot)
+        self._rows = -1
+
+    @property
+    def default_priority(self) -> Any:
+        """The greatest |δ|, 1 before the first; off the CPU a 0-dimensional tensor."""
+        if self._on_cpu:
+            return super().default_priority
+        greatest = self._greatest()
+        return torch.where(greatest < 0.0, 1.0, greatest)
+
+    def _greatest(self) -> Tensor:
+        """The greatest |δ|, below 0 before the first; off the CPU."""
+        if self._max_priority_within_buffer:
+            return self._td_error[: self._max_capacity].max()
+        greatest: Tensor = self._max_priority[0]
+        return greatest
 
     def _restore_maximum(self, index: Tensor) -> None:
         """Within the buffer: finds the greatest |δ| anew if its slot is in ``index``."""
@@ -472,63 +631,75 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         value, slot = self._td_error.max(0)
         self._max_priority = (float(value), int(slot)) if value >= 0.0 else None
 
-    def _slots(self, index: Any, storage: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Slots ``[K]`` that a call names, their p, and which of its items they are (None: all)."""
+    def _told(
+        self, index: Any, storage: Any, values: Any = None, name: str = "", most: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """Slots ``[K]`` that a call names, and one value in [0, ``most``] for each, in ``dtype``.
+
+        Without values nothing is told but the slots, which may be new to the sampler. On the CPU
+        what is bad raises, and what is to be skipped is left out. Elsewhere that would wait for the
+        device: both are sent ``nowhere``, and what was bad raises later.
+        """
         self._maybe_init_from_storage(storage)
         self._just_marked = None
-        p = self._p
-        flat = isinstance(index, Tensor) and index.ndim == 1 and index.dtype == torch.long
-        if flat and index.device.type == "cpu" == p.device.type:
-            try:  # the gather that is needed anyway is the cheapest range check there is
-                return index, p.index_select(0, index), None
-            except IndexError:  # a -1 to skip, or an index to name in an error
-                pass
-        slot = as_index(index, "index").to(p.device)
+        device = self._p.device
+        slot = sent(as_index(index, "index"), device)
         slot = _ravel(slot, storage) if slot.ndim > 1 else slot.reshape(-1)
-        low, high = _bounds(slot) if slot.numel() else (0, 0)
-        if low < -1 or high >= self._max_capacity:
-            raise IndexError(
-                f"index {int(low if low < -1 else high)} is no slot of a sampler of capacity "
-                f"{self._max_capacity}: pass the indices that extend or sample returned."
-            )
-        stored = slot >= 0 if low < 0 else None
-        slot = slot if stored is None else slot[stored]
-        return slot, p.index_select(0, slot), stored
-
-    def _values(
-        self, values: Any, index: Tensor, stored: Tensor | None, name: str, most: float
-    ) -> tuple[Tensor, float]:
-        """One finite value in [0, ``most``] per slot, rounded to ``dtype``, and the greatest.
-
-        ``values`` is a number for all or B of them; ``index`` and ``stored`` are :meth:`_slots`'.
-        """
-        values = as_numbers(values, name, dtype=self.dtype, device=index.device)
-        if values.requires_grad:
-            values = values.detach()
-        items = index.numel() if stored is None else stored.numel()
-        if values.numel() == items:
-            values = values.reshape(-1)
-            values = values if stored is None else values[stored]
-        elif values.numel() == 1:
-            values = values.reshape(1).expand(index.shape)
-        else:  # in TorchRL's words and kind
+        marks = values is None
+        if marks:
+            values = torch.zeros_like(slot)
+        values = sent(as_numbers(values, name), device).detach().to(self.dtype).reshape(-1)
+        if values.numel() not in (1, slot.numel()):  # in TorchRL's words and kind
             raise RuntimeError(
                 f"{name} should be a number or an iterable of the same length as index: "
-                f"got {name} of shape {tuple(values.shape)} for {items} indices."
+                f"got {name} of shape {tuple(values.shape)} for {slot.numel()} indices."
             )
-        low, high = _bounds(values)
-        bad = low if not low >= 0.0 else high  # a NaN is both
-        require(low >= 0.0 and high <= most, name, bad, _BAD_VALUE)
-        return values, high
+        values = values.expand(slot.shape)
+        slots = self._max_capacity
+        if not self._on_cpu:
+            if storage is not None and len(storage) and not marks:
+                self._match(len(storage))
+                slots = self._rows
+            stored = slot.clamp(0, slots - 1) == slot
+            stored &= values.clamp(0.0, most) == values  # a NaN is not
+            self._all_good &= (stored | (slot == -1)).all()
+            slot = torch.where(stored, slot, self._sum_tree.nowhere)
+            return slot, torch.where(stored, values, 0.0)
+        if slot.numel():
+            low, high = (bound.item() for bound in torch.aminmax(slot))
+            if low < -1 or high >= slots:
+                raise IndexError(
+                    f"index {low if low < -1 else high} is no slot of a sampler of capacity "
+                    f"{slots}: pass the indices that extend or sample returned."
+                )
+            if low < 0:
+                slot, values = slot[slot >= 0], values[slot >= 0]
+        if slot.numel():
+            least, greatest = (bound.item() for bound in torch.aminmax(values))
+            bad = least if not least >= 0.0 else greatest  # a NaN is both
+            require(least >= 0.0 and greatest <= most, name, bad, _BAD_VALUE)
+        return slot, values
+
+    def _raise_refused(self) -> None:
+        """Tells of bad values that were left out since the last time, off the CPU."""
+        if not self._all_good:
+            self._all_good.fill_(True)
+            raise ValueError(f"a score, |δ| or index was bad and left out: {_BAD_VALUE}")
 
     # ---------------------------------------------------------------- saving and moving
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of what the next draw follows from, but for the buffer's generator."""
+        self._raise_refused()
+        slots, maximum = self._max_capacity, self._max_priority
+        if not self._on_cpu:
+            value = float(self._greatest())
+            maximum = (value, int(self._td_error[:slots].argmax())) if value >= 0.0 else (None,) * 2
         return {
-            **{name: getattr(self, name) for name in (*_FIXED, *_MOVING, "_max_priority")},
-            "_score": self._score.clone(),
-            "_td_error": self._td_error.clone(),
+            **{name: getattr(self, name) for name in (*_FIXED, *_MOVING)},
+            "_max_priority": maximum,
+            "_score": self._score[:slots].clone(),
+            "_td_error": self._td_error[:slots].clone(),
             # Leaves as they are: recomputed ones can differ in the last bit, since a vectorised
             # power rounds otherwise than the scalar one at a batch's end.
             "_sum_tree": self._sum_tree.leaves(),
@@ -558,7 +729,7 @@ class VLMPrioritizedSampler(PrioritizedSampler):
             require(fits, f"{of}'s {name}", state[name], damaged)
         for name in _ARRAYS:
             array = state[name]
-            fits = isinstance(array, Tensor) and array.shape == self._score.shape
+            fits = isinstance(array, Tensor) and array.shape == (self._max_capacity,)
             fits = fits and array.dtype == self.dtype
             require(fits, f"{of}'s {name}", array, f"pass {self._max_capacity} of {self.dtype}")
         maximum = state["_max_priority"]
@@ -570,20 +741,25 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         require(fits, f"{of}'s _max_priority", maximum, damaged)
 
         loaded = object.__new__(type(self))
-        loaded.__dict__.update(self.__dict__, _just_marked=None)
-        loaded.__dict__.update({f"_{name}": state[name] for name in _MOVING})
-        loaded._max_priority = maximum
-        loaded._score = score = state["_score"].to(device, copy=True)
-        loaded._td_error = td_error = state["_td_error"].to(device, copy=True)
-        loaded.__dict__.update(loaded._derived())
+        loaded.__dict__.update(self.__dict__, _device=device)
+        loaded._init()
+        loaded.__dict__.update({f"_{name}": state[name] for name in _MOVING}, _device=self._device)
+        slots, (value, holder) = self._max_capacity, maximum
+        loaded._score[:slots], loaded._td_error[:slots] = state["_score"], state["_td_error"]
+        loaded._derive()
         leaves, scored, visited = state["_sum_tree"].to(device), loaded.scored, loaded.visited
-        loaded._sum_tree = make_sum_tree(self._max_capacity, self.dtype, device)
-        loaded._sum_tree.update(torch.arange(self._max_capacity, device=device), leaves)
+        loaded._sum_tree.update(torch.arange(slots, device=device), leaves)
+        loaded._rows = -1
+        if loaded._on_cpu:
+            loaded._max_priority = maximum
+        elif value is not None:
+            loaded._max_priority[0].fill_(value)
 
+        score, p, td_error = (a[:slots] for a in (loaded._score, loaded._p, loaded._td_error))
         written, ulps = td_error != NO_ROW, 64.0 * torch.finfo(self.dtype).eps
-        leaf = loaded._leaf(loaded._p.clone(), td_error.abs()).masked_fill_(~written, 0.0)
+        leaf = loaded._leaf(p.clone(), td_error.abs()).masked_fill_(~written, 0.0)
         greatest = float(td_error[visited].max()) if visited.any() else -1.0
-        value, holder = (-1.0, None) if maximum[0] is None else maximum
+        value = -1.0 if value is None else value
         held = holder is None or not self._max_priority_within_buffer
         for holds, fault in (
             ((scored & (score <= 1.0) | (score == UNSCORED)).all(), "a score outside [0, 1]"),
@@ -598,9 +774,13 @@ class VLMPrioritizedSampler(PrioritizedSampler):
 
     def _maybe_init_from_storage(self, storage: Any) -> None:
         """Moves to the storage's device where the sampler was given none, keeping its state."""
+        if getattr(storage, "device", None) is self._home:
+            return
         device = self._tree_device_from_storage(storage)
         if device is not None and device != self._p.device:
             self._restore(self.state_dict(), device)
+        if storage is not None:
+            self._home = getattr(storage, "device", None)
 
     def dumps(self, path: str | Path) -> None:
         """Writes :meth:`state_dict` into the folder ``path``, whole or not at all."""
@@ -628,16 +808,25 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         """
         twin = copy(self)
         twin.load_state_dict(self.state_dict())
-        for name in ("_p", "_written", "_positive"):
-            mine, derived = getattr(self, name), getattr(twin, name)
-            same = torch.equal(torch.as_tensor(mine), torch.as_tensor(derived))
-            require(same, name, mine, "it is off what the scores give")
-        total, ulps = self._sum_tree.total(), 64.0 * torch.finfo(self.dtype).eps
+        slots = self._max_capacity
+        same = torch.equal(self._p[:slots], twin._p[:slots])
+        require(same, "_p", self._p, "it is off what the scores give")
+        for name in ("_written", "_positive"):
+            mine, derived = int(getattr(self, name)), int(getattr(twin, name))
+            require(mine == derived, name, mine, f"the scores give {derived}")
+        total, ulps = float(self._sum_tree.total()), 64.0 * torch.finfo(self.dtype).eps
         summed = float(self._sum_tree.leaves().double().sum())
         require(abs(total - summed) <= ulps * summed, "the tree's total", total, f"sum is {summed}")
 
 
 # ---------------------------------------------------------------- reading arguments
+
+
+@lru_cache
+def _greatest_priority(dtype: torch.dtype, slots: int, alpha: float) -> float:
+    """With it in all slots the total of the leaves is still finite."""
+    greatest: float = (torch.finfo(dtype).max / slots) ** (1.0 / max(alpha, 1.0))
+    return greatest
 
 
 def as_numbers(values: Any, name: str, **kind: Any) -> Tensor:
@@ -671,13 +860,11 @@ def as_index(index: Any, name: str) -> Tensor:
     return whole.long()
 
 
-def _bounds(values: Tensor) -> tuple[float, float]:
-    """Least and greatest value; both NaN where one value is. One device synchronisation."""
-    low, high = torch.aminmax(values)
-    if values.device.type == "cpu":
-        return low.item(), high.item()
-    low, high = torch.stack((low, high)).tolist()
-    return low, high
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """``values`` on ``device``; a copy to a GPU is not waited for."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        values = values.pin_memory()  # from other memory a copy is waited for
+    return values.to(device, non_blocking=device.type != "cpu")
 
 
 def _ravel(index: Tensor, storage: Any) -> Tensor:
@@ -687,12 +874,23 @@ def _ravel(index: Tensor, storage: Any) -> Tensor:
             "storage should be provided to the sampler when the storage has more than one "
             f"dimension: got an index of shape {tuple(index.shape)}; pass storage=buffer.storage."
         )
-    axes = index.reshape(-1, index.shape[-1]).cpu().unbind(-1)
-    try:
-        flat = np.ravel_multi_index([axis.numpy() for axis in axes], tuple(storage.shape))
-    except ValueError as error:
+    if index.shape[-1] != len(storage.shape):
         raise IndexError(
-            f"index is {shown(index.tolist())}, not all slots of a storage of shape "
-            f"{tuple(storage.shape)}: {error}."
-        ) from None
-    return torch.from_numpy(flat).to(index.device)
+            f"index is {shown(index)}: pass {len(storage.shape)} coordinates of a slot."
+        )
+    flat: Tensor = torch.zeros_like(index[..., 0])
+    inside = torch.ones_like(flat, dtype=torch.bool)
+    for axis, size in zip(index.unbind(-1), storage.shape, strict=True):
+        inside &= (axis >= 0) & (axis < size)
+        flat = flat * size + axis
+    # What is no slot of the storage is none of the sampler either, but for -1, to be skipped.
+    return torch.where(inside | (index == -1).all(-1), flat.clamp_min(-1), _NO_SLOT).reshape(-1)
+
+
+def _unravel(index: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
+    """Coordinates of flat slots ``[B]``."""
+    axes = []
+    for size in reversed(shape[1:]):
+        axes.append(index % size)
+        index = index // size
+    return (index, *reversed(axes))
