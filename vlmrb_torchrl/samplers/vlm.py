@@ -431,16 +431,14 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         if slot.numel() == 0:
             return
         self._claim(slot, storage)
+        greatest = self._max_priority[0]
+        if not self._on_cpu:
+            torch.maximum(greatest, values.max(), out=greatest)
+        elif greatest is None or values.max() > greatest:
+            self._max_priority = (float(values.max()), int(slot[values.argmax()]))
         values = values[last_of_duplicates(slot, len(self._p))]
         self._td_error[slot] = values
-        if self._on_cpu:
-            value, item = values.max(0)
-            if self._max_priority[0] is None or value > self._max_priority[0]:
-                self._max_priority = (float(value), int(slot[item]))
-            self._restore_maximum(slot)
-        else:
-            greatest = self._max_priority[0]
-            torch.maximum(greatest, values.max(), out=greatest)
+        self._restore_maximum(slot)
         if self._td_boost:
             self._sum_tree.update(slot, self._leaf(self._p[slot], values))
 
