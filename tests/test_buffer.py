@@ -13,8 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from numpy.random import seed as numpy_seed
 from tensordict import TensorDict
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torchrl.data import (
+    LazyMemmapStorage,
     LazyTensorStorage,
     ListStorage,
     TensorDictMaxValueWriter,
@@ -674,3 +677,96 @@ def test_prefetching_and_list_storages_work(arguments: dict[str, Any]) -> None:
         assert torch.equal(batch["id"], batch["index"])
         buffer.update_tensordict_priority(batch.set("td_error", torch.rand(4)))
     sampler.check_valid()
+
+
+# ---------------------------------------------------------------- drawing
+
+
+def rows_of_every_kind(length: int) -> TensorDict:
+    number = torch.arange(length)
+    nested = TensorDict({"done": number % 2 == 0, "pixels": number.byte().reshape(-1, 1, 1)})
+    rows = TensorDict({"id": number, "next": nested, "reward": number.float().unsqueeze(-1)})
+    rows["next", "deep"] = {"x": torch.randn(length, 2, 3, dtype=torch.float64)}
+    rows.auto_batch_size_(1)
+    return rows.set("name", [f"row {i}" for i in range(length)])
+
+
+@pytest.mark.parametrize("rows", [5, 8, 11], ids=["filling", "full", "overwritten"])
+@pytest.mark.parametrize("storage", [LazyTensorStorage, LazyMemmapStorage])
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        RandomSampler,
+        lambda: PrioritizedSampler(8, 0.5, 0.5),
+        lambda: VLMPrioritizedSampler(8, beta=0.5),
+    ],
+)
+@pytest.mark.parametrize("arguments", [{}, {"transform": lambda rows: rows}])
+def test_a_batch_is_what_torchrls_buffer_makes_of_the_same_draw(
+    sampler: Any, storage: Any, rows: int, arguments: dict[str, Any]
+) -> None:
+    batches = []
+    for kind in (VLMReplayBuffer, TensorDictReplayBuffer):
+        numpy_seed(1)  # noqa: NPY002  TorchRL's prioritized sampler draws from it
+        torch.manual_seed(1)
+        buffer = kind(
+            storage=storage(8),
+            sampler=sampler(),
+            batch_size=16,
+            writer=TensorDictRoundRobinWriter() if kind is TensorDictReplayBuffer else None,
+            **arguments,
+        )
+        data = rows_of_every_kind(rows)
+        if storage is LazyMemmapStorage:
+            del data["name"]
+        for part in data.split(5):
+            buffer.extend(part)
+        batches.append(buffer.sample())
+    ours, theirs = batches
+    assert (ours.pop("index_generation") == (ours["id"] > 7).int()).all()
+    assert ours.batch_size == theirs.batch_size
+    assert ours.device == theirs.device
+    assert ours.is_locked == theirs.is_locked
+    assert set(ours.keys(True, True)) == set(theirs.keys(True, True))
+    for key in theirs.keys(True, True):
+        ours_is, theirs_is = ours[key], theirs[key]
+        same = torch.equal if isinstance(theirs_is, torch.Tensor) else list.__eq__
+        assert same(ours_is, theirs_is), key
+    id_before = buffer[0]["id"]
+    ours["id"].fill_(-1)  # the batch is a copy
+    assert buffer[0]["id"] == id_before
+
+
+def test_a_smaller_batch_and_its_information_can_be_asked_for() -> None:
+    buffer = make()
+    buffer.extend(transitions(0, 8))
+    assert buffer.sample(3).batch_size == (3,)
+    batch, info = buffer.sample(3, return_info=True)
+    assert torch.equal(batch["index"], info["index"])
+    assert torch.equal(batch["sampling_probability"], info["sampling_probability"])
+
+
+def test_on_a_gpu_neither_a_batch_nor_its_td_errors_wait_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tensors without data stand for a GPU's: what reads a value of one raises."""
+    gpu = torch.device("cuda:0")
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda values: values)  # wants a real one
+    with FakeTensorMode():
+        rows = transitions(0, 8).to(gpu).set("index", torch.arange(8, device=gpu))
+        sampler = VLMPrioritizedSampler(8, td_boost=True, device=gpu)
+        storage = TensorStorage(rows, device=gpu)
+        buffer = VLMReplayBuffer(storage=storage, sampler=sampler, batch_size=4)
+        monkeypatch.setattr(buffer._replay_lock, "_device", lambda: None)
+        monkeypatch.setattr(buffer, "_cuda", lambda: gpu)
+        for _ in range(2):
+            batch = buffer.sample()
+            assert {entry.device for entry in batch.values()} == {gpu}
+            batch["td_error"] = torch.rand(4, 1, device=gpu)
+            buffer.update_tensordict_priority(batch)
+            late = [batch[key] for key in ("index", "index_generation")]
+            assert buffer.write_scores(*late, torch.rand(4, device=gpu)).device == gpu
+            fake = [torch.zeros(4, dtype=torch.long)] * 2
+            assert buffer.write_scores(*fake, torch.rand(4)).device == gpu  # of a judge on the CPU
+            with pytest.raises(DataDependentOutputException):
+                bool(batch["td_error"].max() > 0)

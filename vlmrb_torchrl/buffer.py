@@ -20,16 +20,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torch.nn.functional import pad
-from torchrl.data import TensorDictReplayBuffer
-from torchrl.data.replay_buffers.samplers import PrioritizedSampler
+from torchrl.data import ReplayBuffer, TensorDictReplayBuffer, TensorStorage
+from torchrl.data.replay_buffers.samplers import PrioritizedSampler, RandomSampler
 from torchrl.data.replay_buffers.writers import RoundRobinWriter, TensorDictRoundRobinWriter
 
 from vlmrb_torchrl.checks import is_key, require
 from vlmrb_torchrl.keys import GENERATION, INDEX, TD_ERROR
-from vlmrb_torchrl.samplers.vlm import VLMPrioritizedSampler, as_index, as_numbers
+from vlmrb_torchrl.samplers.vlm import VLMPrioritizedSampler, as_index, as_numbers, sent
+
+_FLAT_SAMPLERS = (RandomSampler, PrioritizedSampler, VLMPrioritizedSampler)  # a slot a draw
 
 
 class VLMReplayBuffer(TensorDictReplayBuffer):
@@ -97,6 +99,8 @@ class VLMReplayBuffer(TensorDictReplayBuffer):
 
     def _cuda(self) -> torch.device | None:
         """The GPU that rows or priorities lie on."""
+        if not torch.cuda.is_initialized():  # said faster than by asking them
+            return None
         for part in (self._storage, self._sampler) if self.initialized else ():
             device = getattr(part, "device", None)
             if isinstance(device, torch.device) and device.type == "cuda":
@@ -217,6 +221,47 @@ class VLMReplayBuffer(TensorDictReplayBuffer):
                 "generations and priorities it cannot change: insert and write where it was built."
             )
 
+    # ---------------------------------------------------------------- drawing
+
+    def sample(
+        self,
+        batch_size: int | None = None,
+        return_info: bool = False,
+        include_info: bool | None = None,
+    ) -> Any:
+        """Draws a batch; as of ``TensorDictReplayBuffer``, in half of its time for plain rows."""
+        if return_info or include_info is not None or not self._has_plain_rows():
+            return super().sample(batch_size, return_info, include_info)
+        return ReplayBuffer.sample(self, batch_size)  # the batch has its information already
+
+    def _sample(self, batch_size: int) -> tuple[Any, dict[str, Any]]:
+        if not self._has_plain_rows():
+            return super()._sample(batch_size)  # type: ignore[no-any-return]
+        storage = self._storage
+        with self._replay_lock, self._write_lock:
+            index, info = self._sampler.sample(storage, batch_size)
+            info[INDEX] = index
+            if self._writer.tracks_generations:
+                info[GENERATION] = self._writer.generations_of(index)
+            # TorchRL takes a slice of all rows first and then copies the batch's TensorDict twice.
+            rows = storage._storage
+            drawn = _gathered(rows, index if rows.device is None else index.to(rows.device))
+            drawn |= {key: value.to(rows.device) for key, value in info.items()}
+        return self._collate_fn(TensorDict(drawn, [batch_size], device=rows.device)), info
+
+    def _has_plain_rows(self) -> bool:
+        """Whether a batch is a plain gather from a flat TensorDict, with nothing done to it."""
+        storage = self._storage if self.initialized else None
+        return (
+            isinstance(storage, TensorStorage)
+            and type(storage._storage) is TensorDict
+            and storage._storage.ndim == 1
+            and type(self._sampler) in _FLAT_SAMPLERS
+            and self._sample_unit is None
+            and not self._pin_memory
+            and not len(self._transform)
+        )
+
     # ---------------------------------------------------------------- replacing
 
     def __setitem__(self, index: Any, value: Any) -> None:
@@ -292,7 +337,9 @@ class VLMReplayBuffer(TensorDictReplayBuffer):
             score: ``[B]`` or ``[B, 1]`` in [0, 1].
 
         Returns:
-            bool ``[B]``: which slots still held their transition and got the score.
+            bool ``[B]``: which slots still held their transition and got the score. On a GPU that
+            rows or priorities lie on, where nothing waits for it; there what the sampler does not
+            take raises later, as it says, and an index that is no slot counts as late.
 
         Raises:
             TypeError: The sampler keeps no scores, the writer no generations, or an argument is
@@ -375,14 +422,20 @@ class VLMReplayBuffer(TensorDictReplayBuffer):
         value = as_numbers(value, "the values").detach()
         items = index.shape[0] if index.ndim else -1
         fits = generation.shape == (items,) and value.numel() == items
-        shapes = [tuple(each.shape) for each in (index, generation, value)]
-        require(fits, "index, generation, values", shapes, "pass one of each per transition")
-        value = value.reshape(-1)
+        if not fits:
+            shapes = [tuple(each.shape) for each in (index, generation, value)]
+            require(False, "index, generation, values", shapes, "pass one of each per transition")
+        home = self._cuda() or torch.device("cpu")
+        index, generation, value = (sent(e, home) for e in (index, generation, value.reshape(-1)))
         # In this order, as everywhere in TorchRL. The sampler is called itself: with shared=True
         # the write lock is not re-entrant, and buffer.update_priority would wait for itself.
         with self._replay_lock, self._write_lock:
             current = self._writer.generations_of(index)
-            live: Tensor = (generation.to(current.device) == current) & (current >= 0)
+            live: Tensor = (generation == current) & (current >= 0)
+            if home.type != "cpu":  # where a look at them would be waited for: -1 is skipped
+                kept = live if index.ndim == 1 else live.unsqueeze(-1)
+                write(torch.where(kept, index, -1), value, storage=self._storage)
+                return live
             if bool(live.all()):
                 write(index, value, storage=self._storage)
                 return live
@@ -395,7 +448,7 @@ class VLMReplayBuffer(TensorDictReplayBuffer):
                     "that extend or sample returned."
                 )
             if bool(live.any()):
-                write(index[live], value[live.to(value.device)], storage=self._storage)
+                write(index[live], value[live], storage=self._storage)
         return live
 
 
@@ -498,6 +551,18 @@ class _StreamLock:
             self._queued = torch.cuda.current_stream(device).record_event()
         self._depth -= 1
         self._lock.release()
+
+
+def _gathered(rows: TensorDictBase, index: Tensor) -> dict[str, Any]:
+    """Copies of the rows ``index`` ``[B]`` of every entry."""
+    return {
+        key: _gathered(entry, index)
+        if type(entry) is TensorDict
+        else entry.index_select(0, index)
+        if type(entry) is Tensor
+        else entry[index]
+        for key, entry in rows.items()
+    }
 
 
 def _unstamped(data: Any) -> Any:

@@ -501,18 +501,29 @@ class VLMPrioritizedSampler(PrioritizedSampler):
             return
         self._claim(slot, storage)
         self._score.scatter_reduce_(0, slot, values, "amax")  # any score is above none
-        self._put_p(slot, self._judge(self._score[slot]))
+        slot, once = self._distinct(slot)
+        self._put_p(slot, self._judge(self._score[slot]), once)
         self._refresh(slot)
 
-    def _put_p(self, slot: Tensor, p: Tensor) -> None:
-        """Gives slots ``[B]`` their p ``[B]``, the same to duplicates, and counts."""
-        before = self._p[slot]
+    def _distinct(self, slot: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Each slot once; off the CPU the slots as they are, and a mask of one item of each."""
+        if self._on_cpu:
+            return slot.unique(), None
         item = torch.arange(len(slot), device=slot.device)
         once = last_of_duplicates(slot, len(self._p)) == item
-        once &= slot < self._max_capacity
-        self._written += (once & (before == EMPTY)).sum()
-        self._positive += (once & (p > 0.0)).sum() - (once & (before > 0.0)).sum()
-        self._p[slot] = p
+        return slot, once.logical_and_(slot < self._max_capacity)
+
+    def _put_p(self, slot: Tensor, p: Tensor, once: Tensor | None) -> None:
+        """Gives the slots of :meth:`_distinct` their p ``[B]``, the same to duplicates; counts."""
+
+        def count(which: Tensor) -> Tensor:
+            return (which if once is None else which & once).count_nonzero()
+
+        before = self._p.index_select(0, slot)
+        if self._rows != self._max_capacity:
+            self._written += count(before == EMPTY)
+        self._positive += count(p > 0.0) - count(before > 0.0)
+        self._p.index_copy_(0, slot, p)
         self._prefers = None
 
     def mark_update(self, index: Any, *, storage: Any = None) -> None:
@@ -585,9 +596,10 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         if slot.numel() == 0:
             return
         stand_in, leaf = self._stand_in()
+        slot, once = self._distinct(slot)
         self._score.index_fill_(0, slot, UNSCORED)
         filled = torch.empty_like(slot, dtype=self.dtype)
-        self._put_p(slot, filled.fill_(self._unscored_priority))
+        self._put_p(slot, filled.fill_(self._unscored_priority), once)
         self._td_error.index_fill_(0, slot, -stand_in)
         self._sum_tree.update(slot, filled.fill_(leaf))
         self._restore_maximum(slot)
@@ -643,26 +655,27 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         device = self._p.device
         slot = sent(as_index(index, "index"), device)
         slot = _ravel(slot, storage) if slot.ndim > 1 else slot.reshape(-1)
-        marks = values is None
-        if marks:
-            values = torch.zeros_like(slot)
-        values = sent(as_numbers(values, name), device).detach().to(self.dtype).reshape(-1)
-        if values.numel() not in (1, slot.numel()):  # in TorchRL's words and kind
-            raise RuntimeError(
-                f"{name} should be a number or an iterable of the same length as index: "
-                f"got {name} of shape {tuple(values.shape)} for {slot.numel()} indices."
-            )
-        values = values.expand(slot.shape)
+        if tells := values is not None:
+            values = sent(as_numbers(values, name), device).detach().to(self.dtype).reshape(-1)
+            if values.numel() not in (1, slot.numel()):  # in TorchRL's words and kind
+                raise RuntimeError(
+                    f"{name} should be a number or an iterable of the same length as index: "
+                    f"got {name} of shape {tuple(values.shape)} for {slot.numel()} indices."
+                )
+            values = values.expand(slot.shape)
+        else:
+            values = slot
         slots = self._max_capacity
         if not self._on_cpu:
-            if storage is not None and len(storage) and not marks:
+            if tells and storage is not None and len(storage):
                 self._match(len(storage))
                 slots = self._rows
             stored = slot.clamp(0, slots - 1) == slot
-            stored &= values.clamp(0.0, most) == values  # a NaN is not
+            if tells:
+                stored &= values.clamp(0.0, most) == values  # a NaN is not
             self._all_good &= (stored | (slot == -1)).all()
             slot = torch.where(stored, slot, self._sum_tree.nowhere)
-            return slot, torch.where(stored, values, 0.0)
+            return slot, torch.where(stored, values, 0)
         if slot.numel():
             low, high = (bound.item() for bound in torch.aminmax(slot))
             if low < -1 or high >= slots:
@@ -672,7 +685,7 @@ class VLMPrioritizedSampler(PrioritizedSampler):
                 )
             if low < 0:
                 slot, values = slot[slot >= 0], values[slot >= 0]
-        if slot.numel():
+        if slot.numel() and tells:
             least, greatest = (bound.item() for bound in torch.aminmax(values))
             bad = least if not least >= 0.0 else greatest  # a NaN is both
             require(least >= 0.0 and greatest <= most, name, bad, _BAD_VALUE)
@@ -827,15 +840,16 @@ def _greatest_priority(dtype: torch.dtype, slots: int, alpha: float) -> float:
     return greatest
 
 
-def as_numbers(values: Any, name: str, **kind: Any) -> Tensor:
+def as_numbers(values: Any, name: str) -> Tensor:
     """``torch.as_tensor`` that names what it refuses.
 
     Raises:
         TypeError: ``values`` are no real numbers.
     """
     try:
-        if not (isinstance(values, Tensor) and values.is_complex()):
-            return torch.as_tensor(values, **kind)
+        numbers = values if isinstance(values, Tensor) else torch.as_tensor(values)
+        if not numbers.is_complex():
+            return numbers
     except (TypeError, ValueError, RuntimeError, OverflowError):
         pass
     raise TypeError(f"{name} is {shown(values)}: pass numbers, or a tensor of them.")
@@ -848,6 +862,8 @@ def as_index(index: Any, name: str) -> Tensor:
         TypeError: They are no numbers.
         IndexError: They are no whole numbers.
     """
+    if isinstance(index, Tensor) and index.dtype == torch.long:
+        return index
     if isinstance(index, tuple):
         axes = [as_numbers(axis, name) for axis in index]
         if len({axis.shape for axis in axes}) == 1:
