@@ -220,7 +220,7 @@ class RadixSumTree(SumTree):
             return sums.masked_fill_(sums == 0.0, -torch.inf)
         # A parallel scan may round the sum at a leaf without mass above its left neighbour's.
         # Such a leaf is no candidate.
-        return torch.where(mass > 0.0, sums, -torch.inf).cummax(-1).values
+        return sums.masked_fill_(mass <= 0.0, -torch.inf).cummax(-1).values
 
 
 def last_of_duplicates(index: Tensor, slots: int) -> Tensor:

@@ -199,7 +199,7 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         self._max_priority = None
         if not self._on_cpu:
             self._max_priority = torch.full((), -1.0, dtype=self.dtype, device=device), None
-        self._all_good = torch.ones((), dtype=torch.bool, device=device)
+        self._any_bad = torch.zeros((), dtype=torch.bool, device=device)
         self._rows, self._prefers = 0, None
         self._told_of, self._home = None, None
         self._drawn_with = torch.zeros(4, dtype=torch.float64, device=device)
@@ -217,7 +217,7 @@ class VLMPrioritizedSampler(PrioritizedSampler):
     _positive: Tensor  # of them: with p > 0
     _prefers: bool | None  # whether there is one, once that has been looked at
     _max_priority: Any  # TorchRL's: the greatest |δ| (off the CPU a tensor, -1: none) and its slot
-    _all_good: Tensor  # whether no bad value was left out
+    _any_bad: Tensor  # whether a bad value was left out
     _rows: int  # so many first slots hold a row and no others do; -1: not known
     _drawn_with: Tensor  # float64 [4]: rows, rows - 1, λ and -β where a captured graph reads them
     _told_of: Any  # the same, as it was written there
@@ -567,9 +567,10 @@ class VLMPrioritizedSampler(PrioritizedSampler):
             stand_in, leaf = self._stand_in()
             score.masked_fill_(fresh | gone, UNSCORED)
             p.masked_fill_(fresh, self._unscored_priority).masked_fill_(gone, EMPTY)
-            td_error.masked_fill_(fresh, -stand_in).masked_fill_(gone, NO_ROW)
-            leaves = self._sum_tree.leaves().masked_fill_(fresh, leaf).masked_fill_(gone, 0.0)
-            self._sum_tree.update(every, leaves)
+            # A fill by a tensor would read it.
+            td_error.copy_(torch.where(fresh, -stand_in, td_error).masked_fill_(gone, NO_ROW))
+            leaves = torch.where(fresh, leaf, self._sum_tree.leaves())
+            self._sum_tree.update(every, leaves.masked_fill_(gone, 0.0))
             self._written.fill_(rows)
             self._positive.copy_((p > 0.0).sum())
             self._prefers = None
@@ -600,7 +601,7 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         self._score.index_fill_(0, slot, UNSCORED)
         filled = torch.empty_like(slot, dtype=self.dtype)
         self._put_p(slot, filled.fill_(self._unscored_priority), once)
-        self._td_error.index_fill_(0, slot, -stand_in)
+        self._td_error.index_copy_(0, slot, filled.fill_(-stand_in))
         self._sum_tree.update(slot, filled.fill_(leaf))
         self._restore_maximum(slot)
 
@@ -670,12 +671,12 @@ class VLMPrioritizedSampler(PrioritizedSampler):
             if tells and storage is not None and len(storage):
                 self._match(len(storage))
                 slots = self._rows
-            stored = slot.clamp(0, slots - 1) == slot
+            lost = slot.clamp(0, slots - 1) != slot
             if tells:
-                stored &= values.clamp(0.0, most) == values  # a NaN is not
-            self._all_good &= (stored | (slot == -1)).all()
-            slot = torch.where(stored, slot, self._sum_tree.nowhere)
-            return slot, torch.where(stored, values, 0)
+                lost |= values.clamp(0.0, most) != values  # also a NaN
+            self._any_bad |= (lost & (slot != -1)).any()
+            slot = slot.masked_fill(lost, self._sum_tree.nowhere)
+            return slot, values.masked_fill(lost, 0)
         if slot.numel():
             low, high = (bound.item() for bound in torch.aminmax(slot))
             if low < -1 or high >= slots:
@@ -693,8 +694,8 @@ class VLMPrioritizedSampler(PrioritizedSampler):
 
     def _raise_refused(self) -> None:
         """Tells of bad values that were left out since the last time, off the CPU."""
-        if not self._all_good:
-            self._all_good.fill_(True)
+        if self._any_bad:
+            self._any_bad.fill_(False)
             raise ValueError(f"a score, |δ| or index was bad and left out: {_BAD_VALUE}")
 
     # ---------------------------------------------------------------- saving and moving
