@@ -30,6 +30,7 @@ from torchrl.envs.transforms import Transform
 
 from vlmrb_torchrl.buffer import VLMReplayBuffer
 from vlmrb_torchrl.samplers import VLMPrioritizedSampler
+from vlmrb_torchrl.samplers.trees import RadixSumTree
 
 
 def transitions(first: int, length: int) -> TensorDict:
@@ -467,10 +468,14 @@ def test_work_on_a_gpu_follows_the_work_queued_under_the_lock_before(
     buffer = make()
     buffer.extend(transitions(0, 4))
     monkeypatch.setattr(buffer._replay_lock, "_device", lambda: torch.device("cuda:0"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     for name in ("learner", "judge"):
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device, of=name: Stream(of))
         data = transitions(4, 2)
         buffer.extend(data)  # takes the lock many times over, once from without
+    # A stream that is captured queues nothing, and can wait for nothing from outside.
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    buffer.sample()
     assert told == [
         ("learner", "records"),
         ("judge", "waits for learner's event"),
@@ -770,3 +775,14 @@ def test_on_a_gpu_neither_a_batch_nor_its_td_errors_wait_for_it(
             assert buffer.write_scores(*fake, torch.rand(4)).device == gpu  # of a judge on the CPU
             with pytest.raises(DataDependentOutputException):
                 bool(batch["td_error"].max() > 0)
+
+
+def test_a_replayed_graph_holds_the_lock_and_sees_rows_and_settings_of_now() -> None:
+    sampler = VLMPrioritizedSampler(8, lmbda=0.25)
+    sampler._sum_tree = RadixSumTree(8)
+    buffer = make(sampler=sampler)
+    buffer.extend(transitions(0, 3))
+    sampler.lmbda = 0.75
+    with ThreadPoolExecutor(1) as other, buffer.replaying():
+        assert sampler._drawn_with.tolist() == [3.0, 2.0, 0.75, 0.0]
+        assert not other.submit(buffer._replay_lock._lock.acquire, blocking=False).result()

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -248,6 +249,20 @@ class VLMReplayBuffer(TensorDictReplayBuffer):
             drawn = _gathered(rows, index if rows.device is None else index.to(rows.device))
             drawn |= {key: value.to(rows.device) for key, value in info.items()}
         return self._collate_fn(TensorDict(drawn, [batch_size], device=rows.device)), info
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Where a captured CUDA graph of draws and late writes may be replayed.
+
+        The graph sees the rows, λ and β of now, and no other thread's work comes between::
+
+            with buffer.replaying():
+                graph.replay()
+        """
+        with self._replay_lock, self._write_lock:
+            if hasattr(self._sampler, "match_storage"):
+                self._sampler.match_storage(self._storage)
+            yield
 
     def _has_plain_rows(self) -> bool:
         """Whether a batch is a plain gather from a flat TensorDict, with nothing done to it."""
@@ -533,7 +548,8 @@ class _StreamLock:
     """A re-entrant lock whose holders' CUDA streams follow each other too.
 
     A lock orders threads; what one of them queued on its stream may run after what the next one
-    queues on another. So each holder's stream waits for what was queued by the holder before.
+    queues on another. So each holder's stream waits for what was queued by the holder before. Not
+    while a stream is captured, which queues nothing: a replay holds the lock itself.
     """
 
     def __init__(self, device: Callable[[], torch.device | None]) -> None:
@@ -543,14 +559,21 @@ class _StreamLock:
     def __enter__(self) -> None:
         self._lock.acquire()
         self._depth += 1
-        if self._depth == 1 and self._queued is not None:
-            torch.cuda.current_stream(self._device()).wait_event(self._queued)
+        if self._queued is not None and (stream := self._outer_stream()) is not None:
+            stream.wait_event(self._queued)
 
     def __exit__(self, *_: object) -> None:
-        if self._depth == 1 and (device := self._device()) is not None:
-            self._queued = torch.cuda.current_stream(device).record_event()
+        if (stream := self._outer_stream()) is not None:
+            self._queued = stream.record_event()
         self._depth -= 1
         self._lock.release()
+
+    def _outer_stream(self) -> Any:
+        """The stream to be ordered, where the lock has just been or is about to be free."""
+        device = self._device() if self._depth == 1 else None
+        if device is None or torch.cuda.is_current_stream_capturing():
+            return None
+        return torch.cuda.current_stream(device)
 
 
 def _gathered(rows: TensorDictBase, index: Tensor) -> dict[str, Any]:

@@ -110,7 +110,7 @@ class VLMPrioritizedSampler(PrioritizedSampler):
     :meth:`statistics`, :meth:`probabilities`, :meth:`state_dict`, :meth:`check_valid`. Shapes are
     those of the call, so that a CUDA graph can hold :meth:`sample` and :meth:`update_priority`,
     warmed up and with a generator that the graph knows. Call :meth:`match_storage` before each
-    replay, and capture anew after loading a state.
+    replay (``VLMReplayBuffer.replaying`` does), and capture anew after loading a state.
 
     Raises:
         ValueError: An argument is outside its range.
