@@ -859,6 +859,7 @@ def test_a_forgotten_scorer_ends_its_worker(gate):
 def test_a_worker_that_is_still_starting_is_ended_too():
     scoring = make(make_buffer(), Yes(), "process")
     scoring.close()
+    scoring._queue._thread.join(PATIENT)  # on a busy machine it ends after the close
     assert not scoring._queue._thread.is_alive()
     assert scoring.worker_pid is None
 
