@@ -8,14 +8,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
-import torch
 from torch import Tensor
-from torchrl.data import (
-    LazyTensorStorage,
-    PrioritizedSampler,
-    RandomSampler,
-    TensorDictReplayBuffer,
-)
+from torchrl.data import LazyTensorStorage, RandomSampler, TensorDictReplayBuffer
 from torchrl.data.replay_buffers.samplers import Sampler
 
 from recipes.arguments import (
@@ -109,6 +103,8 @@ class Uniform(Replay):
 class Prioritized(Replay):
     """PER: P(i) ∝ (|δ_i| + ε)^α with weights (N P)^-β (Schaul et al. 2016, arXiv 1511.05952).
 
+    The weights are not divided by the greatest of them: losses divide by their sum.
+
     Args:
         alpha: Exponent of the priority, 0 (uniform) to 1.
         beta_start: Exponent of the importance weight at the start, 0 to 1.
@@ -134,23 +130,26 @@ class Prioritized(Replay):
         self.beta_share = beta_share
 
     def sampler(self) -> Sampler:
-        """Build TorchRL's own prioritized sampler, the peer to be compared with."""
-        return PrioritizedSampler(
-            self.capacity, alpha=self.alpha, beta=self.beta_start, eps=self.td_error_offset
+        """Build the mixture sampler as PER: every p is 1 and λ is 1."""
+        return VLMPrioritizedSampler(
+            self.capacity,
+            lmbda=1.0,
+            alpha=self.alpha,
+            beta=self.beta_start,
+            eps=self.td_error_offset,
+            td_boost=True,
+            unscored_priority=1.0,
         )
 
-    def anneal(self, sampler: PrioritizedSampler, progress: float) -> None:
+    def anneal(self, sampler: VLMPrioritizedSampler, progress: float) -> None:
         """Raise β to ``beta_end``."""
         sampler.beta = linear(self.beta_start, self.beta_end, self.beta_share, progress)
 
     def figures(self, buffer: VLMReplayBuffer, drawn: Tensor | None) -> dict[str, float]:
         """Add β and the effective sample size, 1 / (N Σ P²), as a share of the N transitions."""
+        name = "effective_sample_size"
         figures = super().figures(buffer, drawn) | {"beta": float(buffer.sampler.beta)}
-        if len(buffer):
-            priorities = torch.as_tensor(buffer.sampler._sum_tree[torch.arange(len(buffer))])
-            share = priorities.double() / priorities.double().mean()
-            figures["effective_sample_size"] = 1.0 / float(share.square().mean())
-        return figures
+        return figures | {name: buffer.sampler.statistics(len(buffer))[name]}
 
 
 class VLMGuided(Replay):

@@ -26,7 +26,6 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.checkpoint import GlobalRNGState
 from torchrl.collectors import Collector
-from torchrl.data import PrioritizedSampler
 from torchrl.envs import TransformedEnv
 from torchrl.envs.batched_envs import BatchedEnvBase
 
@@ -188,32 +187,19 @@ def build_scoring(buffer: VLMReplayBuffer, task: Task, settings: Scoring, seed: 
 
 def state_of_buffer(buffer: VLMReplayBuffer) -> State:
     """The slots written so far, and what the sampler and the writer know of them."""
-    whole, rows, slots = buffer.state_dict(), len(buffer), buffer.storage.max_size
-    sampler = whole["_sampler"]
-    for name in _trees(buffer, sampler):
-        sampler[name] = torch.as_tensor(sampler[name][torch.arange(slots)])
+    whole, rows = buffer.state_dict(), len(buffer)
     stored: Any = buffer.storage[:rows] if rows else None
-    if 0 < rows < slots:  # torch.save would write all the memory that a view lies in
+    if 0 < rows < buffer.storage.max_size:  # torch.save would write all memory that a view lies in
         stored = stored.clone()
-    return {"stored": stored, "sampler": sampler, "writer": whole["_writer"]}
+    return {"stored": stored, "sampler": whole["_sampler"], "writer": whole["_writer"]}
 
 
 def load_buffer(buffer: VLMReplayBuffer, state: State) -> None:
     """Fill an empty buffer."""
-    sampler = dict(state["sampler"])
     if state["stored"] is not None:
         buffer.storage.set(torch.arange(len(state["stored"])), state["stored"])
-    for name in _trees(buffer, sampler):  # sums over leaves do not depend on the order of these
-        tree = getattr(buffer.sampler, name)
-        tree[torch.arange(buffer.storage.max_size)], sampler[name] = sampler[name], tree
-    buffer.sampler.load_state_dict(sampler)
+    buffer.sampler.load_state_dict(state["sampler"])
     buffer.writer.load_state_dict(state["writer"])
-
-
-def _trees(buffer: VLMReplayBuffer, sampler: State) -> tuple[str, ...]:
-    """Which entries of the sampler's state are trees of TorchRL's."""
-    own = isinstance(buffer.sampler, PrioritizedSampler) and "_min_tree" in sampler
-    return ("_sum_tree", "_min_tree") if own else ()
 
 
 class Games:

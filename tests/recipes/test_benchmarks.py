@@ -5,6 +5,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from tensordict import TensorDict
 from torchrl.data import PrioritizedSampler, RandomSampler, TensorDictReplayBuffer
 
 from recipes.benchmarks import (
@@ -18,9 +19,12 @@ from recipes.benchmarks import (
     update,
 )
 from recipes.benchmarks.timing import Spread
+from recipes.benchmarks.torchrl_replay import TorchRLPrioritized
 from recipes.dqn import DQN
+from recipes.replay import Prioritized
 from recipes.running import cli
 from tests.recipes.chain import batch, learner
+from vlmrb_torchrl import VLMPrioritizedSampler
 
 SCENE = "scene-singletask-task1-v0"
 
@@ -40,6 +44,42 @@ def test_peers_are_torchrl_s_own_buffer_and_samplers(peer):
     assert type(buffer) is TensorDictReplayBuffer
     sampler = {"torchrl_uniform": RandomSampler, "torchrl_per": PrioritizedSampler}[peer]
     assert type(buffer.sampler) is sampler
+
+
+def test_per_draws_as_torchrl_s_own_and_weighs_in_proportion():
+    """On one history of |δ|, some of it beyond the ring's end: P = (|δ| + ε)^α / Σ (|δ| + ε)^α.
+
+    A slot that was never learnt from has the greatest |δ| seen before it was written, 1 at first.
+    TorchRL's weights are divided by the greatest, in single precision.
+    """
+    settings = {"capacity": 16, "alpha": 0.7, "beta_start": 0.4, "td_error_offset": 0.01}
+    methods = Prioritized(batch_size=8, **settings), TorchRLPrioritized(batch_size=8, **settings)
+    random, delta = torch.Generator().manual_seed(5), torch.ones(16)
+    buffers = [method.buffer() for method in methods]
+    for start in (0, 6, 12):
+        written = torch.arange(start, start + 6) % 16
+        delta[written] = 1.0 if start == 0 else 5.0
+        learnt, priority = written[::2], 4.0 * torch.rand(3, generator=random)
+        priority[0] = 5.0
+        delta[learnt] = priority
+        for buffer in buffers:
+            buffer.extend(TensorDict({"x": torch.zeros(6)}, [6]))
+            buffer.update_priority(learnt, priority)
+    expected = (delta.double() + 0.01) ** 0.7
+    expected /= expected.sum()
+    for method, buffer in zip(methods, buffers, strict=True):
+        method.anneal(buffer.sampler, 0.5)  # β is 0.7
+        drawn = torch.cat([buffer.sample() for _ in range(64)])
+        weight = drawn["priority_weight"].double() * expected[drawn["index"]] ** 0.7
+        assert weight.tolist() == pytest.approx([weight[0].item()] * 512, rel=1e-5)
+        ours, figures = method is methods[0], method.figures(buffer, None)
+        leaves = buffer.sampler._sum_tree[torch.arange(16)]
+        assert (leaves / leaves.sum()).tolist() == pytest.approx(expected.tolist(), rel=1e-5)
+        assert type(buffer.sampler) is (VLMPrioritizedSampler if ours else PrioritizedSampler)
+        size = 1 / (16 * expected.square().sum().item())
+        assert figures == pytest.approx(
+            {"transitions": 16, "beta": 0.7, "effective_sample_size": size}
+        )
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tensordict import TensorDict
-from torchrl.data import LazyTensorStorage, PrioritizedSampler
+from torchrl.data import LazyTensorStorage
 
 from recipes.demonstrations import Batches, Demonstrations
 from recipes.dqn import DQN
 from recipes.off_policy import store
+from recipes.replay import Prioritized
 from recipes.running import cli
 from recipes.running.metrics import read_rows
 from recipes.sac import SAC
@@ -146,10 +147,9 @@ def episodes():
 
 
 def test_share_of_a_batch_and_of_the_loss_is_theirs_and_they_have_no_slot():
-    sampler = PrioritizedSampler(8, alpha=1.0, beta=1.0)
-    buffer = VLMReplayBuffer(storage=LazyTensorStorage(8), sampler=sampler, batch_size=6)
-    filled(buffer, 8)
-    sampler.update_priority(torch.arange(8), torch.arange(1.0, 9.0))  # unequal weights
+    per = {"alpha": 1.0, "beta_start": 1.0, "td_error_offset": 1e-6}
+    buffer = filled(Prioritized(capacity=8, batch_size=8, **per).buffer(other_rows=2), 8)
+    buffer.update_priority(torch.arange(8), torch.arange(1.0, 9.0))  # unequal weights
     batches = Batches(buffer, episodes(), 2, lambda steps: steps.exclude("events"))
     assert batches.prefill == ()
     seen = set()
@@ -167,8 +167,8 @@ def test_share_of_a_batch_and_of_the_loss_is_theirs_and_they_have_no_slot():
     assert replayed["x"].tolist() == replayed["index"].float().tolist()
     replayed["td_error"] = torch.full((6,), 3.0)
     buffer.update_tensordict_priority(replayed)
-    tree = sampler._sum_tree[torch.arange(8)]
-    assert (tree[replayed["index"]] - 3.0).abs().max() < 1e-3
+    leaves = buffer.sampler._sum_tree[replayed["index"]]
+    assert (leaves - 3.0).abs().max() < 1e-5
 
 
 def test_without_a_share_they_are_for_the_buffer_and_batches_are_the_buffer_s():

@@ -151,6 +151,19 @@ def test_an_update_is_torchrl_s_losses_with_weights_and_several_steps(algorithm)
         assert figures[name].item() == pytest.approx(float(number), rel=1e-4), name
 
 
+@ALL
+def test_weights_four_times_as_large_teach_the_same_bit_for_bit(algorithm):
+    left = []
+    for factor in (1, 4):
+        module = built(algorithm)
+        torch.manual_seed(1)
+        drawn = batch(is_discrete(algorithm))
+        drawn["priority_weight"] *= factor
+        td_error, figures = module.update(drawn)
+        left.append([td_error, *figures.values(), *module.parameters()])
+    assert all(map(torch.equal, *left))
+
+
 # -------------------------------------------------------------- compiled, captured
 
 

@@ -1,6 +1,7 @@
 """The loop: every method trains, figures are written, ranks count together, reruns are equal."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -127,7 +128,7 @@ def test_every_file_of_settings_trains_over_the_end_of_the_ring_and_writes_its_f
     ((replay, buffer),) = built
     if isinstance(replay, Prioritized):
         assert last["replay/beta"] == replay.beta_end == buffer.sampler.beta
-        assert 0 < last["replay/least_weight"] <= 1
+        assert 0 < last["replay/least_weight"] < 1  # (N P)^-β of a likely one
     if isinstance(replay, VLMGuided):
         assert last["replay/lambda"] == replay.lmbda == buffer.sampler.lmbda
     if replay.uses_scores:
@@ -136,6 +137,16 @@ def test_every_file_of_settings_trains_over_the_end_of_the_ring_and_writes_its_f
         assert last["replay/share_scored"] > 0.5
     assert (tmp_path / "run" / "policy.ckpt").exists()
     assert list((tmp_path / "run").glob("events.out.tfevents.*"))
+
+
+def test_without_torchrl_s_extension_per_trains_and_says_what_stands_in(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchrl._torchrl", None)  # its import now fails
+    with pytest.warns(RuntimeWarning, match="radix tree") as said:
+        rows = train(tmp_path / "run", "--replay=Prioritized", "--replay.capacity=300")
+    assert [warning.category for warning in said].count(RuntimeWarning) == 1
+    last = [row for row in rows if "replay/beta" in row][-1]
+    assert (last["replay/transitions"], last["replay/beta"]) == (300, 1)
+    assert 0 < last["replay/effective_sample_size"] < 1
 
 
 @pytest.mark.parametrize("algorithm", [DQN, IQN])
