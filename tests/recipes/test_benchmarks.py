@@ -49,18 +49,18 @@ def test_peers_are_torchrl_s_own_buffer_and_samplers(peer):
 def test_per_draws_as_torchrl_s_own_and_weighs_in_proportion():
     """On one history of |δ|, some of it beyond the ring's end: P = (|δ| + ε)^α / Σ (|δ| + ε)^α.
 
-    A slot that was never learnt from has the greatest |δ| seen before it was written, 1 at first.
+    A slot never learnt from has the greatest |δ| seen before it was written, and at least 1.
     TorchRL's weights are divided by the greatest, in single precision.
     """
     settings = {"capacity": 16, "alpha": 0.7, "beta_start": 0.4, "td_error_offset": 0.01}
     methods = Prioritized(batch_size=8, **settings), TorchRLPrioritized(batch_size=8, **settings)
     random, delta = torch.Generator().manual_seed(5), torch.ones(16)
     buffers = [method.buffer() for method in methods]
-    for start in (0, 6, 12):
+    for start, greatest in ((0, 0.3), (6, 5.0), (12, 2.0)):
         written = torch.arange(start, start + 6) % 16
-        delta[written] = 1.0 if start == 0 else 5.0
-        learnt, priority = written[::2], 4.0 * torch.rand(3, generator=random)
-        priority[0] = 5.0
+        delta[written] = 5.0 if start == 12 else 1.0
+        learnt, priority = written[::2], greatest * torch.rand(3, generator=random)
+        priority[0] = greatest
         delta[learnt] = priority
         for buffer in buffers:
             buffer.extend(TensorDict({"x": torch.zeros(6)}, [6]))

@@ -173,8 +173,11 @@ def test_share_of_one_clip_among_a_million_zeros() -> None:
     assert float(sampler.probabilities(slots)[:32].sum()) == pytest.approx(32 / 47.8, abs=1e-3)
 
 
-def test_with_lambda_one_it_is_torchrls_prioritized_sampler() -> None:
+@pytest.mark.parametrize("greatest", [0.5, 5.0])
+def test_with_lambda_one_it_is_torchrls_prioritized_sampler(greatest: float) -> None:
     """Leaf for leaf through a random history; weights up to the factor of TorchRL's minimum.
+
+    Where every |δ| is below 1, that is what stands in for |δ| of a slot never visited.
 
     In single precision, TorchRL's default: in double its ``mark_update`` raises.
     """
@@ -185,7 +188,7 @@ def test_with_lambda_one_it_is_torchrls_prioritized_sampler() -> None:
     theirs = PrioritizedSampler(SLOTS, **same)
     for step in range(200):
         index = torch.randint(SLOTS, (16,), generator=rng)
-        delta = 5.0 * torch.rand(16, generator=rng)
+        delta = greatest * torch.rand(16, generator=rng)
         for sampler in (ours, theirs):
             if step % 3 == 0:
                 sampler.mark_update((torch.arange(9) + index[0]) % SLOTS)

@@ -36,22 +36,26 @@ def test_an_overwritten_slot_is_unscored_and_unvisited() -> None:
     sampler.check_valid()
 
 
-def test_the_stand_in_of_an_unvisited_slot_is_one_before_any_td_error() -> None:
-    sampler = VLMPrioritizedSampler(2, td_boost=True, unscored_priority=1.0, alpha=1.0, eps=0.0)
-    sampler.extend(torch.tensor([0]))
-    sampler.update_priority(torch.tensor([0]), 0.25)
-    sampler.extend(torch.tensor([1]))
-    assert sampler._sum_tree.leaves().tolist() == [0.25, 0.25]  # 0.25 is the running maximum now
-    assert sampler.visited.tolist() == [True, False]
+def test_the_stand_in_of_an_unvisited_slot_is_at_least_one() -> None:
+    sampler = VLMPrioritizedSampler(3, td_boost=True, unscored_priority=1.0, alpha=1.0, eps=0.0)
+    for slot, td_error in enumerate((0.25, 4.0)):
+        sampler.extend(torch.tensor([slot]))
+        assert sampler._sum_tree[slot] == 1.0
+        sampler.update_priority(torch.tensor([slot]), td_error)
+    sampler.extend(torch.tensor([2]))
+    assert sampler._sum_tree.leaves().tolist() == [0.25, 4.0, 4.0]
+    assert sampler.visited.tolist() == [True, True, False]
 
 
 @pytest.mark.parametrize("zero", [0.0, -0.0])
 def test_a_td_error_of_zero_is_a_visit(zero: float) -> None:
-    sampler = VLMPrioritizedSampler(2, td_boost=True)
+    sampler = VLMPrioritizedSampler(2, td_boost=True, max_priority_within_buffer=True)
     sampler.extend(torch.arange(2))
-    sampler.update_priority(torch.tensor([0]), torch.tensor([zero]))
-    assert sampler.visited.tolist() == [True, False]
-    sampler.extend(torch.tensor([0]))  # its stand-in is that maximum, 0: still no visit
+    sampler.update_priority(torch.arange(2), torch.tensor([zero, zero]))
+    assert sampler.visited.tolist() == [True, True]
+    sampler.extend(torch.arange(1))  # its stand-in is that maximum, 0: still no visit
+    assert sampler.visited.tolist() == [False, True]
+    sampler.extend(torch.arange(2))
     assert not sampler.visited.any()
     sampler.check_valid()
 

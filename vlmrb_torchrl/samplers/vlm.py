@@ -81,8 +81,8 @@ class VLMPrioritizedSampler(PrioritizedSampler):
     is prioritized experience replay, with weights before TorchRL's division by the greatest one.
 
     A slot that is (over)written is unscored and unvisited. Unscored, its p is
-    ``unscored_priority``; unvisited, its |δ| is the greatest |δ| seen before it was written, 1
-    before the first. Of several scores of one slot (clips may overlap) the greatest counts.
+    ``unscored_priority``; unvisited, its |δ| is the greatest |δ| seen before it was written, and at
+    least 1, as TorchRL's. Of several scores of one slot (clips may overlap) the greatest counts.
 
     Args:
         max_capacity: Slots of the storage.
@@ -100,7 +100,7 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         reduction: How a buffer reduces a priority per step of a stored trajectory to one per slot:
             ``"max"``, ``"min"``, ``"median"`` or ``"mean"``.
         max_priority_within_buffer: The running maximum of |δ| is over the slots that still hold
-            it, instead of over all time.
+            it, instead of over all time and 1; it is 1 where none is visited.
 
     ``lmbda``, ``alpha``, ``beta``, ``td_boost``, ``threshold`` and ``unscored_priority`` are
     attributes that may be set later; all but λ and β then recompute every leaf, O(capacity).
@@ -621,11 +621,16 @@ class VLMPrioritizedSampler(PrioritizedSampler):
 
     @property
     def default_priority(self) -> Any:
-        """The greatest |δ|, 1 before the first; off the CPU a 0-dimensional tensor."""
-        if self._on_cpu:
-            return super().default_priority
-        greatest = self._greatest()
-        return torch.where(greatest < 0.0, 1.0, greatest)
+        """The |δ| that stands in for one in a slot that is written now.
+
+        Off the CPU a 0-dimensional tensor.
+        """
+        within = self._max_priority_within_buffer
+        if not self._on_cpu:
+            greatest = self._greatest()
+            return torch.where(greatest < 0.0, 1.0, greatest) if within else greatest.clamp_min(1.0)
+        greatest = self._max_priority[0]
+        return greatest if within and greatest is not None else max(1.0, greatest or 0.0)
 
     def _greatest(self) -> Tensor:
         """The greatest |δ|, below 0 before the first; off the CPU."""
