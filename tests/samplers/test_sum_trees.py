@@ -187,10 +187,11 @@ def test_without_the_extension_the_sampler_draws_from_the_torch_tree_and_says_so
     messages = [str(w.message) for w in caught if w.category is RuntimeWarning]
     assert len(messages) == 1
     assert "\n" not in messages[0]
+    assert len(messages[0]) < 400
     assert "radix tree" in messages[0]
     assert all(isinstance(s._sum_tree, RadixSumTree) for s in samplers)
 
 
 def test_cpu_gets_the_compiled_tree_and_other_devices_the_torch_tree() -> None:
-    for device, kind in (("cpu", CompiledSumTree), ("meta", RadixSumTree)):
-        assert isinstance(make_sum_tree(4, torch.float64, torch.device(device)), kind)
+    for device, kind in (("cpu", type(CompiledSumTree(4))), ("meta", RadixSumTree)):
+        assert type(make_sum_tree(4, torch.float64, torch.device(device))) is kind

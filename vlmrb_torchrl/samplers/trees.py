@@ -18,10 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlmrb_torchrl.checks import shown
+
 _USUAL_BATCH = 64  # items, of which a radix tree's shape makes the most
 _EXTENSION_MISSING = (
-    "TorchRL's compiled segment trees do not load ({error}): replay uses the torch radix tree, "
-    "slower and as exact; install the torchrl that pairs with torch {torch}."
+    "TorchRL's compiled segment trees do not load with torch {torch}: replay uses the torch radix "
+    "tree, slower and as exact; torchrl 0.14 was built for torch 2.14 ({error})."
 )
 
 
@@ -251,7 +253,7 @@ def make_sum_tree(capacity: int, dtype: torch.dtype, device: torch.device) -> Su
         try:
             return CompiledSumTree(capacity, dtype)
         except ImportError as error:
-            reason = str(error).splitlines()[0]
+            reason = shown(str(error).rpartition("/")[-1])  # a symbol of 300 characters
             message = _EXTENSION_MISSING.format(error=reason, torch=torch.__version__)
             warnings.warn(message, RuntimeWarning, stacklevel=2)
     return RadixSumTree(capacity, dtype, device)
