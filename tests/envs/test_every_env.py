@@ -9,6 +9,7 @@ import pkgutil
 import subprocess
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ def environments() -> list[type[EnvBase]]:
     found = {
         member
         for module in pkgutil.iter_modules(envs.__path__)
+        if find_spec("ogbench") or not module.name.startswith("ogbench_")
         for member in vars(import_module(f"{envs.__name__}.{module.name}")).values()
         if inspect.isclass(member)
         and issubclass(member, EnvBase)
