@@ -73,7 +73,7 @@ def simulator() -> Any:
         os.environ["MUJOCO_GL"] = "disabled"
         return import_module("vlmrb_torchrl.envs.ogbench_games")
     except ModuleNotFoundError as error:
-        install = "pip install 'vlmrb-torchrl[ogbench]'"
+        install = "pip install 'vlmrb-torchrl[ogbench]', on Python 3.11 or 3.12"
         raise ImportError(f"OGBench's tasks need OGBench ({error}): {install}") from error
     finally:
         os.environ.pop("MUJOCO_GL", None)
