@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 from tensordict import TensorDict
 
 from recipes.demonstrations import Batches
@@ -312,6 +313,8 @@ def test_without_checkpoints_none_is_written(tmp_path, monkeypatch, capsys):
 
 def test_tensorboard_shows_each_point_once(unfinished, monkeypatch):
     """Killed after points of 256 and 384 steps were written, from the checkpoint before them."""
+    # Files of one second are read in the order of the names of their numbers: 9 after 10.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(1000))
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.Checkpoints, "_save", lambda *_: False)
         stopped(monkeypatch, SAC, unfinished, after=6, by=resume)
