@@ -161,13 +161,13 @@ class Batches:
         if not self._rows:
             return drawn
         chosen = torch.randint(len(self._memory), (self._rows,), generator=self._random)
-        shown: TensorDictBase = self._memory[chosen]
+        shown: TensorDictBase = self._memory[chosen].to(drawn.device)
         for key in drawn.keys(include_nested=True, leaves_only=True):
             if key not in shown.keys(include_nested=True):
                 like = drawn[key][:1].expand(self._rows, *drawn[key].shape[1:])
                 # Losses divide by the sum of the weights: so they count as their rows do.
-                value = drawn[key].mean().item() if key == keys.WEIGHT else -1
-                shown.set(key, torch.full_like(like, value))
+                value = drawn[key].mean() if key == keys.WEIGHT else -torch.ones_like(like)
+                shown.set(key, value.expand_as(like).to(like.dtype))
         return torch.cat([drawn, shown])
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -47,8 +47,9 @@ def update(learner: Learner, memory: Memory, telemetry: Telemetry) -> None:
     replayed = memory.batches.replayed(batch)
     telemetry.updated(figures, replayed, memory.buffer)
     if memory.replay.uses_td_error:
-        with timeit("priority"):  # which goes to the buffer's device: the learner's is waited for
-            check_learning(telemetry.learning)
+        with timeit("priority"):
+            if memory.replay.device == "cpu":  # to which they go: the learner is waited for
+                check_learning(telemetry.learning)
             replayed.set(keys.TD_ERROR, td_error[: len(replayed)])
             memory.buffer.update_tensordict_priority(replayed)
 

@@ -6,7 +6,7 @@ A method of one's own is a subclass in any importable module: ``--replay my_modu
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from torchrl.data import LazyTensorStorage, RandomSampler, TensorDictReplayBuffer
@@ -34,6 +34,8 @@ class Replay(ABC):
     Args:
         capacity: Slots of the buffer, in transitions, on each rank.
         batch_size: Transitions per gradient step, on each rank.
+        device: Where transitions and priorities lie: for a learner on a GPU,
+            ``cuda`` draws there and waits for no copy.
     """
 
     uses_scores = False
@@ -43,14 +45,19 @@ class Replay(ABC):
     buffer_class: type[TensorDictReplayBuffer] = VLMReplayBuffer
     """What holds the transitions; scores need a ``VLMReplayBuffer``."""
 
-    def __init__(self, capacity: Slots = 200_000, batch_size: PositiveInt = 64) -> None:
+    def __init__(
+        self,
+        capacity: Slots = 200_000,
+        batch_size: PositiveInt = 64,
+        device: Literal["cpu", "cuda"] = "cpu",
+    ) -> None:
         require(
             batch_size <= capacity,
             "replay.batch_size",
             batch_size,
             f"use 1 to replay.capacity ({capacity})",
         )
-        self.capacity, self.batch_size = capacity, batch_size
+        self.capacity, self.batch_size, self.device = capacity, batch_size, device
 
     @abstractmethod
     def sampler(self) -> Sampler:
@@ -74,13 +81,13 @@ class Replay(ABC):
         return {"transitions": float(len(buffer))}
 
     def buffer(self, other_rows: int = 0) -> VLMReplayBuffer:
-        """Build the replay buffer: memory on the CPU, one row per transition.
+        """Build the replay buffer, one row per transition.
 
         Args:
             other_rows: Transitions of a batch that come from elsewhere.
         """
         buffer: VLMReplayBuffer = self.buffer_class(
-            storage=LazyTensorStorage(self.capacity),
+            storage=LazyTensorStorage(self.capacity, device=self.device),
             sampler=self.sampler(),
             batch_size=self.batch_size - other_rows,
             priority_key="td_error",

@@ -209,7 +209,7 @@ def main(
                 run = alone.submit(of_the_recipe, algorithm, name, envs, steps)
             speeds[name].append(run.result())
     measured = {name: Spread(samples) for name, samples in speeds.items()}
-    rows = [(PEER, measured[PEER], "")]
+    rows: list[tuple[object, ...]] = [(PEER, measured[PEER], "")]
     rows += [(f"recipe, {way}", measured[way], measured[way] / measured[PEER]) for way in ways]
     title = f"{algorithm.upper()}, {envs} environments, {pairs} runs of {steps} env steps"
     show(title, ("", "env steps/s", f"÷ {PEER}"), rows)

@@ -15,6 +15,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -27,14 +28,13 @@ from tensordict.nn import CudaGraphModule
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
-from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 from recipes.arguments import PositiveInt, program
 from recipes.benchmarks.timing import rates, show
-from recipes.learning import Algorithm, Update
 from recipes.replay import Uniform
 from recipes.running import cli
-from recipes.running.acceleration import accelerated
+from recipes.running.run_state import Learner
+from vlmrb_torchrl import VLMReplayBuffer
 
 PLAIN_LOOP, PLAIN_GRAPH = "plain loop", "plain loop, cudagraph"
 DRAWN = ", with the draw"
@@ -43,7 +43,7 @@ TRANSITIONS = 2048
 
 Rows = tuple[Tensor, ...]
 """Observations, actions, rewards, whether the episode goes on, and next observations."""
-Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Any]
 """An update by such rows, which returns |δ|."""
 
 
@@ -69,7 +69,7 @@ def dqn(m: Any) -> Step:
     """Double DQN with the networks and settings of a recipe."""
     gamma, value_adam = m.transitions.gamma, m.configure_optimizers()["value"]
 
-    def step(now: Tensor, action: Tensor, reward: Tensor, going: Tensor, after: Tensor) -> Tensor:
+    def step(now: Tensor, action: Tensor, reward: Tensor, going: Tensor, after: Tensor) -> Any:
         value = m.network.values(now).gather(1, action[:, None])[:, 0]
         with torch.no_grad():
             best = m.network.values(after).argmax(1, keepdim=True)
@@ -86,7 +86,7 @@ def iqn(m: Any) -> Step:
     """IQN."""
     gamma, value_adam = m.transitions.gamma, m.configure_optimizers()["value"]
 
-    def step(now: Tensor, action: Tensor, reward: Tensor, going: Tensor, after: Tensor) -> Tensor:
+    def step(now: Tensor, action: Tensor, reward: Tensor, going: Tensor, after: Tensor) -> Any:
         rows = torch.arange(len(now), device=now.device)
         tau = torch.rand(len(now), m.online_quantiles, device=now.device)
         value = m.network.quantiles(now, tau)[rows, :, action]
@@ -113,14 +113,14 @@ def sac(m: Any) -> Step:
         m.configure_optimizers().values(),
     )
 
-    def step(now: Tensor, action: Tensor, reward: Tensor, going: Tensor, after: Tensor) -> Tensor:
+    def step(now: Tensor, action: Tensor, reward: Tensor, going: Tensor, after: Tensor) -> Any:
         alpha = m.log_alpha.exp().detach()
         with torch.no_grad():
             next_action, log_prob = m.actor.draw(after)
             next_value = m.target(after, next_action).min(1).values - alpha * log_prob
             goal = reward + gamma * going * next_value
         values = m.critics(now, action)
-        loss = sum(functional.mse_loss(value, goal) for value in values.unbind(1))
+        loss = 2 * functional.mse_loss(values, goal[:, None].expand_as(values))
         descend(loss, critic_adam, m.gradient_clip_norm)
         chosen, log_prob = m.actor.draw(now)
         loss = (alpha * log_prob - m.critics(now, chosen).min(1).values).mean()
@@ -138,14 +138,14 @@ def td3(m: Any) -> Step:
     gamma, (critic_adam, actor_adam) = m.transitions.gamma, m.configure_optimizers().values()
     made = itertools.count()
 
-    def step(now: Tensor, action: Tensor, reward: Tensor, going: Tensor, after: Tensor) -> Tensor:
+    def step(now: Tensor, action: Tensor, reward: Tensor, going: Tensor, after: Tensor) -> Any:
         with torch.no_grad():
             limit = m.target_noise_clip
             noise = (m.target_noise * torch.randn_like(action)).clamp(-limit, limit)
             next_action = (m.target_policy.act(after) + noise).clamp(-1, 1)
             goal = reward + gamma * going * m.target(after, next_action).min(1).values
         values = m.critics(now, action)
-        loss = sum(functional.mse_loss(value, goal) for value in values.unbind(1))
+        loss = 2 * functional.mse_loss(values, goal[:, None].expand_as(values))
         descend(loss, critic_adam, m.gradient_clip_norm)
         if next(made) % m.policy_delay == 0:
             loss = -m.critics[0](torch.cat([now, m.policy.act(now)], 1)).mean()
@@ -171,34 +171,22 @@ def rows_of(steps: TensorDictBase) -> Rows:
     return steps["observation"], steps["action"], reward, going, following["observation"]
 
 
-def recipe(module: Algorithm, device: torch.device, way: str) -> Callable[[TensorDictBase], Any]:
-    """Updates of a recipe, run in a ``way``."""
-    module.prepare(Fabric(accelerator=device.type, devices=1))
-    made: dict[str, Update] = {}
-
-    def step(batch: TensorDictBase) -> Any:
-        name = module.next_update()
-        if name not in made:
-            made[name] = accelerated(getattr(module, name), way)
-        return made[name](batch)
-
-    return step
+def drawing(learner: Learner, buffer: VLMReplayBuffer) -> Any:
+    """Draw a batch and learn from it."""
+    return learner.update(buffer.sample())
 
 
 def contestants(
     algorithm: str, settings: Namespace, kind: type[Any], device: torch.device, ways: Sequence[str]
-) -> dict[str, Callable[[], int]]:
+) -> dict[str, Callable[[], Any]]:
     """Build the loops: each makes one update when called."""
     with closing(settings.env.make(8, seed=0)) as env:  # random actions
         steps = env.rollout(TRANSITIONS // 8, break_when_any_done=False)
-    size, made = settings.replay.batch_size, {}
+    size = settings.replay.batch_size
+    made: dict[str, Callable[[], Any]] = {}
     modules = [cli.build_algorithm(kind, settings).to(device) for _ in (PLAIN_LOOP, *ways)]
     stored = modules[0].transitions(steps).reshape(-1).to(device)
-    buffer = Uniform(capacity=len(stored), batch_size=size).buffer()
-    if device.type == "cuda":
-        buffer = TensorDictReplayBuffer(
-            storage=LazyTensorStorage(len(stored), device=device), batch_size=size
-        )
+    buffer = Uniform(capacity=len(stored), batch_size=size, device=device.type).buffer()
     buffer.extend(stored)
     rows, batch = rows_of(stored), buffer.sample()
 
@@ -215,9 +203,10 @@ def contestants(
         made[PLAIN_GRAPH] = lambda: captured(*some)
         made[PLAIN_GRAPH + DRAWN] = lambda: captured(*drawn_rows())
     for way, module in zip(ways, modules[1:], strict=True):
-        step = recipe(module, device, way)
-        made[f"recipe, {way}"] = lambda step=step: step(batch)
-        made[f"recipe, {way}{DRAWN}"] = lambda step=step: step(buffer.sample())
+        learner = Learner(Fabric(accelerator=device.type, devices=1), module)
+        learner.accelerate(way)
+        made[f"recipe, {way}"] = partial(learner.update, batch)
+        made[f"recipe, {way}{DRAWN}"] = partial(drawing, learner, buffer)
     return made
 
 

@@ -189,9 +189,9 @@ def check(settings: Namespace) -> None:
     warmup, total = training.warmup_env_steps, training.total_env_steps
     remedy = f"use less than training.total_env_steps ({total})"
     require(warmup < total, "training.warmup_env_steps", warmup, remedy)
-    if training.accelerator == "cuda":
-        here = torch.cuda.is_available()
-        require(here, "training.accelerator", "cuda", "no GPU is here: use cpu")
+    for name in ("training.accelerator", "replay.device"):
+        here = torch.cuda.is_available() or attrgetter(name)(settings) != "cuda"
+        require(here, name, "cuda", "no GPU is here: use cpu")
     if replay.uses_scores:
         check_judge(settings.env, settings.scoring.scorer)
 

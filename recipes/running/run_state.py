@@ -128,7 +128,7 @@ class Memory:
         self.transitions, self.replay = transitions, settings.replay
         self._other_rows = settings.demonstrations.rows(self.replay.batch_size)
         self.buffer: VLMReplayBuffer = self.replay.buffer(self._other_rows)
-        self._draws = torch.Generator().manual_seed(seed)
+        self._draws = torch.Generator(self.replay.device).manual_seed(seed)
         self.buffer.set_rng(self._draws)
 
     def __enter__(self) -> Self:

@@ -313,6 +313,22 @@ def test_compiled_run_learns_what_the_uncompiled_one_learns(tmp_path):
     assert weights.keys() == others.keys()
 
 
+@pytest.mark.parametrize("setting", ["training.accelerator", "replay.device"])
+def test_a_gpu_that_is_not_here_is_refused_in_one_line(setting, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match=f"{setting} is cuda: no GPU is here: use cpu"):
+        train(tmp_path / "run", "--replay=Uniform", f"--{setting}=cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", ["uer", "per", "vlm_rb"])
+@pytest.mark.parametrize("memory", ["cpu", "cuda"])
+def test_learner_on_a_gpu_trains_with_either_memory(memory, method, tmp_path):
+    where = ["--training.accelerator=cuda", f"--replay.device={memory}"]
+    rows = train(tmp_path / "run", f"--config={CONFIGS}/methods/{method}.yaml", *where)
+    assert any("loss/value" in row for row in rows)
+
+
 class Unseen(Task):
     """DoorKey-5x5 without a camera and without a name."""
 
