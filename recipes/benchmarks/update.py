@@ -183,10 +183,11 @@ def contestants(
     with closing(settings.env.make(8, seed=0)) as env:  # random actions
         steps = env.rollout(TRANSITIONS // 8, break_when_any_done=False)
     size = settings.replay.batch_size
+    place: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
     made: dict[str, Callable[[], Any]] = {}
     modules = [cli.build_algorithm(kind, settings).to(device) for _ in (PLAIN_LOOP, *ways)]
     stored = modules[0].transitions(steps).reshape(-1).to(device)
-    buffer = Uniform(capacity=len(stored), batch_size=size, device=device.type).buffer()
+    buffer = Uniform(capacity=len(stored), batch_size=size, device=place).buffer()
     buffer.extend(stored)
     rows, batch = rows_of(stored), buffer.sample()
 
