@@ -43,8 +43,8 @@ TRANSITIONS = 2048
 
 Rows = tuple[Tensor, ...]
 """Observations, actions, rewards, whether the episode goes on, and next observations."""
-Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Any]
-"""An update by such rows, which returns |δ|."""
+Step = Callable[..., Any]
+"""An update by such rows, which returns |δ|; where there are several, they take turns."""
 
 
 # -------------------------------------------------------------- as one writes it without a library
@@ -65,7 +65,7 @@ def follow(target: nn.Module, online: nn.Module, rate: float) -> None:
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), rate)
 
 
-def dqn(m: Any) -> Step:
+def dqn(m: Any) -> list[Step]:
     """Double DQN with the networks and settings of a recipe."""
     gamma, value_adam = m.transitions.gamma, m.configure_optimizers()["value"]
 
@@ -79,10 +79,10 @@ def dqn(m: Any) -> Step:
         follow(m.target, m.network, m.target_update_rate)
         return (goal - value.detach()).abs()
 
-    return step
+    return [step]
 
 
-def iqn(m: Any) -> Step:
+def iqn(m: Any) -> list[Step]:
     """IQN."""
     gamma, value_adam = m.transitions.gamma, m.configure_optimizers()["value"]
 
@@ -103,10 +103,10 @@ def iqn(m: Any) -> Step:
         follow(m.target, m.network, m.target_update_rate)
         return (goal.mean(1) - value.detach().mean(1)).abs()
 
-    return step
+    return [step]
 
 
-def sac(m: Any) -> Step:
+def sac(m: Any) -> list[Step]:
     """SAC with twin critics."""
     gamma, (critic_adam, actor_adam, alpha_adam) = (
         m.transitions.gamma,
@@ -130,15 +130,14 @@ def sac(m: Any) -> Step:
         follow(m.target, m.critics, m.target_update_rate)
         return (goal[:, None] - values.detach()).abs().amax(1)
 
-    return step
+    return [step]
 
 
-def td3(m: Any) -> Step:
+def td3(m: Any) -> list[Step]:
     """TD3, whose actor learns once in ``policy_delay`` updates."""
     gamma, (critic_adam, actor_adam) = m.transitions.gamma, m.configure_optimizers().values()
-    made = itertools.count()
 
-    def step(now: Tensor, action: Tensor, reward: Tensor, going: Tensor, after: Tensor) -> Any:
+    def critics(now: Tensor, action: Tensor, reward: Tensor, going: Tensor, after: Tensor) -> Any:
         with torch.no_grad():
             limit = m.target_noise_clip
             noise = (m.target_noise * torch.randn_like(action)).clamp(-limit, limit)
@@ -147,14 +146,17 @@ def td3(m: Any) -> Step:
         values = m.critics(now, action)
         loss = 2 * functional.mse_loss(values, goal[:, None].expand_as(values))
         descend(loss, critic_adam, m.gradient_clip_norm)
-        if next(made) % m.policy_delay == 0:
-            loss = -m.critics[0](torch.cat([now, m.policy.act(now)], 1)).mean()
-            descend(loss, actor_adam, m.gradient_clip_norm)
-            follow(m.target, m.critics, m.target_update_rate)
-            follow(m.target_policy, m.policy, m.target_update_rate)
         return (goal[:, None] - values.detach()).abs().amax(1)
 
-    return step
+    def both(now: Tensor, *rest: Tensor) -> Any:
+        td_error = critics(now, *rest)
+        loss = -m.critics[0](torch.cat([now, m.policy.act(now)], 1)).mean()
+        descend(loss, actor_adam, m.gradient_clip_norm)
+        follow(m.target, m.critics, m.target_update_rate)
+        follow(m.target_policy, m.policy, m.target_update_rate)
+        return td_error
+
+    return [both, *[critics] * (m.policy_delay - 1)]
 
 
 PLAIN = {"dqn": dqn, "iqn": iqn, "sac": sac, "td3": td3}
@@ -169,6 +171,16 @@ def rows_of(steps: TensorDictBase) -> Rows:
     going = ~following["terminated"].squeeze(-1)
     reward = following["reward"].squeeze(-1)
     return steps["observation"], steps["action"], reward, going, following["observation"]
+
+
+def in_turn(steps: Sequence[Step], rows: Callable[[], Rows]) -> Callable[[], Any]:
+    """Make each update by the next of the steps."""
+    turns = itertools.cycle(steps)
+
+    def work() -> Any:
+        return next(turns)(*rows())
+
+    return work
 
 
 def drawing(learner: Learner, buffer: VLMReplayBuffer) -> Any:
@@ -196,13 +208,14 @@ def contestants(
         return tuple(column[chosen] for column in rows)
 
     some = drawn_rows()
-    plain = PLAIN[algorithm](modules[0])
-    made[PLAIN_LOOP] = lambda: plain(*some)
-    made[PLAIN_LOOP + DRAWN] = lambda: plain(*drawn_rows())
-    if device.type == "cuda" and algorithm != "td3":  # whose turns are two graphs
-        captured = CudaGraphModule(PLAIN[algorithm](copy.deepcopy(modules[0])))
-        made[PLAIN_GRAPH] = lambda: captured(*some)
-        made[PLAIN_GRAPH + DRAWN] = lambda: captured(*drawn_rows())
+    loops = {PLAIN_LOOP: PLAIN[algorithm](modules[0])}
+    if device.type == "cuda":
+        own = PLAIN[algorithm](copy.deepcopy(modules[0]))
+        captured = {step: CudaGraphModule(step) for step in own}
+        loops[PLAIN_GRAPH] = [captured[step] for step in own]
+    for name, loop in loops.items():
+        made[name] = in_turn(loop, lambda: some)
+        made[name + DRAWN] = in_turn(loop, drawn_rows)
     for way, module in zip(ways, modules[1:], strict=True):
         learner = Learner(Fabric(accelerator=device.type, devices=1), module)
         learner.accelerate(way)

@@ -180,14 +180,16 @@ def test_plain_loop_of_the_update_benchmark_learns_what_the_recipe_learns(algori
     torch.manual_seed(0)
     module = learner(kind)
     plain = copy.deepcopy(module)
-    step = update.PLAIN[algorithm](plain)
+    shown = []
+    step = update.in_turn(update.PLAIN[algorithm](plain), lambda: update.rows_of(shown[-1]))
     for way in ("plain", "recipe"):
         torch.manual_seed(1)
         for seed in range(5):
             drawn = batch(algorithm in ("dqn", "iqn"), seed=seed)
             drawn = drawn.exclude("priority_weight", "steps_to_next_obs")
+            shown.append(drawn)
             if way == "plain":
-                step(*update.rows_of(drawn))
+                step()
             else:
                 getattr(module, module.next_update())(drawn)
     for one, other in zip(plain.parameters(), module.parameters(), strict=True):
