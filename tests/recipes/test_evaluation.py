@@ -126,7 +126,7 @@ def test_what_is_replayed_is_logged_over_a_resume(tmp_path):
     buffer.update_priority(torch.arange(4), torch.tensor([1.0, 1.0, 2.0, 4.0]))
     replay.anneal(buffer.sampler, 0.5)
     batches = [
-        {"index": [1, 2], "priority_weight": [1.0, 0.5]},
+        {"index": [1, 0], "priority_weight": [1.0, 0.5]},
         {"index": [0, 0], "priority_weight": [0.25, 1.0]},
     ]
     training = Training(log_every_env_steps=1, progress=False)
@@ -145,7 +145,7 @@ def test_what_is_replayed_is_logged_over_a_resume(tmp_path):
     (row,) = read_rows(tmp_path / "run")
     expected = {
         "value/td_error": 3.5,
-        "replay/age_transitions": (0 + 3 + 1 + 1) / 4,
+        "replay/age_transitions": (0 + 1 + 1 + 1) / 4,
         "replay/least_weight": 0.25,
         "replay/beta": 0.7,
         "replay/effective_sample_size": 64 / 88,
