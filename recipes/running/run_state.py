@@ -38,7 +38,7 @@ from recipes.settings import Scoring
 from recipes.tasks import Task
 from recipes.transitions import Transitions
 from vlmrb_torchrl import AsyncScorer, ClipRenderTransform, VLMReplayBuffer
-from vlmrb_torchrl.checks import ConfigError
+from vlmrb_torchrl.checks import ConfigError, require
 from vlmrb_torchrl.envs import ResumableEnv
 from vlmrb_torchrl.scorers import SeededScorer
 
@@ -74,9 +74,15 @@ class Learner:
 
     Its ``counts``, if there are any, name attributes to be saved besides weights and buffers:
     numbers, tensors or containers of these.
+
+    Raises:
+        ConfigError: Fabric was launched with a precision that wants more than casts.
     """
 
     def __init__(self, fabric: Fabric, module: Algorithm) -> None:
+        precision = fabric.strategy.precision.precision
+        known = precision in ("32-true", "bf16-mixed")
+        require(known, "--precision", precision, "use 32-true or bf16-mixed")
         self.fabric, self.module = fabric, module
         self._counts: tuple[str, ...] = getattr(module, "counts", ())
         self._optimizers = module.prepare(fabric)
@@ -91,7 +97,7 @@ class Learner:
         name = self.module.next_update()
         if name not in self._updates:
             self._updates[name] = accelerated(getattr(self.module, name), self._way)
-        with self.fabric.autocast():  # `fabric run --precision`
+        with self.fabric.autocast():  # of `fabric run --precision`
             return self._updates[name](self.fabric.to_device(batch))
 
     def state_dict(self) -> State:

@@ -20,6 +20,7 @@ from recipes.dqn import DQN
 from recipes.iqn import IQN
 from recipes.running import acceleration
 from recipes.running.acceleration import COMPILING_PAYS, accelerated, way_of
+from recipes.running.run_state import Learner
 from recipes.sac import SAC
 from recipes.settings import Training
 from recipes.td3 import TD3
@@ -236,6 +237,21 @@ def test_gradients_are_cut_to_their_largest_norm_and_logged_as_they_were(algorit
     assert flat.norm().item() == pytest.approx(min(most, whole[0].norm.item()), rel=1e-3)
     name = f"gradient_norm/{cut[0].optimizer}"
     assert figures[name] == said[name] == whole[0].norm
+
+
+@ALL
+def test_in_bfloat16_losses_are_about_the_same_and_other_precisions_are_refused(algorithm):
+    drawn, losses = batch(is_discrete(algorithm), size=64), []
+    for precision in ("32-true", "bf16-mixed"):
+        trained = Learner(
+            Fabric(accelerator="cpu", devices=1, precision=precision), built(algorithm)
+        )
+        torch.manual_seed(1)
+        _, figures = trained.update(drawn)
+        losses.append(next(figures[name] for name in figures if name.startswith("loss/")).item())
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.05)
+    with pytest.raises(ConfigError, match="--precision is bf16-true: use 32-true or bf16-mixed"):
+        Learner(Fabric(accelerator="cpu", devices=1, precision="bf16-true"), built(algorithm))
 
 
 class TwoRanks:
