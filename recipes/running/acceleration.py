@@ -69,7 +69,8 @@ def accelerated(update: Update, way: str) -> Update:
         # Losses and their gradients in one graph, where this version of torch can.
         if hasattr(torch._dynamo.config, "trace_autograd_ops"):
             torch._dynamo.config.trace_autograd_ops = True
-        compiled: Update = torch.compile(update)
+        # Random numbers as they are drawn uncompiled, so that it is the same run.
+        compiled: Update = torch.compile(update, options={"fallback_random": True})
         return compiled
     if way == "cudagraph":
         from tensordict.nn import CudaGraphModule
