@@ -56,6 +56,11 @@ def told(sampler: VLMPrioritizedSampler, score: Tensor, td_error: Tensor) -> VLM
     return sampler
 
 
+def written(sampler: VLMPrioritizedSampler) -> int:
+    """How many slots hold a row."""
+    return int((sampler._td_error[: sampler._max_capacity] > -torch.inf).sum())
+
+
 def mixture(score: Tensor, td_error: Tensor, **arguments: Any) -> np.ndarray:
     """q by its definition, in numpy; unvisited slots were written first, so their |δ| is 1."""
     p = score.numpy()

@@ -22,6 +22,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
+from tests.samplers.sampler_facts import written
 from vlmrb_torchrl.buffer import VLMReplayBuffer
 from vlmrb_torchrl.samplers import VLMPrioritizedSampler
 
@@ -147,7 +148,7 @@ class World:
         scored, visited = (score >= 0)[: len(ids)], (td_error >= 0)[: len(ids)]
         assert torch.equal(score[: len(ids)][scored], score_of(ids[scored]))
         assert torch.equal(td_error[: len(ids)][visited], td_error_of(ids[visited]))
-        assert self.sampler._written == len(ids)
+        assert written(self.sampler) == len(ids)
         assert float(self.sampler.probabilities(len(ids)).sum()) == pytest.approx(1.0)
         self.sampler.check_valid()
 

@@ -8,7 +8,7 @@ import torch
 from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage, ReplayBuffer, TensorDictMaxValueWriter
 
-from tests.samplers.sampler_facts import EVERY, SEED, SLOTS, Slots, facts, told
+from tests.samplers.sampler_facts import EVERY, SEED, SLOTS, Slots, facts, told, written
 from vlmrb_torchrl.samplers import VLMPrioritizedSampler
 
 pytestmark = pytest.mark.usefixtures("place")
@@ -103,7 +103,7 @@ def test_a_max_value_writer_marks_what_it_keeps() -> None:
     buffer.extend(data[torch.randperm(20, generator=torch.Generator().manual_seed(SEED))])
     assert sorted(buffer[:]["key"].tolist()) == [15, 16, 17, 18, 19]
     sampler.check_valid()
-    assert sampler._written == 5
+    assert written(sampler) == 5
     buffer.sample()
 
 
@@ -116,7 +116,7 @@ def test_a_storage_that_came_filled_is_unscored() -> None:
     ):
         sampler = VLMPrioritizedSampler(6, lmbda=1.0)
         attach(sampler)
-        assert sampler._written == 4
+        assert written(sampler) == 4
         assert not sampler.scored.any()
         sampler.check_valid()
 
@@ -142,7 +142,7 @@ def test_rows_that_are_gone_from_the_storage_are_forgotten(within: bool) -> None
 def test_a_slot_that_nobody_announced_counts_as_written_once_it_is_told_of(tell: str) -> None:
     sampler = VLMPrioritizedSampler(6, lmbda=1.0, td_boost=True, unscored_priority=0.5)
     getattr(sampler, tell)(torch.tensor([4, 4, 2]), torch.tensor([0.5, 0.25, 0.75]))
-    assert sampler._written == 2
+    assert written(sampler) == 2
     sampler.check_valid()
 
 
@@ -166,7 +166,7 @@ def test_emptying_a_buffer_forgets_everything() -> None:
     sampler.update_score(index, 1.0)
     sampler.update_priority(index, 7.0)
     buffer.empty()
-    assert sampler._written == sampler._positive == 0
+    assert written(sampler) == sampler._positive == 0
     assert sampler._sum_tree.total() == 0.0
     assert sampler.default_priority == 1.0
     with pytest.raises(RuntimeError, match="Cannot sample from an empty storage"):

@@ -12,7 +12,17 @@ from typing import Any
 import pytest
 import torch
 
-from tests.samplers.sampler_facts import EVERY, SEED, SLOTS, Slots, facts, on, snapshot, told
+from tests.samplers.sampler_facts import (
+    EVERY,
+    SEED,
+    SLOTS,
+    Slots,
+    facts,
+    on,
+    snapshot,
+    told,
+    written,
+)
 from vlmrb_torchrl.samplers import VLMPrioritizedSampler
 from vlmrb_torchrl.samplers.trees import CompiledSumTree, RadixSumTree
 
@@ -48,7 +58,7 @@ def test_a_restored_sampler_is_bit_equal_and_draws_the_same(
         load(target)
         assert snapshot(target) == snapshot(source)
         target.check_valid()
-        assert (target._written, target._positive) == (source._written, source._positive)
+        assert (written(target), target._positive) == (written(source), source._positive)
         if make is used:
             draws = []
             for sampler in (source, target):
@@ -58,7 +68,7 @@ def test_a_restored_sampler_is_bit_equal_and_draws_the_same(
             q, q_loaded = (info["sampling_probability"] for _, info in draws)
             torch.testing.assert_close(q, q_loaded, rtol=1e-6, atol=0.0)
     source.extend(torch.arange(SLOTS))  # the copy has a life of its own
-    assert target._written == (SLOTS if make is used else 0)
+    assert written(target) == (SLOTS if make is used else 0)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +112,7 @@ def test_a_state_that_cannot_be_is_refused_in_one_line_and_changes_nothing(
 
 
 def test_what_follows_from_scores_and_settings_is_not_saved() -> None:
-    assert not {"_p", "_written", "_positive"} & set(used().state_dict())
+    assert not {"_p", "_rows", "_positive"} & set(used().state_dict())
     target = unused()
     target.load_state_dict(used().state_dict())
     assert torch.equal(target._p[:SLOTS], used()._p[:SLOTS])
@@ -143,7 +153,7 @@ def test_check_valid_names_what_is_off(place: str) -> None:
             _max_priority=(9.0, 0), _max_priority_within_buffer=True
         ),
         "_p is": lambda s: s._p.__setitem__(1, 0.3),
-        "_written is 3": lambda s: setattr(s, "_written", 3),
+        "_rows is 3": lambda s: setattr(s, "_rows", 3),
         "_positive is 3": lambda s: setattr(s, "_positive", 3),
         "a leaf off": lambda s: s._sum_tree.update(
             torch.tensor([2]), torch.tensor([9.0], dtype=s.dtype)

@@ -195,33 +195,29 @@ class VLMPrioritizedSampler(PrioritizedSampler):
             )
         except (RuntimeError, MemoryError, TypeError):
             require(False, "max_capacity", slots, "use what fits the memory, 50 bytes a slot")
-        self._written, self._positive = torch.zeros(2, dtype=torch.long, device=device).unbind()
+        self._positive = torch.zeros((), dtype=torch.long, device=device)
         self._max_priority = None
         if not self._on_cpu:
             self._max_priority = torch.full((), -1.0, dtype=self.dtype, device=device), None
         self._any_bad = torch.zeros((), dtype=torch.bool, device=device)
-        self._rows, self._prefers = 0, None
-        self._told_of, self._home = None, None
+        self._rows, self._told_of = 0, None
         self._drawn_with = torch.zeros(4, dtype=torch.float64, device=device)
         self._just_marked: Any = None
 
     # What is known of each slot. Score and |δ| are told; all else follows from them and the
     # settings. Kept beside them for speed: p, the leaves (p + ε)^α or (p |δ| + ε)^α (0 without a
-    # row), and the counts. Off the CPU the arrays go on behind the slots, to the tree's `nowhere`,
+    # row), and two counts. Off the CPU the arrays go on behind the slots, to the tree's `nowhere`,
     # which takes what is not to be written: boolean indices would wait for the device.
     _score: Tensor
     _td_error: Tensor  # |δ| of a visited slot; of another one minus what stands in for it
     _p: Tensor
     _sum_tree: SumTree
-    _written: Tensor  # number of slots that hold a row
+    _rows: int  # number of slots that hold a row; off the CPU -1 if that would have to be read
     _positive: Tensor  # of them: with p > 0
-    _prefers: bool | None  # whether there is one, once that has been looked at
     _max_priority: Any  # TorchRL's: the greatest |δ| (off the CPU a tensor, -1: none) and its slot
     _any_bad: Tensor  # whether a bad value was left out
-    _rows: int  # so many first slots hold a row and no others do; -1: not known
     _drawn_with: Tensor  # float64 [4]: rows, rows - 1, λ and -β where a captured graph reads them
     _told_of: Any  # the same, as it was written there
-    _home: Any  # the device of the storage that was last seen
 
     @property
     def _on_cpu(self) -> bool:
@@ -261,19 +257,13 @@ class VLMPrioritizedSampler(PrioritizedSampler):
             p.mul_(td_error)
         return p.add_(self._eps).pow_(self._alpha)
 
-    def _refresh(self, slot: Tensor) -> None:
-        """Brings the leaves of the slots ``[B]`` up to date with the arrays."""
-        self._sum_tree.update(slot, self._leaf(self._p[slot], self._td_error[slot].abs_()))
-
     def _derive(self) -> None:
-        """Every p and the counts, from the scores and from which slots hold a row."""
+        """Every p and how many are positive, from the scores and which slots hold a row."""
         slots = self._max_capacity
         written = self._td_error[:slots] > NO_ROW
         p = torch.where(self.scored, self._judge(self._score[:slots]), self._unscored_priority)
         self._p[:slots] = p.masked_fill_(~written, EMPTY)
-        self._written.copy_(written.sum())
         self._positive.copy_((p > 0.0).sum())
-        self._prefers = None
 
     def _rejudge(self) -> None:
         """Has everything follow a changed setting."""
@@ -358,9 +348,7 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         They are numbers on the CPU, except for the radix tree, and 0-dimensional tensors else.
         """
         if isinstance(self._sum_tree, CompiledSumTree):
-            if self._prefers is None:
-                self._prefers = bool(self._positive)
-            total = self._sum_tree.total() if lmbda > 0.0 and self._prefers else 0.0
+            total = self._sum_tree.total() if lmbda > 0.0 and self._positive else 0.0
             return (lmbda, total) if total > 0.0 else (0.0, 1.0)  # 0: eps=0, all |δ| 0
         total = self._sum_tree.total().double()
         prefers = self._positive * total > 0.0
@@ -424,7 +412,6 @@ class VLMPrioritizedSampler(PrioritizedSampler):
             IndexError: An index is out of range; nothing was written.
         """
         most = _greatest_priority(self.dtype, self._max_capacity, self._alpha)
-        self._maybe_init_from_storage(storage)
         if self._visit_in_numpy(index, priority, most):
             return
         slot, values = self._told(index, storage, priority, "priority", most)
@@ -502,8 +489,9 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         self._claim(slot, storage)
         self._score.scatter_reduce_(0, slot, values, "amax")  # any score is above none
         slot, once = self._distinct(slot)
-        self._put_p(slot, self._judge(self._score[slot]), once)
-        self._refresh(slot)
+        p = self._judge(self._score[slot])
+        self._put_p(slot, p, once)
+        self._sum_tree.update(slot, self._leaf(p, self._td_error[slot].abs_()))
 
     def _distinct(self, slot: Tensor) -> tuple[Tensor, Tensor | None]:
         """Each slot once; off the CPU the slots as they are, and a mask of one item of each."""
@@ -520,11 +508,8 @@ class VLMPrioritizedSampler(PrioritizedSampler):
             return (which if once is None else which & once).count_nonzero()
 
         before = self._p.index_select(0, slot)
-        if self._rows != self._max_capacity:
-            self._written += count(before == EMPTY)
         self._positive += count(p > 0.0) - count(before > 0.0)
         self._p.index_copy_(0, slot, p)
-        self._prefers = None
 
     def mark_update(self, index: Any, *, storage: Any = None) -> None:
         """Makes slots that were (over)written unscored and unvisited.
@@ -532,8 +517,6 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         Index, storage and IndexError are as of :meth:`update_priority`.
         """
         self._reset(self._told(index, storage)[0])
-        if self._rows != self._max_capacity:
-            self._rows = -1
         self._just_marked = index
 
     def extend(self, index: Any) -> None:
@@ -559,23 +542,22 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         self._match(len(storage))
 
     def _match(self, rows: int) -> None:
-        if self._rows != rows and not (self._on_cpu and self._written == rows):
-            slots = self._max_capacity
-            score, p, td_error = self._score[:slots], self._p[:slots], self._td_error[:slots]
-            every = torch.arange(slots, device=p.device)
-            fresh, gone = (every < rows) & (p == EMPTY), every >= rows
+        if self._rows != rows:
+            slots, fresh = self._max_capacity, self._p[:rows] == EMPTY
+            every, leaves = torch.arange(slots, device=self._p.device), self._sum_tree.leaves()
             stand_in, leaf = self._stand_in()
-            score.masked_fill_(fresh | gone, UNSCORED)
-            p.masked_fill_(fresh, self._unscored_priority).masked_fill_(gone, EMPTY)
-            # A fill by a tensor would read it.
-            td_error.copy_(torch.where(fresh, -stand_in, td_error).masked_fill_(gone, NO_ROW))
-            leaves = torch.where(fresh, leaf, self._sum_tree.leaves())
-            self._sum_tree.update(every, leaves.masked_fill_(gone, 0.0))
-            self._written.fill_(rows)
-            self._positive.copy_((p > 0.0).sum())
-            self._prefers = None
+            for array, of_fresh, of_none in (
+                (self._score, UNSCORED, UNSCORED),
+                (self._p, self._unscored_priority, EMPTY),
+                (self._td_error, -stand_in, NO_ROW),
+                (leaves, leaf, 0.0),
+            ):
+                array[:rows] = torch.where(fresh, of_fresh, array[:rows])
+                array[rows:slots].fill_(of_none)
+            self._sum_tree.update(every, leaves)
+            self._positive.copy_((self._p[:rows] > 0.0).sum())
             self._restore_maximum(every[rows:])
-        self._rows = rows
+            self._rows = rows
         if not isinstance(self._sum_tree, CompiledSumTree):
             drawn_with = rows, rows - 1, self._lmbda, -self._beta
             if drawn_with != self._told_of:
@@ -598,6 +580,9 @@ class VLMPrioritizedSampler(PrioritizedSampler):
             return
         stand_in, leaf = self._stand_in()
         slot, once = self._distinct(slot)
+        if self._rows != self._max_capacity:
+            added = self._p[slot] == EMPTY
+            self._rows = self._rows + int(added.sum()) if self._on_cpu else -1
         self._score.index_fill_(0, slot, UNSCORED)
         filled = torch.empty_like(slot, dtype=self.dtype)
         self._put_p(slot, filled.fill_(self._unscored_priority), once)
@@ -607,17 +592,11 @@ class VLMPrioritizedSampler(PrioritizedSampler):
 
     def _claim(self, slot: Tensor, storage: Any) -> None:
         """Resets slots that were never announced as written: the storage came with data."""
-        if self._rows == self._max_capacity:
+        # Elsewhere all slots that can be told of hold a row of it.
+        if self._rows == self._max_capacity or not (self._on_cpu or storage is None):
             return
-        unknown = self._p[slot] == EMPTY
-        if self._on_cpu:
-            slot = slot[unknown]
-        elif storage is None:
-            slot = torch.where(unknown, slot, self._sum_tree.nowhere)
-        else:  # all slots that can be told of hold a row of it
-            return
-        self._reset(slot)
-        self._rows = -1
+        unknown, nowhere = self._p[slot] == EMPTY, self._sum_tree.nowhere
+        self._reset(slot[unknown] if self._on_cpu else torch.where(unknown, slot, nowhere))
 
     @property
     def default_priority(self) -> Any:
@@ -766,7 +745,7 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         loaded._derive()
         leaves, scored, visited = state["_sum_tree"].to(device), loaded.scored, loaded.visited
         loaded._sum_tree.update(torch.arange(slots, device=device), leaves)
-        loaded._rows = -1
+        loaded._rows = int((loaded._td_error > NO_ROW).sum()) if loaded._on_cpu else -1
         if loaded._on_cpu:
             loaded._max_priority = maximum
         elif value is not None:
@@ -791,13 +770,11 @@ class VLMPrioritizedSampler(PrioritizedSampler):
 
     def _maybe_init_from_storage(self, storage: Any) -> None:
         """Moves to the storage's device where the sampler was given none, keeping its state."""
-        if getattr(storage, "device", None) is self._home:
+        if getattr(storage, "device", None) == self._p.device:
             return
         device = self._tree_device_from_storage(storage)
         if device is not None and device != self._p.device:
             self._restore(self.state_dict(), device)
-        if storage is not None:
-            self._home = getattr(storage, "device", None)
 
     def dumps(self, path: str | Path) -> None:
         """Writes :meth:`state_dict` into the folder ``path``, whole or not at all."""
@@ -828,9 +805,10 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         slots = self._max_capacity
         same = torch.equal(self._p[:slots], twin._p[:slots])
         require(same, "_p", self._p, "it is off what the scores give")
-        for name in ("_written", "_positive"):
-            mine, derived = int(getattr(self, name)), int(getattr(twin, name))
-            require(mine == derived, name, mine, f"the scores give {derived}")
+        rows, positive = int((self._td_error[:slots] > NO_ROW).sum()), int(twin._positive)
+        require(self._rows in (rows, -1), "_rows", self._rows, f"{rows} slots hold one")
+        mine = int(self._positive)
+        require(mine == positive, "_positive", mine, f"the scores give {positive}")
         total, ulps = float(self._sum_tree.total()), 64.0 * torch.finfo(self.dtype).eps
         summed = float(self._sum_tree.leaves().double().sum())
         require(abs(total - summed) <= ulps * summed, "the tree's total", total, f"sum is {summed}")
