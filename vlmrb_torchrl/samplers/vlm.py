@@ -417,12 +417,7 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         slot, values = self._told(index, storage, priority, "priority", most)
         if slot.numel() == 0:
             return
-        self._claim(slot, storage)
-        greatest = self._max_priority[0]
-        if not self._on_cpu:
-            torch.maximum(greatest, values.max(), out=greatest)
-        elif greatest is None or values.max() > greatest:
-            self._max_priority = (float(values.max()), int(slot[values.argmax()]))
+        self._raise_maximum(values.max(), slot, values)
         values = values[last_of_duplicates(slot, len(self._p))]
         self._td_error[slot] = values
         self._restore_maximum(slot)
@@ -464,9 +459,7 @@ class VLMPrioritizedSampler(PrioritizedSampler):
             p += self._eps
             p **= self._alpha
             tree.set(slot, p)
-        greatest = self._max_priority[0]
-        if greatest is None or high > greatest:
-            self._max_priority = (float(high), int(slot[values.argmax()]))
+        self._raise_maximum(high, slot, values)
         self._restore_maximum(index)
         self._just_marked = None
         return True
@@ -486,7 +479,6 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         slot, values = self._told(index, storage, score, "score", 1.0)
         if slot.numel() == 0:
             return
-        self._claim(slot, storage)
         self._score.scatter_reduce_(0, slot, values, "amax")  # any score is above none
         slot, once = self._distinct(slot)
         p = self._judge(self._score[slot])
@@ -590,14 +582,6 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         self._sum_tree.update(slot, filled.fill_(leaf))
         self._restore_maximum(slot)
 
-    def _claim(self, slot: Tensor, storage: Any) -> None:
-        """Resets slots that were never announced as written: the storage came with data."""
-        # Elsewhere all slots that can be told of hold a row of it.
-        if self._rows == self._max_capacity or not (self._on_cpu or storage is None):
-            return
-        unknown, nowhere = self._p[slot] == EMPTY, self._sum_tree.nowhere
-        self._reset(slot[unknown] if self._on_cpu else torch.where(unknown, slot, nowhere))
-
     @property
     def default_priority(self) -> Any:
         """The |δ| that stands in for one in a slot that is written now.
@@ -618,6 +602,14 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         greatest: Tensor = self._max_priority[0]
         return greatest
 
+    def _raise_maximum(self, high: Any, slot: Any, values: Any) -> None:
+        """Has the maximum take in |δ| ``[B]`` of slots, of which ``high`` is the greatest."""
+        greatest = self._max_priority[0]
+        if isinstance(greatest, Tensor):
+            torch.maximum(greatest, high, out=greatest)
+        elif greatest is None or high > greatest:
+            self._max_priority = float(high), int(slot[values.argmax()])
+
     def _restore_maximum(self, index: Tensor) -> None:
         """Within the buffer: finds the greatest |δ| anew if its slot is in ``index``."""
         holder = self._max_priority[1] if self._max_priority_within_buffer else None
@@ -628,19 +620,18 @@ class VLMPrioritizedSampler(PrioritizedSampler):
 
     def _told(
         self, index: Any, storage: Any, values: Any = None, name: str = "", most: float = 0.0
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Any]:
         """Slots ``[K]`` that a call names, and one value in [0, ``most``] for each, in ``dtype``.
 
-        Without values nothing is told but the slots, which may be new to the sampler. On the CPU
-        what is bad raises, and what is to be skipped is left out. Elsewhere that would wait for the
-        device: both are sent ``nowhere``, and what was bad raises later.
+        Slots that values are told of were written, even if nobody announced it: the storage came
+        with data. Without values the slots are announced, and may be new.
         """
         self._maybe_init_from_storage(storage)
         self._just_marked = None
         device = self._p.device
         slot = sent(as_index(index, "index"), device)
         slot = _ravel(slot, storage) if slot.ndim > 1 else slot.reshape(-1)
-        if tells := values is not None:
+        if values is not None:
             values = sent(as_numbers(values, name), device).detach().to(self.dtype).reshape(-1)
             if values.numel() not in (1, slot.numel()):  # in TorchRL's words and kind
                 raise RuntimeError(
@@ -648,32 +639,44 @@ class VLMPrioritizedSampler(PrioritizedSampler):
                     f"got {name} of shape {tuple(values.shape)} for {slot.numel()} indices."
                 )
             values = values.expand(slot.shape)
-        else:
-            values = slot
-        slots = self._max_capacity
-        if not self._on_cpu:
-            if tells and storage is not None and len(storage):
-                self._match(len(storage))
-                slots = self._rows
-            lost = slot.clamp(0, slots - 1) != slot
-            if tells:
-                lost |= values.clamp(0.0, most) != values  # also a NaN
-            self._any_bad |= (lost & (slot != -1)).any()
-            slot = slot.masked_fill(lost, self._sum_tree.nowhere)
-            return slot, values.masked_fill(lost, 0)
+        if self._on_cpu:
+            return self._checked(slot, values, name, most)
+        return self._masked(slot, values, storage, most)
+
+    def _checked(self, slot: Tensor, values: Any, name: str, most: float) -> tuple[Tensor, Any]:
+        """On the CPU: what is bad raises, and what is to be skipped is left out."""
         if slot.numel():
             low, high = (bound.item() for bound in torch.aminmax(slot))
-            if low < -1 or high >= slots:
+            if low < -1 or high >= self._max_capacity:
                 raise IndexError(
                     f"index {low if low < -1 else high} is no slot of a sampler of capacity "
-                    f"{slots}: pass the indices that extend or sample returned."
+                    f"{self._max_capacity}: pass the indices that extend or sample returned."
                 )
             if low < 0:
-                slot, values = slot[slot >= 0], values[slot >= 0]
-        if slot.numel() and tells:
+                kept = slot >= 0
+                slot, values = slot[kept], None if values is None else values[kept]
+        if slot.numel() and values is not None:
             least, greatest = (bound.item() for bound in torch.aminmax(values))
             bad = least if not least >= 0.0 else greatest  # a NaN is both
             require(least >= 0.0 and greatest <= most, name, bad, _BAD_VALUE)
+            if self._rows != self._max_capacity:
+                self._reset(slot[self._p[slot] == EMPTY])
+        return slot, values
+
+    def _masked(self, slot: Tensor, values: Any, storage: Any, most: float) -> tuple[Tensor, Any]:
+        """Off the CPU: both are sent ``nowhere``, and what was bad raises later."""
+        slots, nowhere = self._max_capacity, self._sum_tree.nowhere
+        if values is not None and storage is not None and len(storage):
+            self._match(len(storage))
+            slots = self._rows
+        lost = slot.clamp(0, slots - 1) != slot
+        if values is not None:
+            lost |= values.clamp(0.0, most) != values  # also a NaN
+            values = values.masked_fill(lost, 0)
+        self._any_bad |= (lost & (slot != -1)).any()
+        slot = slot.masked_fill(lost, nowhere)
+        if values is not None and storage is None and self._rows != self._max_capacity:
+            self._reset(torch.where(self._p[slot] == EMPTY, slot, nowhere))
         return slot, values
 
     def _raise_refused(self) -> None:
