@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 from torchrl.data.replay_buffers.samplers import PrioritizedSampler
 
-from vlmrb_torchrl.checks import checked_device, is_real, is_whole, require, shown
+from vlmrb_torchrl.checks import checked_device, is_real, is_whole, require
 from vlmrb_torchrl.keys import PROBABILITY, WEIGHT
+from vlmrb_torchrl.samplers.arguments import as_index, as_numbers, raveled, sent, unraveled
 from vlmrb_torchrl.samplers.trees import (
     CompiledSumTree,
     SumTree,
@@ -40,7 +41,6 @@ _FIXED = ("max_size", "dtype", "_eps", "td_boost", "threshold", "unscored_priori
 # These a scheduler may have moved, and they are restored.
 _MOVING = ("lmbda", "alpha", "beta")
 _ARRAYS = ("_score", "_td_error", "_sum_tree")
-_NO_SLOT = 2**62
 _BAD_VALUE = "nothing was written; pass scores from 0 to 1, |δ| of 0 or more and finite"
 
 
@@ -257,22 +257,19 @@ class VLMPrioritizedSampler(PrioritizedSampler):
             p.mul_(td_error)
         return p.add_(self._eps).pow_(self._alpha)
 
-    def _derive(self) -> None:
-        """Every p and how many are positive, from the scores and which slots hold a row."""
-        slots = self._max_capacity
-        written = self._td_error[:slots] > NO_ROW
-        p = torch.where(self.scored, self._judge(self._score[:slots]), self._unscored_priority)
-        self._p[:slots] = p.masked_fill_(~written, EMPTY)
+    def _derive(self) -> Tensor:
+        """Sets all p and their count by scores and rows; returns the leaves that follow."""
+        score, td_error = self._score[: self._max_capacity], self._td_error[: self._max_capacity]
+        empty = td_error == NO_ROW
+        p = torch.where(self.scored, self._judge(score), self._unscored_priority)
+        self._p[: self._max_capacity] = p.masked_fill_(empty, EMPTY)
         self._positive.copy_((p > 0.0).sum())
+        return self._leaf(p, td_error.abs()).masked_fill_(empty, 0.0)
 
     def _rejudge(self) -> None:
         """Has everything follow a changed setting."""
-        self._derive()
         every = torch.arange(self._max_capacity, device=self._p.device)
-        p = self._p[every]
-        empty = p == EMPTY
-        leaf = self._leaf(p, self._td_error[every].abs_())
-        self._sum_tree.update(every, leaf.masked_fill_(empty, 0.0))
+        self._sum_tree.update(every, self._derive())
 
     # ---------------------------------------------------------------- drawing
 
@@ -312,7 +309,7 @@ class VLMPrioritizedSampler(PrioritizedSampler):
             home = torch.device("cpu" if home in (None, "auto") else home)
             index, weight, probability = (sent(t, home) for t in (index, weight, probability))
         info = {WEIGHT: weight, PROBABILITY: probability}
-        return (_unravel(index, storage.shape) if storage.ndim > 1 else index), info
+        return (unraveled(index, storage.shape) if storage.ndim > 1 else index), info
 
     def _draw_in_numpy(
         self, tree: CompiledSumTree, draw: np.ndarray, slots: int
@@ -495,12 +492,10 @@ class VLMPrioritizedSampler(PrioritizedSampler):
 
     def _put_p(self, slot: Tensor, p: Tensor, once: Tensor | None) -> None:
         """Gives the slots of :meth:`_distinct` their p ``[B]``, the same to duplicates; counts."""
-
-        def count(which: Tensor) -> Tensor:
-            return (which if once is None else which & once).count_nonzero()
-
-        before = self._p.index_select(0, slot)
-        self._positive += count(p > 0.0) - count(before > 0.0)
+        before, now = self._p.index_select(0, slot) > 0.0, p > 0.0
+        if once is not None:
+            before, now = before & once, now & once
+        self._positive += now.count_nonzero() - before.count_nonzero()
         self._p.index_copy_(0, slot, p)
 
     def mark_update(self, index: Any, *, storage: Any = None) -> None:
@@ -630,7 +625,7 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         self._just_marked = None
         device = self._p.device
         slot = sent(as_index(index, "index"), device)
-        slot = _ravel(slot, storage) if slot.ndim > 1 else slot.reshape(-1)
+        slot = raveled(slot, storage) if slot.ndim > 1 else slot.reshape(-1)
         if values is not None:
             values = sent(as_numbers(values, name), device).detach().to(self.dtype).reshape(-1)
             if values.numel() not in (1, slot.numel()):  # in TorchRL's words and kind
@@ -713,7 +708,8 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         """
         self._restore(state_dict, self._p.device)
 
-    def _restore(self, state: Any, device: torch.device) -> None:
+    def _require_form(self, state: Any) -> None:
+        """Refuses what is no state of such a sampler, whatever the numbers in its arrays."""
         of, damaged = "sampler state", "the state is damaged"
         require(isinstance(state, Mapping), of, state, "pass what state_dict returned")
         names = (*_FIXED, *_MOVING, "_max_priority", *_ARRAYS)
@@ -739,26 +735,28 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         )
         require(fits, f"{of}'s _max_priority", maximum, damaged)
 
+    def _restore(self, state: Any, device: torch.device) -> None:
+        self._require_form(state)
+        slots, (value, holder) = self._max_capacity, state["_max_priority"]
         loaded = object.__new__(type(self))
         loaded.__dict__.update(self.__dict__, _device=device)
         loaded._init()
         loaded.__dict__.update({f"_{name}": state[name] for name in _MOVING}, _device=self._device)
-        slots, (value, holder) = self._max_capacity, maximum
-        loaded._score[:slots], loaded._td_error[:slots] = state["_score"], state["_td_error"]
-        loaded._derive()
-        leaves, scored, visited = state["_sum_tree"].to(device), loaded.scored, loaded.visited
+        score, td_error = loaded._score[:slots], loaded._td_error[:slots]
+        score.copy_(state["_score"])
+        td_error.copy_(state["_td_error"])
+        leaf, leaves = loaded._derive(), state["_sum_tree"].to(device)
         loaded._sum_tree.update(torch.arange(slots, device=device), leaves)
-        loaded._rows = int((loaded._td_error > NO_ROW).sum()) if loaded._on_cpu else -1
+        scored, visited, written = loaded.scored, loaded.visited, td_error != NO_ROW
+        value = -1.0 if value is None else value
         if loaded._on_cpu:
-            loaded._max_priority = maximum
-        elif value is not None:
+            loaded._rows, loaded._max_priority = int(written.sum()), state["_max_priority"]
+        else:
+            loaded._rows = -1
             loaded._max_priority[0].fill_(value)
 
-        score, p, td_error = (a[:slots] for a in (loaded._score, loaded._p, loaded._td_error))
-        written, ulps = td_error != NO_ROW, 64.0 * torch.finfo(self.dtype).eps
-        leaf = loaded._leaf(p.clone(), td_error.abs()).masked_fill_(~written, 0.0)
         greatest = float(td_error[visited].max()) if visited.any() else -1.0
-        value = -1.0 if value is None else value
+        ulps = 64.0 * torch.finfo(self.dtype).eps
         held = holder is None or not self._max_priority_within_buffer
         for holds, fault in (
             ((scored & (score <= 1.0) | (score == UNSCORED)).all(), "a score outside [0, 1]"),
@@ -768,7 +766,7 @@ class VLMPrioritizedSampler(PrioritizedSampler):
             (greatest <= value, "a TD error above the running maximum"),
             (held or td_error[holder] == value, "a running maximum of a slot without it"),
         ):
-            require(bool(holds), of, f"with {fault}", damaged)
+            require(bool(holds), "sampler state", f"with {fault}", "the state is damaged")
         self.__dict__.update(loaded.__dict__)
 
     def _maybe_init_from_storage(self, storage: Any) -> None:
@@ -817,81 +815,8 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         require(abs(total - summed) <= ulps * summed, "the tree's total", total, f"sum is {summed}")
 
 
-# ---------------------------------------------------------------- reading arguments
-
-
 @lru_cache
 def _greatest_priority(dtype: torch.dtype, slots: int, alpha: float) -> float:
     """With it in all slots the total of the leaves is still finite."""
     greatest: float = (torch.finfo(dtype).max / slots) ** (1.0 / max(alpha, 1.0))
     return greatest
-
-
-def as_numbers(values: Any, name: str) -> Tensor:
-    """``torch.as_tensor`` that names what it refuses.
-
-    Raises:
-        TypeError: ``values`` are no real numbers.
-    """
-    try:
-        numbers = values if isinstance(values, Tensor) else torch.as_tensor(values)
-        if not numbers.is_complex():
-            return numbers
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        pass
-    raise TypeError(f"{name} is {shown(values)}: pass numbers, or a tensor of them.")
-
-
-def as_index(index: Any, name: str) -> Tensor:
-    """Slots or stamps as int64, of the shape that they come in; a tuple has an axis in each.
-
-    Raises:
-        TypeError: They are no numbers.
-        IndexError: They are no whole numbers.
-    """
-    if isinstance(index, Tensor) and index.dtype == torch.long:
-        return index
-    if isinstance(index, tuple):
-        axes = [as_numbers(axis, name) for axis in index]
-        if len({axis.shape for axis in axes}) == 1:
-            index = torch.stack(axes, -1)
-    whole = as_numbers(index, name)
-    if whole.numel() and (whole.is_floating_point() or whole.dtype == torch.bool):
-        raise IndexError(f"{name} is {shown(whole)}: slots and stamps are whole numbers.")
-    return whole.long()
-
-
-def sent(values: Tensor, device: torch.device) -> Tensor:
-    """``values`` on ``device``; a copy to a GPU is not waited for."""
-    if device.type == "cuda" and values.device.type == "cpu":
-        values = values.pin_memory()  # from other memory a copy is waited for
-    return values.to(device, non_blocking=device.type != "cpu")
-
-
-def _ravel(index: Tensor, storage: Any) -> Tensor:
-    """Flat slots ``[B]`` of coordinates ``[..., storage.ndim]``."""
-    if storage is None:
-        raise RuntimeError(
-            "storage should be provided to the sampler when the storage has more than one "
-            f"dimension: got an index of shape {tuple(index.shape)}; pass storage=buffer.storage."
-        )
-    if index.shape[-1] != len(storage.shape):
-        raise IndexError(
-            f"index is {shown(index)}: pass {len(storage.shape)} coordinates of a slot."
-        )
-    flat: Tensor = torch.zeros_like(index[..., 0])
-    inside = torch.ones_like(flat, dtype=torch.bool)
-    for axis, size in zip(index.unbind(-1), storage.shape, strict=True):
-        inside &= (axis >= 0) & (axis < size)
-        flat = flat * size + axis
-    # What is no slot of the storage is none of the sampler either, but for -1, to be skipped.
-    return torch.where(inside | (index == -1).all(-1), flat.clamp_min(-1), _NO_SLOT).reshape(-1)
-
-
-def _unravel(index: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
-    """Coordinates of flat slots ``[B]``."""
-    axes = []
-    for size in reversed(shape[1:]):
-        axes.append(index % size)
-        index = index // size
-    return (index, *reversed(axes))
