@@ -195,9 +195,9 @@ class VLMPrioritizedSampler(PrioritizedSampler):
             )
         except (RuntimeError, MemoryError, TypeError):
             require(False, "max_capacity", slots, "use what fits the memory, 50 bytes a slot")
-        self._positive = torch.zeros((), dtype=torch.long, device=device)
-        self._max_priority = None
+        self._positive, self._max_priority = 0, None
         if not self._on_cpu:
+            self._positive = torch.zeros((), dtype=torch.long, device=device)
             self._max_priority = torch.full((), -1.0, dtype=self.dtype, device=device), None
         self._any_bad = torch.zeros((), dtype=torch.bool, device=device)
         self._rows, self._told_of = 0, None
@@ -213,7 +213,7 @@ class VLMPrioritizedSampler(PrioritizedSampler):
     _p: Tensor
     _sum_tree: SumTree
     _rows: int  # number of slots that hold a row; off the CPU -1 if that would have to be read
-    _positive: Tensor  # of them: with p > 0
+    _positive: Any  # of them: with p > 0; off the CPU a tensor
     _max_priority: Any  # TorchRL's: the greatest |δ| (off the CPU a tensor, -1: none) and its slot
     _any_bad: Tensor  # whether a bad value was left out
     _drawn_with: Tensor  # float64 [4]: rows, rows - 1, λ and -β where a captured graph reads them
@@ -263,8 +263,12 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         empty = td_error == NO_ROW
         p = torch.where(self.scored, self._judge(score), self._unscored_priority)
         self._p[: self._max_capacity] = p.masked_fill_(empty, EMPTY)
-        self._positive.copy_((p > 0.0).sum())
+        self._count_positive(p)
         return self._leaf(p, td_error.abs()).masked_fill_(empty, 0.0)
+
+    def _count_positive(self, p: Tensor) -> None:
+        positive = (p > 0.0).sum()
+        self._positive = int(positive) if self._on_cpu else self._positive.copy_(positive)
 
     def _rejudge(self) -> None:
         """Has everything follow a changed setting."""
@@ -495,7 +499,8 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         before, now = self._p.index_select(0, slot) > 0.0, p > 0.0
         if once is not None:
             before, now = before & once, now & once
-        self._positive += now.count_nonzero() - before.count_nonzero()
+        change = now.count_nonzero() - before.count_nonzero()
+        self._positive += int(change) if self._on_cpu else change
         self._p.index_copy_(0, slot, p)
 
     def mark_update(self, index: Any, *, storage: Any = None) -> None:
@@ -542,7 +547,7 @@ class VLMPrioritizedSampler(PrioritizedSampler):
                 array[:rows] = torch.where(fresh, of_fresh, array[:rows])
                 array[rows:slots].fill_(of_none)
             self._sum_tree.update(every, leaves)
-            self._positive.copy_((self._p[:rows] > 0.0).sum())
+            self._count_positive(self._p[:rows])
             self._restore_maximum(every[rows:])
             self._rows = rows
         if not isinstance(self._sum_tree, CompiledSumTree):
