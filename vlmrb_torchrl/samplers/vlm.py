@@ -560,9 +560,11 @@ class VLMPrioritizedSampler(PrioritizedSampler):
     def _stand_in(self) -> tuple[Any, Any]:
         """What stands in for the |δ| of an unvisited slot, and the leaf of such a one, unscored."""
         # It must be above 0, since its minus sign says that it is no |δ|.
-        greatest, tiny = self.default_priority, torch.finfo(self.dtype).tiny
-        above_0 = isinstance(greatest, Tensor)
-        stand_in = greatest.clamp_min(tiny) if above_0 else max(float(greatest), tiny)
+        stand_in, tiny = self.default_priority, torch.finfo(self.dtype).tiny
+        if isinstance(stand_in, Tensor):
+            stand_in = stand_in.clamp_min(tiny)
+        else:
+            stand_in = max(float(stand_in), tiny)
         mass = self._unscored_priority * (stand_in if self._td_boost else 1.0) + self._eps
         return stand_in, mass**self._alpha
 
