@@ -104,6 +104,16 @@ def test_nothing_is_waited_for(td_boost: bool, within: bool, source: torch.devic
 
 
 @pytest.mark.usefixtures("fake_gpu")
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", torch.device("cuda"), GPU])
+def test_a_sampler_does_not_move_to_where_it_is(device: Any) -> None:
+    """Each move reads every value, and there is one before each call."""
+    sampler, storage = working(), OnGpu(SLOTS)
+    sampler._device, storage.device = None, device  # it once followed the storage
+    sampler.match_storage(storage)
+    sampler.update_priority(torch.arange(8), torch.rand(8), storage=storage)
+
+
+@pytest.mark.usefixtures("fake_gpu")
 @pytest.mark.parametrize(("td_boost", "most"), [(False, 52), (True, 70)])
 def test_a_cycle_is_few_kernels(td_boost: bool, most: int) -> None:
     """Each costs 2 μs and more; three levels, a sort and boolean indices took about 100."""

@@ -778,11 +778,14 @@ class VLMPrioritizedSampler(PrioritizedSampler):
 
     def _maybe_init_from_storage(self, storage: Any) -> None:
         """Moves to the storage's device where the sampler was given none, keeping its state."""
-        if getattr(storage, "device", None) == self._p.device:
+        here = self._p.device
+        if getattr(storage, "device", None) == here:
             return
         device = self._tree_device_from_storage(storage)
-        if device is not None and device != self._p.device:
-            self._restore(self.state_dict(), device)
+        if device is not None and device != here:
+            device = checked_device(device, here=True)  # "cuda" may be here, too
+            if device != here:
+                self._restore(self.state_dict(), device)
 
     def dumps(self, path: str | Path) -> None:
         """Writes :meth:`state_dict` into the folder ``path``, whole or not at all."""
