@@ -38,13 +38,14 @@ PEER = "Stable-Baselines3"
 def of_the_recipe(algorithm: str, way: str, num_envs: int, env_steps: int) -> float:
     """Train by the recipe; return env steps/s of the second half."""
     each = num_envs if algorithm == "sac" else 8 * num_envs  # env steps of a collection
+    half = env_steps // 2 // each * each
     with TemporaryDirectory() as folder:
         settings = {
             "replay": "Uniform",
             "training.accelerate": way,
             "training.num_envs": num_envs,
-            "training.total_env_steps": env_steps,
-            "training.log_every_env_steps": env_steps // 2 // each * each,
+            "training.total_env_steps": 2 * half,
+            "training.log_every_env_steps": half,
             "training.eval_every_env_steps": 0,
             "training.checkpoint_every_env_steps": 0,
             "training.progress": "false",
