@@ -154,7 +154,7 @@ def test_clips_are_shown_with_their_scores_at_a_row_and_after_each_distance(tmp_
     buffer = VLMReplayBuffer()
     with Telemetry(Fabric(accelerator="cpu"), DoorKey(), training, tmp_path) as telemetry:
         for env_steps in range(16, 161, 16):
-            telemetry.log(env_steps, None, Uniform(), buffer, scoring)
+            telemetry.log(env_steps, Uniform(), buffer, scoring)
     assert [row["env_steps"] for row in read_rows(tmp_path)] == [32, 64, 96, 128, 160]
     events = EventAccumulator(str(tmp_path)).Reload()
     shown = events.Images("clips/best")
