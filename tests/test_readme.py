@@ -77,6 +77,7 @@ PARSED = {
     "ogbench/vlm_rb.yaml": "downloads a model",
     "localhost:8000": "asks a server",
     "--device cuda": "wants a GPU",
+    "recipes.benchmarks.peers": "wants Stable-Baselines3",
 }
 """Their arguments are read and checked, and nothing is run."""
 

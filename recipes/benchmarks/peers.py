@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,6 +32,7 @@ from recipes.running import cli
 from recipes.running.metrics import last_row
 from recipes.sac import SAC
 from recipes.tasks import DoorKey
+from vlmrb_torchrl.checks import require
 
 PEER = "Stable-Baselines3"
 
@@ -198,6 +200,8 @@ def main(
         env_steps: Length of a run; null: 24000 and 2000.
         compile: Whether the recipe with compiled updates runs, too: wants a C++ compiler.
     """
+    here = find_spec("stable_baselines3") is not None
+    require(here, "Stable-Baselines3", "not installed", "pip install stable-baselines3")
     envs = num_envs or {"dqn": 16, "sac": 1}[algorithm]
     steps = env_steps or {"dqn": 24_000, "sac": 2_000}[algorithm]
     ways = ["eager", *(["compile"] if compile else [])]

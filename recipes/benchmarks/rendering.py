@@ -16,6 +16,7 @@ from torch import Tensor
 
 from recipes.arguments import program
 from recipes.benchmarks.timing import rates, show
+from vlmrb_torchrl.checks import checked_device
 from vlmrb_torchrl.renderers import MiniGridRenderer, minigrid_render_state
 
 
@@ -76,6 +77,7 @@ def main(
         rounds: Repetitions, in turn for all, in one run.
         seconds: Least duration of each measurement.
     """
+    checked_device(device, here=True)
     torch.set_num_threads(1)
     frames, rows = clips * frames_per_clip, []
     for size, tile_size in track(list(product(sizes, tile_sizes)), "grids", transient=True):

@@ -31,7 +31,7 @@ from recipes.benchmarks.timing import Spread, against_first, rates, show
 from recipes.benchmarks.training import measure
 from recipes.compare import METHODS, plan
 from recipes.running.cli import CONFIGS
-from vlmrb_torchrl.checks import require
+from vlmrb_torchrl.checks import checked_device, require
 from vlmrb_torchrl.envs import DoorKeyEnv
 from vlmrb_torchrl.judge.collection import collect
 from vlmrb_torchrl.judge.settings import Settings
@@ -214,6 +214,7 @@ def main(
         clip_transitions: Transitions of a clip in them; 32 keeps the judge busiest.
         duty_cycle: Share of the time that the judge may compute beside the learner.
     """
+    checked_device(device, here=True)
     require(clips >= 1, "clips", clips, "use at least 1")
     require(training_pairs >= 0, "training_pairs", training_pairs, "use 0 or more")
     settings = [

@@ -35,6 +35,7 @@ from recipes.replay import Uniform
 from recipes.running import cli
 from recipes.running.run_state import Learner
 from vlmrb_torchrl import VLMReplayBuffer
+from vlmrb_torchrl.checks import checked_device
 
 PLAIN_LOOP, PLAIN_GRAPH = "plain loop", "plain loop, cudagraph"
 DRAWN = ", with the draw"
@@ -256,12 +257,12 @@ def main(
         device: Where it learns; on ``cuda`` both are captured as a CUDA graph, too.
         compile: Whether compiled updates are timed: wants a C++ compiler and a minute.
     """
+    where = checked_device(device, here=True)
     torch.set_num_threads(1)
     kind = getattr(import_module(f"recipes.{algorithm}"), algorithm.upper())
     task = "doorkey_6x6" if algorithm in ("dqn", "iqn") else "cube_task1"
     folder = cli.CONFIGS / task if configs is None else configs
     settings = cli.rehearse(kind, [f"--config={folder / algorithm}.yaml"])
-    where = torch.device(device)
     ways = ["eager", *(["compile"] if compile else []), *(["cudagraph"] * (device == "cuda"))]
     works = contestants(algorithm, settings, kind, where, ways)
     for work in works.values():  # compiles, and captures

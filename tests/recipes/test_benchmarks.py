@@ -8,8 +8,10 @@ import torch
 from tensordict import TensorDict
 from torchrl.data import PrioritizedSampler, RandomSampler, TensorDictReplayBuffer
 
+from recipes.arguments import program
 from recipes.benchmarks import (
     environment,
+    peers,
     rendering,
     sampler,
     scene,
@@ -156,6 +158,20 @@ def test_per_draws_as_torchrl_s_own_and_weighs_in_proportion():
 def test_benchmark_prints_its_table(run, expected, tmp_path, capsys):
     run(tmp_path)
     assert expected in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+@pytest.mark.parametrize("benchmark", [update.main, rendering.main, scoring.main])
+def test_a_gpu_that_is_not_here_is_refused_in_one_line(benchmark):
+    with pytest.raises(SystemExit, match="device is cuda: name one that is here") as refusal:
+        program(benchmark, ["--device=cuda"])
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_peer_that_is_not_installed_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr(peers, "find_spec", lambda _: None)
+    with pytest.raises(SystemExit, match="not installed: pip install stable-baselines3"):
+        program(peers.main, [])
 
 
 def test_timed_run_goes_on_with_no_other(tmp_path, monkeypatch):
