@@ -169,7 +169,9 @@ class VLMGuided(Replay):
         beta: Exponent of the importance weight (N q)^-β; 0 as in the paper, 1 is unbiased.
         eps: Added to each priority; large values leak draws to transitions without a score.
         td_boost: Multiply the score by |δ|, the paper's choice for continuous control.
-        threshold: A score from here on counts as Yes (1), below as No (0); null keeps raw scores.
+        threshold: A score from here on counts as Yes, below as No; null keeps raw scores.
+        negative_priority: Priority of a transition that the judge said No for, where a Yes has 1:
+            0 as in the paper; with `td_boost` 1 is PER, whatever the judge says.
         unscored_priority: Priority of a transition that no judge has seen yet.
     """
 
@@ -184,6 +186,7 @@ class VLMGuided(Replay):
         eps: PositiveFinite = 1e-12,
         td_boost: bool = False,
         threshold: LeftOpenUnitInterval | None = 0.5,
+        negative_priority: ClosedUnitInterval = 0.0,
         unscored_priority: ClosedUnitInterval = 0.0,
         **ring: Any,
     ) -> None:
@@ -196,6 +199,7 @@ class VLMGuided(Replay):
             "eps": eps,
             "td_boost": td_boost,
             "threshold": threshold,
+            "negative_priority": negative_priority,
             "unscored_priority": unscored_priority,
         }
 

@@ -66,7 +66,9 @@ BAD: dict[tuple[Any, ...], tuple[str, dict[str, tuple[str, ...]]]] = {
     (DQN, *QUICK, "--replay=VLMGuided"): (
         "replay",
         {
-            **dict.fromkeys(("lmbda", "lmbda_share", "beta", "unscored_priority"), SHARE),
+            **dict.fromkeys(
+                ("lmbda", "lmbda_share", "beta", "negative_priority", "unscored_priority"), SHARE
+            ),
             "alpha": NOT_NEGATIVE,
             "eps": POSITIVE,
             "td_boost": ("2", "other"),

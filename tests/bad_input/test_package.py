@@ -55,7 +55,7 @@ PROMPTS = (*NO_NAMES, 0.5, None)
 # ------------------------------------------------------------------------ constructors
 
 SAMPLER = {
-    **dict.fromkeys(("lmbda", "unscored_priority"), SHARE),
+    **dict.fromkeys(("lmbda", "negative_priority", "unscored_priority"), SHARE),
     **dict.fromkeys(("alpha", "beta"), NOT_NEGATIVE),
     "threshold": real(0, 1, or_none=True),
     "td_boost": NO_FLAG,

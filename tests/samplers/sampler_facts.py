@@ -66,6 +66,8 @@ def mixture(score: Tensor, td_error: Tensor, **arguments: Any) -> np.ndarray:
     p = score.numpy()
     if arguments["threshold"] is not None:
         p = np.where(np.isnan(p), np.nan, p >= arguments["threshold"])
+    of_no = arguments.get("negative_priority", 0.0)
+    p = of_no + (1 - of_no) * p
     p = np.where(np.isnan(p), arguments["unscored_priority"], p)
     delta = np.where(np.isnan(td_error.numpy()), 1.0, td_error.numpy())
     n, lmbda = len(p), arguments["lmbda"]

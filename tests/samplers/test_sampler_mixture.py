@@ -33,14 +33,20 @@ pytestmark = pytest.mark.usefixtures("place")
 @pytest.mark.parametrize("td_boost", [False, True])
 @pytest.mark.parametrize("lmbda", [0.3, 1.0])
 @pytest.mark.parametrize(
-    ("threshold", "unscored_priority", "dtype"),
-    [(0.5, 0.0, torch.float64), (None, 0.2, torch.float32)],
+    ("threshold", "negative_priority", "unscored_priority", "dtype"),
+    [
+        (0.5, 0.0, 0.0, torch.float64),
+        (0.5, 0.1, 0.3, torch.float64),
+        (None, 0.0, 0.2, torch.float32),
+        (None, 0.1, 0.2, torch.float64),
+    ],
 )
 def test_draws_follow_the_mixture(
     tree: type,
     td_boost: bool,
     lmbda: float,
     threshold: float | None,
+    negative_priority: float,
     unscored_priority: float,
     dtype: torch.dtype,
 ) -> None:
@@ -49,6 +55,7 @@ def test_draws_follow_the_mixture(
         "lmbda": lmbda,
         "td_boost": td_boost,
         "threshold": threshold,
+        "negative_priority": negative_priority,
         "unscored_priority": unscored_priority,
         "alpha": 0.6,
         "eps": 1e-2,
@@ -69,6 +76,24 @@ def test_draws_follow_the_mixture(
         np.testing.assert_allclose(info["sampling_probability"], q[index], rtol=exact)
     np.testing.assert_allclose(sampler.probabilities(SLOTS), q, rtol=exact)
     sampler.check_valid()
+
+
+def test_priority_of_a_no_leads_from_the_papers_boost_to_prioritized_replay() -> None:
+    """At 1 every score counts as none; at 0 a No has ε alone; q of a No rises in between."""
+    score, td_error = facts(SEED)
+    boosted: dict[str, Any] = {"lmbda": 1.0, "td_boost": True, "eps": 1e-6}
+    no = (score < 0.5).numpy()
+    share = []
+    for of_no in (0.0, 0.1, 0.5, 1.0):
+        sampler = VLMPrioritizedSampler(
+            SLOTS, negative_priority=of_no, unscored_priority=1.0, **boosted
+        )
+        share.append(float(told(sampler, score, td_error).probabilities(SLOTS)[no].sum()))
+        assert sampler.positive.tolist() == (score >= 0.5).tolist()
+    assert share[0] < 1e-3 < share[1] < share[2] < share[3]
+    per = VLMPrioritizedSampler(SLOTS, unscored_priority=1.0, **boosted)
+    q = told(per, torch.full_like(score, torch.nan), td_error).probabilities(SLOTS)
+    torch.testing.assert_close(sampler.probabilities(SLOTS), q, rtol=1e-12, atol=0.0)
 
 
 @pytest.mark.parametrize("tree", [CompiledSumTree, RadixSumTree])
@@ -231,6 +256,8 @@ def test_torchrls_linear_scheduler_drives_lambda_and_beta(
         ("td_boost", True),
         ("threshold", 0.9),
         ("threshold", None),
+        ("negative_priority", 0.2),
+        ("negative_priority", 1.0),
         ("unscored_priority", 0.3),
         ("unscored_priority", 0.0),
         ("alpha", 0.9),

@@ -80,6 +80,7 @@ def test_a_restored_sampler_is_bit_equal_and_draws_the_same(
         ({"td_boost": False}, "td_boost is False"),
         ({"threshold": None}, "threshold is None"),
         ({"_eps": 0.5}, "eps is 0.5"),
+        ({"negative_priority": 1.0}, "negative_priority is 1.0"),
         ({"unscored_priority": 1.0}, "unscored_priority is 1.0"),
         # damaged
         ({"_max_priority": ("x", math.nan)}, "_max_priority"),
@@ -174,5 +175,5 @@ def test_repr_names_the_method_and_its_tree() -> None:
     sampler = VLMPrioritizedSampler(8)
     assert repr(sampler) == (
         "VLMPrioritizedSampler(8, lmbda=0.5, alpha=0.6, beta=0.0, td_boost=False, threshold=0.5, "
-        f"unscored_priority=0.0, tree={type(sampler._sum_tree).__name__})"
+        f"negative_priority=0.0, unscored_priority=0.0, tree={type(sampler._sum_tree).__name__})"
     )

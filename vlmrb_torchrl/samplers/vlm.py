@@ -37,7 +37,8 @@ NO_ROW = -math.inf  # |δ| of such a slot
 
 _FILE = "sampler.pt"
 # A state of other values describes another distribution, and is refused.
-_FIXED = ("max_size", "dtype", "_eps", "td_boost", "threshold", "unscored_priority")
+_FIXED = ("max_size", "dtype", "_eps", "td_boost", "threshold")
+_FIXED += ("negative_priority", "unscored_priority")
 # These a scheduler may have moved, and they are restored.
 _MOVING = ("lmbda", "alpha", "beta")
 _ARRAYS = ("_score", "_td_error", "_sum_tree")
@@ -71,9 +72,12 @@ class _Setting:
 class VLMPrioritizedSampler(PrioritizedSampler):
     r"""Draws slot i with probability q(i) = λ q^P(i) + (1 − λ)/N.
 
-    q^P(i) ∝ (p_i + ε)^α, or (p_i |δ_i| + ε)^α with the TD boost, where p_i is the judge's score of
-    the slot, thresholded to 0 or 1 unless ``threshold`` is None, and δ_i the latest TD error. While
-    no slot has p > 0 there is nothing to prefer, and q is exactly uniform.
+    q^P(i) ∝ (p_i + ε)^α, or (p_i |δ_i| + ε)^α with the TD boost, where p_i follows the judge's
+    score of the slot, thresholded to No or Yes unless ``threshold`` is None, and δ_i is the latest
+    TD error. While no slot has p > 0 there is nothing to prefer, and q is exactly uniform.
+
+    With the TD boost ``negative_priority``, the p of a No, leads from the paper's priority, where
+    |δ| counts among praised slots only (0), to prioritized experience replay (1).
 
     Every batch comes with ``priority_weight`` = (N q)^−β, float32, the weight of the mixture that
     was drawn from (at most (1 − λ)^−β, so no minimum over the buffer is tracked), and with
@@ -93,7 +97,9 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         eps: ε >= 0, keeps every slot drawable under λ = 1. With a million slots scored 0 and one
             positive 32-step clip, q^P gives the clip 99.8 % at 1e-12 and 67 % at 1e-8 (α = 0.6).
         td_boost: Multiply p by |δ| (the paper: in continuous control).
-        threshold: Score from which p = 1, else 0; None takes the score itself as p.
+        threshold: Score from which the judge said Yes, p = 1, else No; None takes the score s
+            itself: p = n + (1 - n) s with n the ``negative_priority``.
+        negative_priority: p of a No, in [0, 1]; 0 as in the paper.
         unscored_priority: p̄ in [0, 1], p of a slot that has no score yet.
         dtype: Of priorities and sums. In float64 a slot takes 24 bytes, and 16 to 32 in the tree.
         device: Of arrays and tree; None follows a CUDA storage and is the CPU else.
@@ -102,8 +108,9 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         max_priority_within_buffer: The running maximum of |δ| is over the slots that still hold
             it, instead of over all time and 1; it is 1 where none is visited.
 
-    ``lmbda``, ``alpha``, ``beta``, ``td_boost``, ``threshold`` and ``unscored_priority`` are
-    attributes that may be set later; all but λ and β then recompute every leaf, O(capacity).
+    ``lmbda``, ``alpha``, ``beta``, ``td_boost``, ``threshold``, ``negative_priority`` and
+    ``unscored_priority`` are attributes that may be set later; all but λ and β then recompute every
+    leaf, O(capacity).
 
     On a GPU neither drawing nor writing waits for it. There a bad value (NaN, out of range, of no
     slot) is left out when it is written, and raises at the next call that reads values anyway:
@@ -137,6 +144,7 @@ class VLMPrioritizedSampler(PrioritizedSampler):
     )
     td_boost = _Setting(lambda value: isinstance(value, bool), "use True or False")
     threshold = _Setting(lambda value: value is None or is_real(value, 0, 1), "use 0 to 1, or None")
+    negative_priority = _Setting(lambda value: is_real(value, 0, 1), "use 0 to 1")
     unscored_priority = _Setting(lambda value: is_real(value, 0, 1), "use 0 to 1")
 
     def __init__(
@@ -149,6 +157,7 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         eps: float = 1e-12,
         td_boost: bool = False,
         threshold: float | None = 0.5,
+        negative_priority: float = 0.0,
         unscored_priority: float = 0.0,
         dtype: torch.dtype = torch.float64,
         device: torch.device | str | None = None,
@@ -178,6 +187,7 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         self.beta = beta
         self.td_boost = td_boost
         self.threshold = threshold
+        self.negative_priority = negative_priority
         self.unscored_priority = unscored_priority
         self._init()
 
@@ -231,8 +241,9 @@ class VLMPrioritizedSampler(PrioritizedSampler):
 
     @property
     def positive(self) -> Tensor:
-        """Which slots have a score with p > 0, bool ``[N]``."""
-        return self.scored & (self._p[: self._max_capacity] > 0.0)
+        """Which slots the judge said Yes for, or gave a raw score above 0, bool ``[N]``."""
+        score = self._score[: self._max_capacity]
+        return score > 0.0 if self._threshold is None else score >= self._threshold
 
     @property
     def visited(self) -> Tensor:
@@ -246,10 +257,8 @@ class VLMPrioritizedSampler(PrioritizedSampler):
 
     def _judge(self, score: Tensor) -> Tensor:
         """The p of scores ``[B]``, none of them missing."""
-        if self._threshold is None:
-            return score
-        passes: Tensor = score >= self._threshold
-        return passes.to(self.dtype)
+        yes = score if self._threshold is None else (score >= self._threshold).to(self.dtype)
+        return yes * (1.0 - self._negative_priority) + self._negative_priority
 
     def _leaf(self, p: Tensor, td_error: Tensor) -> Tensor:
         """The leaf of p and |δ|, ``[B]`` each; overwrites p."""
@@ -378,7 +387,7 @@ class VLMPrioritizedSampler(PrioritizedSampler):
             length: Slots written, N = ``len(buffer)``.
 
         Returns:
-            ``share_scored``: slots with a score; ``share_positive``: slots with a score and p > 0;
+            ``share_scored``: slots with a score; ``share_positive``: those of :attr:`positive`;
             ``effective_sample_size``: 1 / Σ q²; each as a share of N, in [0, 1].
         """
         if is_whole(length, 0, 0):
@@ -391,7 +400,7 @@ class VLMPrioritizedSampler(PrioritizedSampler):
         }
 
     def __repr__(self) -> str:
-        names = "lmbda", "alpha", "beta", "td_boost", "threshold", "unscored_priority"
+        names = *_MOVING, "td_boost", "threshold", "negative_priority", "unscored_priority"
         arguments = ", ".join(f"{name}={getattr(self, name)}" for name in names)
         tree = type(self._sum_tree).__name__
         return f"{type(self).__name__}({self._max_capacity}, {arguments}, tree={tree})"
