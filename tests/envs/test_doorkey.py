@@ -51,13 +51,22 @@ def door_is_open(game: Any) -> bool:
     )
 
 
-@pytest.mark.parametrize(("size", "steps"), [(5, 300), (8, 160)])
+@pytest.mark.parametrize("size", [5, 6, 7, 16])
+def test_every_start_is_stock_minigrid_s(size: int) -> None:
+    for held_out in (False, True):
+        env, game = DoorKeyEnv(size, 100, seed=size, held_out=held_out), StockDoorKey(size=size)
+        for i, start in enumerate(env.reset()["render_state"]):
+            game.reset(seed=env.episode_seed(i, 0))
+            assert torch.equal(start, minigrid_render_state(game)), i
+
+
+@pytest.mark.parametrize(("size", "steps"), [(5, 300), (6, 200), (8, 160), (16, 120)])
 def test_every_step_equals_stock_minigrid(size: int, steps: int) -> None:
     """Grid, agent, events, reward, ends and carrying, over resets, at play of varied skill.
 
     The limit of steps makes episodes end both ways; of the three games one acts at random.
     """
-    limit, noise = 40, torch.tensor([1.0, 0.3, 0.1])
+    limit, noise = 7 * size, torch.tensor([1.0, 0.3, 0.1])
     env = DoorKeyEnv(size, 3, max_steps=limit, seed=11)
     act, generator = env.demonstrator(), torch.Generator().manual_seed(size)
     stock, episode = [StockDoorKey(size=size, max_steps=limit) for _ in range(3)], [0] * 3

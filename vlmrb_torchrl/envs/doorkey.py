@@ -1,9 +1,8 @@
-"""MiniGrid DoorKey of any size, many games at once, without MiniGrid's costly observation.
+"""MiniGrid DoorKey of any size: many games in step, in numpy.
 
-The dynamics are MiniGrid's own: every game is its ``DoorKeyEnv``, stepped and reset by its own
-code, with the partial view (nine tenths of a step's time) left out. What is observed instead
-is the whole symbolic grid seen from the agent, gathered for all games together from one array
-that is also the render state.
+Episodes, rewards and dynamics are those of MiniGrid's own ``DoorKeyEnv``, seed for seed and step
+for step. What is observed instead of its partial view is the whole symbolic grid seen from the
+agent.
 """
 
 from __future__ import annotations
@@ -22,22 +21,26 @@ from vlmrb_torchrl.checks import is_whole, require
 from vlmrb_torchrl.envs.base import SeededEpisodes
 from vlmrb_torchrl.keys import RENDER_STATE
 from vlmrb_torchrl.prompts import MINIGRID
-from vlmrb_torchrl.renderers.minigrid import MiniGridRenderer, minigrid_render_state
+from vlmrb_torchrl.renderers.minigrid import MiniGridRenderer
 
 _MOST_CELLS = 256  # along an edge; beyond, an observation would take a quarter of a megabyte
 _LEFT, _RIGHT, _FORWARD, _PICKUP, _DROP, _TOGGLE, _DONE = range(7)
 _AHEAD = np.array([(1, 0), (0, 1), (-1, 0), (0, -1)])  # x, y of right, down, left, up
-_GOAL_EVENT, _DOOR_EVENT, _KEY_EVENT = range(3)  # columns of `events`
 
-# MiniGrid's indices, from minigrid.core.constants, whose import takes half a second.
-_EMPTY, _WALL, _DOOR, _KEY, _GOAL = 1, 2, 4, 5, 8
-_OPEN, _CLOSED, _LOCKED = range(3)
+# Codes of the observation, and MiniGrid's type, colour and state of each.
+_EMPTY, _WALL, _LOCKED, _CLOSED, _OPEN, _KEY, _GOAL = range(7)
+_THINGS = np.array(
+    [(1, 0, 0), (2, 5, 0), (4, 4, 2), (4, 4, 1), (4, 4, 0), (5, 4, 0), (8, 1, 0)], np.uint8
+)
 
-# (type | state << 4) of a cell -> code of the observation
-_OBSERVED = np.zeros(64, np.uint8)
-_SEEN = [(_WALL, 0), (_DOOR, _LOCKED), (_DOOR, _CLOSED), (_DOOR, _OPEN), (_KEY, 0), (_GOAL, 0)]
-for _code, (_kind, _state) in enumerate(_SEEN, start=1):
-    _OBSERVED[_kind | _state << 4] = _code
+# What an action makes of the cell ahead: [action, whether the key is carried, code] -> code.
+_AFTER = np.tile(np.arange(7, dtype=np.uint8), (7, 2, 1))
+_AFTER[_PICKUP, 0, _KEY] = _EMPTY
+_AFTER[_DROP, 1, _EMPTY] = _KEY
+_AFTER[_TOGGLE, 1, _LOCKED] = _OPEN
+_AFTER[_TOGGLE, :, _CLOSED] = _OPEN
+_AFTER[_TOGGLE, :, _OPEN] = _CLOSED
+_ENTERED = np.isin(np.arange(7), (_EMPTY, _OPEN, _GOAL))  # by code: whether one can walk into it
 
 
 class DoorKeyEnv(SeededEpisodes):
@@ -81,6 +84,7 @@ class DoorKeyEnv(SeededEpisodes):
     event_names = ("goal", "door", "key")
     success_event = "goal"
     prompts = MINIGRID
+    _STATE = ("_board", "_seen", "_cell", "_facing", "_carries", "_steps", "_ended")
 
     def __init__(
         self,
@@ -99,12 +103,25 @@ class DoorKeyEnv(SeededEpisodes):
         super().__init__(num_envs, seed=seed, held_out=held_out, device=device)
         N, S = num_envs, size
         self.size = size
-        self._games = [_game(size, max_steps) for _ in range(N)]
-        self.max_steps: int = self._games[0].max_steps
-        self._board = np.zeros((N, S * S, 4), np.uint8)  # the render state; cell x S + y
+        self.max_steps: int = 10 * size**2 if max_steps is None else max_steps
+        self._games = np.arange(N)
+        # Before its first reset a game stands anywhere. Cells are numbered x S + y.
+        self._board = np.zeros((N, S * S, 4), np.uint8)  # the render state
+        self._cell, self._facing = np.full(N, S + 1), np.zeros(N, np.int64)  # of the agent
+        self._carries, self._steps = np.zeros(N, np.uint8), np.zeros(N, np.int64)
         self._ended = np.ones((N, 2), bool)  # terminated, truncated
-        self._make_window()
-        observation = Bounded(0, 6, (N, self._window.shape[1] + 1), dtype=torch.uint8)
+        # The codes of a game four times, one below the other, turned so that right, down, left, up
+        # is on top, each in a margin as wide as one sees: what an agent sees is a window of it.
+        self._reach = reach = S - 3
+        width = S + 2 * reach
+        self._seen = np.zeros((N, 4 * width, width), np.uint8)
+        # Where the window of an agent in a cell begins, and, a margin further on, the cell is:
+        # [directions, cells].
+        x, y = np.divmod(np.arange(S * S), S)
+        row = np.stack([S - 1 - x, S - 1 - y, x, y])
+        self._row = row + width * np.arange(4)[:, None]
+        self._column = np.roll(row, 1, 0)  # to the right is a quarter turn on
+        observation = Bounded(0, 6, (N, (2 * reach + 1) ** 2 + 1), dtype=torch.uint8)
         self._observe(observation, Bounded(0, 10, (N, S, S, 4), dtype=torch.uint8))
         self.action_spec = Categorical(_DONE + 1, shape=(N,), dtype=torch.int64)
 
@@ -116,111 +133,109 @@ class DoorKeyEnv(SeededEpisodes):
         """A policy that takes the shortest way to the goal."""
         return DoorKeyDemonstrator()
 
-    def _make_window(self) -> None:
-        """Where what is observed lies, from the agent, in a grid with a margin of ``_reach``."""
-        self._reach = reach = self.size - 3
-        self._width = self.size + 2 * reach
-        ahead, right = np.mgrid[reach : -reach - 1 : -1, -reach : reach + 1].reshape(2, -1)
-        step = _AHEAD @ (self._width, 1)  # by the direction faced
-        # [directions, cells]; to the right is a quarter turn on
-        self._window = np.outer(step, ahead) + np.outer(np.roll(step, -1), right)
-
     def games_state_dict(self) -> dict[str, Any]:
         """The games as they stand, for `load_games_state_dict`."""
-        carried = [(0, 0, 0) if g.carrying is None else g.carrying.encode() for g in self._games]
-        return {
-            "stream": self.get_extra_state(),
-            "board": torch.from_numpy(self._board.copy()),
-            "steps": [game.step_count for game in self._games],
-            "carried": [[int(code) for code in thing] for thing in carried],
-            "ended": torch.from_numpy(self._ended.copy()),
-        }
+        state = {name: torch.from_numpy(getattr(self, name).copy()) for name in self._STATE}
+        return {"stream": self.get_extra_state(), **state}
 
     def load_games_state_dict(self, state: dict[str, Any]) -> None:
         """Put the games back where they were, in the middle of their episodes."""
-        from minigrid.core.grid import Grid
-        from minigrid.core.world_object import WorldObj
-
         self.set_extra_state(state["stream"])
-        self._board[:] = state["board"].numpy()
-        self._ended[:] = state["ended"].numpy()
-        S = self.size
-        for game, board, steps, carried in zip(
-            self._games, self._board, state["steps"], state["carried"], strict=True
-        ):
-            game.grid, _ = Grid.decode(board[:, :3].reshape(S, S, 3))
-            cell = int(board[:, 3].argmax())
-            game.agent_pos, game.agent_dir = divmod(cell, S), int(board[cell, 3]) - 1
-            game.step_count, game.carrying = steps, WorldObj.decode(*carried)
+        for name in self._STATE:
+            getattr(self, name)[:] = state[name].numpy()
 
     def _reset(self, tensordict: TensorDictBase | None = None, **_: Any) -> TensorDictBase:
-        for i in self._asked(tensordict, "_reset"):
-            self._games[i].reset(seed=self.episode_seed(i, self._episodes[i]))
+        asked = self._asked(tensordict, "_reset")
+        for i in np.flatnonzero(asked).tolist():
+            seed = self.episode_seed(i, self._episodes[i])
             self._episodes[i] += 1
-            self._board[i] = minigrid_render_state(self._games[i]).reshape(-1, 4)
-            self._ended[i] = False
+            codes, self._cell[i], self._facing[i] = _start(seed, self.size)
+            self._put(i, np.arange(codes.size), codes)
+        self._board[asked, :, 3] = 0
+        self._carries[asked] = self._steps[asked] = self._ended[asked] = 0
         return self._pack(np.zeros((self.num_envs, len(self.event_names)), bool))
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         action = tensordict.get("action")
         whole = action.dtype == torch.int64 and action.shape == self.batch_size
         require(whole, "action", action, f"pass int64 [{self.num_envs}]")
-        actions = action.tolist()
-        require(min(actions) >= 0 and max(actions) <= _DONE, "action", actions, "pass 0 to 6")
-        events = np.zeros((self.num_envs, len(self.event_names)), bool)
-        reward = np.zeros((self.num_envs, 1), np.float32)
-        for i in self._asked(tensordict, "_step"):
-            if _PICKUP <= actions[i] < _DONE:
-                self._act_on_cell(i, actions[i], events[i])
-            else:
-                _, reward[i], terminated, truncated, _ = self._games[i].step(actions[i])
-                self._ended[i] = terminated, truncated
-                events[i, _GOAL_EVENT] = terminated
-        return self._pack(events, reward)
+        act = action.cpu().numpy()
+        known = act.min() >= 0 and act.max() <= _DONE
+        require(known, "action", action.tolist(), "pass 0 to 6")
+        asked = self._asked(tensordict, "_step")
+        act = np.where(asked, act, _DONE)  # the others wait
+        games, cell, facing = self._games, self._cell, self._facing
+        carries, steps = self._carries, self._steps
+        front = cell + (_AHEAD @ (self.size, 1))[facing]
+        ahead = self._inside[games, self._row[facing, cell] - 1, self._column[facing, cell]]
+        after = _AFTER[act, carries, ahead]
+        changed, entered = after != ahead, (act == _FORWARD) & _ENTERED[ahead]
+        goal, opened = entered & (ahead == _GOAL), changed & (after == _OPEN)
+        picked, dropped = changed & (ahead == _KEY), changed & (after == _KEY)
+        self._put(games[changed], front[changed], after[changed])
+        self._board[games, cell, 3] = 0
+        np.copyto(cell, front, where=entered)
+        facing += act == _RIGHT
+        facing -= act == _LEFT
+        facing %= 4
+        carries += picked
+        carries -= dropped
+        steps += asked
+        self._ended[asked] = np.column_stack([goal, steps >= self.max_steps])[asked]
+        reward = np.where(goal, 1 - 0.9 * (steps / self.max_steps), 0).astype(np.float32)
+        return self._pack(np.column_stack([goal, opened, picked]), reward[:, None])
 
-    def _act_on_cell(self, i: int, action: int, events: NDArray[np.bool_]) -> None:
-        """Pick up, drop or toggle: the agent stays, the cell in front of it may change."""
-        game = self._games[i]
-        x, y = game.front_pos
-        carried, was_open = game.carrying is not None, _is_open(game.grid.get(x, y))
-        _, _, *ended, _ = game.step(action)
-        self._ended[i] = ended
-        front = game.grid.get(x, y)
-        self._board[i, x * self.size + y, :3] = (_EMPTY, 0, 0) if front is None else front.encode()
-        events[_DOOR_EVENT] = _is_open(front) and not was_open
-        events[_KEY_EVENT] = game.carrying is not None and not carried
+    @property
+    def _inside(self) -> NDArray[np.uint8]:
+        """The codes less the margins above and to the left: a cell is at its row and column."""
+        return self._seen[:, self._reach :, self._reach :]
+
+    def _put(self, games: Any, cells: NDArray[np.int64], codes: NDArray[np.uint8]) -> None:
+        """Write codes into cells, one of each game, or all of one."""
+        self._board[games, cells, :3] = _THINGS[codes]
+        self._inside[games, self._row[:, cells], self._column[:, cells]] = codes
 
     def _pack(
         self, events: NDArray[np.bool_], reward: NDArray[np.float32] | None = None
     ) -> TensorDict:
-        N, S, reach, width, board = self.num_envs, self.size, self._reach, self._width, self._board
-        x, y = np.array([(int(x), int(y)) for x, y in (g.agent_pos for g in self._games)]).T
-        facing = np.array([game.agent_dir for game in self._games])
-        board[..., 3] = 0
-        board[np.arange(N), x * S + y, 3] = facing + 1
-        codes = np.zeros((N, width, width), np.uint8)
-        inside = _OBSERVED.take(board[..., 0] | board[..., 2] << 4)
-        codes[:, reach:-reach, reach:-reach] = inside.reshape(N, S, S)
-        centre = (np.arange(N) * width + x + reach) * width + y + reach
-        observation = np.empty((N, self._window.shape[1] + 1), np.uint8)
-        observation[:, :-1] = codes.take(centre[:, None] + self._window.take(facing, 0))
-        observation[:, -1] = [game.carrying is not None for game in self._games]
-        render_state = board.reshape(N, S, S, 4).copy()
+        N, S, games, edge = self.num_envs, self.size, self._games, 2 * self._reach + 1
+        self._board[games, self._cell, 3] = self._facing + 1
+        # As numpy's sliding_window_view, which takes a hundred times as long.
+        height, strides = self._seen.shape[1] - edge + 1, self._seen.strides
+        shape = N, height, S, edge, edge
+        windows = np.ndarray(shape, np.uint8, self._seen, strides=(*strides, *strides[1:]))
+        pose = self._facing, self._cell
+        view = windows[games, self._row[pose], self._column[pose]].reshape(N, -1)
+        observation = np.concatenate([view, self._carries[:, None]], 1)
+        render_state = self._board.reshape(N, S, S, 4).copy()
         return self._outcome(observation, render_state, events, self._ended, reward)
 
 
-def _game(size: int, max_steps: int | None) -> Any:
-    """MiniGrid's DoorKey that computes no view of its own; before its reset it stands anywhere."""
-    from minigrid.envs.doorkey import DoorKeyEnv as MiniGridDoorKey
+def _start(seed: int, size: int) -> tuple[NDArray[np.uint8], int, int]:
+    """How MiniGrid begins with a seed: codes ``[S²]``, the agent's cell and its direction.
 
-    game: Any = MiniGridDoorKey(size=size, max_steps=max_steps)
-    game.gen_obs = dict
-    game.agent_pos, game.agent_dir = (0, 0), 0
-    return game
+    The draws are those of its ``DoorKeyEnv._gen_grid``, in their order, without its objects.
+    """
+    draw = np.random.default_rng(seed).integers
+    grid = np.full((size, size), _WALL, np.uint8)
+    grid[1:-1, 1:-1] = _EMPTY
+    grid[-2, -2] = _GOAL
+    wall = draw(2, size - 2)
+    grid[wall] = _WALL
+    codes = grid.reshape(-1)
 
+    def draw_empty() -> int:
+        while True:
+            cell = int(draw(wall)) * size + int(draw(size))
+            if codes[cell] == _EMPTY:
+                return cell
 
-def _is_open(thing: Any) -> bool:
-    return thing is not None and thing.type == "door" and thing.is_open
+    agent, facing = draw_empty(), int(draw(4))
+    grid[wall, draw(1, size - 2)] = _LOCKED
+    while (key := draw_empty()) == agent:
+        pass
+    codes[key] = _KEY
+    return codes, agent, facing
 
 
 class DoorKeyDemonstrator(TensorDictModuleBase):
@@ -265,11 +280,12 @@ _NEVER = 1 << 20  # actions; more than any way is long
 def _plan(grid: bytes, size: int, carries: bool) -> NDArray[np.uint8]:
     """The best action of an agent that looks in direction d at cell x, y: uint8 ``[4, S, S]``."""
     # cost [4, S, S]: actions still to be made; toll [S, S]: those before a cell can be entered.
-    kind, _, state = np.moveaxis(np.frombuffer(grid, np.uint8).reshape(size, size, 3), -1, 0)
-    key, locked = kind == _KEY, (kind == _DOOR) & (state == _LOCKED)
-    toll = np.where(kind == _WALL, _NEVER, 0)
-    toll[key | (kind == _DOOR) & (state != _OPEN)] = 1  # taken, opened
-    cost = np.broadcast_to(np.where(kind == _GOAL, 0, _NEVER), (4, size, size))
+    cells = np.frombuffer(grid, np.uint8).reshape(size, size, 1, 3)
+    code = (cells == _THINGS).all(-1).argmax(-1)
+    key, locked = code == _KEY, code == _LOCKED
+    toll = np.where(code == _WALL, _NEVER, 0)
+    toll[key | locked | (code == _CLOSED)] = 1  # taken, opened
+    cost = np.broadcast_to(np.where(code == _GOAL, 0, _NEVER), (4, size, size))
     if locked.any() and not carries:
         # Two legs: the key is worth what the way with it costs from where it is taken.
         with_key = _relax(cost, np.where(key, 0, toll))
