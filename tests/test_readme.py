@@ -33,7 +33,7 @@ SHORT = ["--training.total_env_steps=256", "--training.warmup_env_steps=128"]
 SHORT += ["--training.checkpoint_every_env_steps=128", "--training.log_every_env_steps=128"]
 SHORT += ["--training.num_envs=4", "--replay.capacity=2000", "--training.progress=false"]
 SHORT += ["--training.eval_episodes=1"]
-EVALUATED = "--training.eval_every_env_steps=128"
+STUDIED = dict(word[2:].split("=") for word in SHORT) | {"training.eval_every_env_steps": 128}
 RUN = [*SHORT, "--training.eval_every_env_steps=0"]
 TIMED = ["--rounds=1", "--seconds=0.01"]
 PAIR = ["--pairs=1", "--env_steps=2100"]
@@ -41,7 +41,7 @@ PAIR = ["--pairs=1", "--env_steps=2100"]
 SHORTENED = {
     **{f"recipes.{name}": RUN for name in ("dqn", "iqn", "sac", "td3")},
     "--resume": ["--training.total_env_steps=512"],
-    "recipes.compare": ["--seeds=1", f"--extra={json.dumps([*SHORT, EVALUATED])}"],
+    "recipes.compare": ["--seeds=1", f"--settings={json.dumps(STUDIED)}"],
     "recipes.train_judge": [
         "--episodes=4",
         *(f"--{s}_steps=1" for s in ("frame", "event", "answer")),

@@ -29,8 +29,7 @@ from recipes.arguments import program
 from recipes.benchmarks.perception_lm import SHAPES, Shape, build, teraflops
 from recipes.benchmarks.timing import Spread, against_first, rates, show
 from recipes.benchmarks.training import measure
-from recipes.compare import METHODS, plan
-from recipes.running.cli import CONFIGS
+from recipes.compare import METHODS, Study, plan
 from vlmrb_torchrl.checks import checked_device, require
 from vlmrb_torchrl.envs import DoorKeyEnv
 from vlmrb_torchrl.judge.collection import collect
@@ -137,14 +136,14 @@ def race(
 
 
 def beside_learner(
-    judge: dict[str, Any], learner: str, settings: list[str], pairs: int, folder: Path
+    judge: dict[str, Any], learner: str, settings: dict[str, Any], pairs: int, folder: Path
 ) -> list[tuple[object, ...]]:
     """DQN on ``learner`` with PER and, in turn, with the judge in a thread and in a process.
 
     Args:
         judge: The section ``scoring`` of a run's settings.
         learner: Where the networks are trained.
-        settings: Other arguments of each run.
+        settings: Other settings of each run.
         pairs: Repetitions.
         folder: Of the logs; it is made.
     """
@@ -155,12 +154,11 @@ def beside_learner(
         overlay = folder / f"{mode}.yaml"
         overlay.write_text(yaml.safe_dump(guided | {"scoring": judge | {"mode": mode}}))
         methods.append(str(overlay))
-    settings = [*settings, f"--training.accelerator={learner}"]
-    seeds = list(range(pairs))
-    runs = plan(CONFIGS / "doorkey_6x6", "dqn", methods, seeds, folder, settings)
-    found: dict[str, list[dict[str, float]]] = {run.method: [] for run in runs}
+    settings = {**settings, "training.accelerator": learner}
+    runs = plan(Study(methods=methods, seeds=pairs, settings=settings, out=folder))
+    found: dict[str, list[dict[str, float]]] = {run.place["method"]: [] for run in runs}
     for run in track(runs, f"learner on {learner}", transient=True):
-        found[run.method].append(measure(run))
+        found[run.place["method"]].append(measure(run))
     speeds = {
         method: Spread([row["env_steps"] / row["seconds"] for row in rows])
         for method, rows in found.items()
@@ -217,11 +215,11 @@ def main(
     checked_device(device, here=True)
     require(clips >= 1, "clips", clips, "use at least 1")
     require(training_pairs >= 0, "training_pairs", training_pairs, "use 0 or more")
-    settings = [
-        f"--training.total_env_steps={training_env_steps}",
-        f"--training.log_every_env_steps={training_env_steps}",
-        "--training.eval_every_env_steps=0",
-    ]
+    settings = {
+        "training.total_env_steps": training_env_steps,
+        "training.log_every_env_steps": training_env_steps,
+        "training.eval_every_env_steps": 0,
+    }
     with tempfile.TemporaryDirectory() as folder:
         if model == "embedded":
             embedded(clips, batch_clips, rounds, device)
@@ -235,7 +233,7 @@ def main(
             view = {"resolution": pixels, "frames": frames}
             options = {"model": folder, "device": device, "dtype": "bfloat16", **view}
             scorer = {"class_path": "HuggingFaceScorer", "init_args": options}
-            settings += ["--env.tile_size=16", "--env.window=null"]
+            settings |= {"env.tile_size": 16, "env.window": None}
         if training_pairs:
             judge = {"scorer": scorer, "clip_transitions": clip_transitions}
             judge |= {"batch_clips": batch_clips, "duty_cycle": duty_cycle}

@@ -12,25 +12,33 @@ from __future__ import annotations
 
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Any
 
 from rich.progress import track
 
 from recipes.arguments import program
 from recipes.benchmarks.timing import Spread, show
-from recipes.compare import Run, plan
+from recipes.compare import Study, plan
 from recipes.running.cli import CONFIGS
 from recipes.running.metrics import last_row
-from vlmrb_torchrl.checks import require
+from recipes.running.runs import Run
+from vlmrb_torchrl.checks import ConfigError, require
 
 PEERS = Path(__file__).parent / "replay"
 
 
 def measure(run: Run) -> dict[str, float]:
-    """Train once; return the last row of training figures."""
+    """Train once; return the last row of training figures.
+
+    Raises:
+        ConfigError: If the run failed.
+    """
     run.start()
     assert run.process is not None
     run.process.wait()
     run.ended()
+    if run.failure:
+        raise ConfigError(run.failure)
     return last_row(run.folder)
 
 
@@ -41,7 +49,7 @@ def training(
     peer: str = "per",
     pairs: int = 5,
     env_steps: int = 60_000,
-    extra: list[str] | None = None,
+    settings: dict[str, Any] = {},  # noqa: B006
     out: Path = Path("runs/benchmark_training"),
 ) -> None:
     """Train ``method`` and ``peer`` in turn and print the ratio of their speeds.
@@ -55,30 +63,34 @@ def training(
             loop with TorchRL's own buffer and sampler.
         pairs: Repetitions.
         env_steps: Length of a run, in environment steps.
-        extra: Further arguments of every run, as on the recipe's command line.
+        settings: Further settings of every run, as for ``recipes.compare``.
         out: Folder of the logs; each call makes one of its own in it.
     """
     require(pairs >= 1, "pairs", pairs, "use at least 1")
-    settings = [
-        f"--training.total_env_steps={env_steps}",
-        f"--training.log_every_env_steps={env_steps}",
-        "--training.eval_every_env_steps=0",
-        *(extra or []),
-    ]
+    length = {f"training.{name}_env_steps": env_steps for name in ("total", "log_every")}
     own = {path.stem: str(path) for path in PEERS.glob("*.yaml")}
     overlays = [own.get(name, name) for name in (method, peer)]
     out.mkdir(parents=True, exist_ok=True)
     # A new one each time: a run would go on where another was interrupted, and be timed from there.
     folder = Path(mkdtemp(dir=out))
-    runs = plan(configs, algorithm, overlays, list(range(pairs)), folder, settings)
+    runs = plan(
+        Study(
+            algorithms=[algorithm],
+            tasks=[str(configs)],
+            methods=overlays,
+            seeds=pairs,
+            settings={**length, "training.eval_every_env_steps": 0, **settings},
+            out=folder,
+        )
+    )
     method, peer = (Path(overlay).stem for overlay in overlays)
     speeds: dict[str, list[float]] = {method: [], peer: []}
     updates: dict[str, list[float]] = {method: [], peer: []}
     unscored = 0.0
     for run in track(runs, "runs", transient=True):
         row = measure(run)
-        speeds[run.method].append(row["env_steps"] / row["seconds"])
-        updates[run.method].append(row["speed/updates_per_s"])
+        speeds[run.place["method"]].append(row["env_steps"] / row["seconds"])
+        updates[run.place["method"]].append(row["speed/updates_per_s"])
         unscored += row.get("scoring/clips_dropped", 0) + row.get("scoring/clips_failed", 0)
     rows: list[tuple[str, object]] = []
     for name in (method, peer):

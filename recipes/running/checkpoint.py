@@ -187,7 +187,7 @@ def check_resumable(folder: Path, config: Config) -> None:
             f"{path} has version {version}, this code reads {VERSION}: go on with the code that "
             "wrote it, or start the run anew"
         )
-    before, now = _flat(saved["config"]), _flat(config)
+    before, now = flat(saved["config"]), flat(config)
     for name in sorted((before.keys() | now.keys()) - _FREE):
         was, is_now = before.get(name), now.get(name)
         if was != is_now:
@@ -197,12 +197,13 @@ def check_resumable(folder: Path, config: Config) -> None:
             )
 
 
-def _flat(config: Config, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(config: Config, prefix: str = "") -> dict[str, Any]:
+    """Settings by their whole names, such as ``training.seed``."""
+    settings: dict[str, Any] = {}
     for name, value in config.items():
         whole = f"{prefix}{name}"
-        flat |= _flat(value, f"{whole}.") if isinstance(value, Mapping) else {whole: value}
-    return flat
+        settings |= flat(value, f"{whole}.") if isinstance(value, Mapping) else {whole: value}
+    return settings
 
 
 @contextmanager

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from rich import table as rich
 from rich.console import Console
-from rich.table import Table
 from scipy import stats
 
-from recipes.running.metrics import read_rows
+from recipes.running.results import Rows as Table
 from vlmrb_torchrl.checks import require, shown
 
 Array = NDArray[np.float64]
@@ -29,12 +29,14 @@ class Outcome:
     """What the runs of a method reached; one entry, or row, per seed.
 
     Args:
+        seeds: The S seeds.
         env_steps: ``[P]`` environment steps at the P evaluations.
         curves: ``[S, P]`` success rate, or return, at each evaluation of each of S seeds.
         speed: ``[S]`` environment steps per second of training, evaluations left out.
         measure: What ``curves`` holds, ``"success"`` or ``"return"``.
     """
 
+    seeds: list[int]
     env_steps: Array
     curves: Array
     speed: Array
@@ -74,27 +76,28 @@ def interval(values: Array, statistic: Callable[..., Any] = np.mean) -> tuple[fl
     return centre, float(result.low), float(result.high)
 
 
-def read_outcome(folders: list[Path]) -> Outcome:
-    """Read the metrics of one method's runs; a task that knows no success is told by its return."""
-    curves, speeds, measure = [], [], "success"
-    axes: list[list[float]] = []
-    for folder in folders:
-        rows = read_rows(folder)
-        evaluations = [row for row in rows if "eval/return" in row]
-        name = f"the evaluations of {folder}"
-        require(bool(evaluations), name, 0, "let it evaluate once at least")
-        measure = "success" if "eval/success" in evaluations[0] else "return"
-        curves.append([row[f"eval/{measure}"] for row in evaluations])
-        axes.append([row["env_steps"] for row in evaluations])
+def read_outcome(rows: Table) -> Outcome:
+    """Take the evaluations of one method's runs; a task without success is told by its return."""
+    runs: dict[int, Table] = {}
+    for row in rows:
+        runs.setdefault(row["seed"], []).append(row)
+    measure = "return" if any(row["success"] == "" for row in rows) else "success"
+    axes = [[row["env_steps"] for row in evaluations] for evaluations in runs.values()]
+    for seed, axis in zip(runs, axes, strict=True):
         require(
-            axes[-1] == axes[0],
-            f"the env steps at the evaluations of {folder}",
-            axes[-1],
-            f"compare it with runs evaluated at the same; {folders[0]} was at {shown(axes[0])}",
+            axis == axes[0],
+            f"the env steps at the evaluations of {rows[0]['method']}, seed {seed},",
+            axis,
+            f"compare it with runs evaluated at the same; the first was at {shown(axes[0])}",
         )
-        speeds.append(rows[-1]["env_steps"] / rows[-1]["seconds"])
-    speed = np.array(speeds)
-    return Outcome(np.array(axes[0], float), np.array(curves, float), speed, measure)
+    last = [evaluations[-1] for evaluations in runs.values()]
+    return Outcome(
+        list(runs),
+        np.array(axes[0], float),
+        np.array([[row[measure] for row in evaluations] for evaluations in runs.values()], float),
+        np.array([row["env_steps"] / row["seconds"] for row in last]),
+        measure,
+    )
 
 
 def cell(values: Array, digits: int = 2) -> str:
@@ -145,8 +148,10 @@ def difference_rows(outcomes: dict[str, Outcome]) -> Rows:
     """
 
     def minus(outcome: Outcome, baseline: Outcome) -> str:
-        same = np.array_equal(outcome.env_steps, baseline.env_steps)
-        return cell(outcome.area - baseline.area) if same else "other evaluations"
+        if not np.array_equal(outcome.env_steps, baseline.env_steps):
+            return "other evaluations"
+        seeds, own, other = np.intersect1d(outcome.seeds, baseline.seeds, return_indices=True)
+        return cell(outcome.area[own] - baseline.area[other]) if len(seeds) else "other seeds"
 
     baselines = [name for name in BASELINES if name in outcomes]
     if not baselines or len(outcomes) < 2:
@@ -158,24 +163,12 @@ def difference_rows(outcomes: dict[str, Outcome]) -> Rows:
     return rows
 
 
-def unscored(folders: list[Path]) -> str:
-    """Say which runs lost clips, and how many; empty if none did."""
-    lost = []
-    for folder in folders:
-        rows = [row for row in read_rows(folder) if "scoring/clips_submitted" in row]
-        clips = rows[-1] if rows else {}
-        n = clips.get("scoring/clips_dropped", 0) + clips.get("scoring/clips_failed", 0)
-        if n:
-            lost.append(f"{folder.name} {n:.0f} of {clips['scoring/clips_submitted']:.0f}")
-    return f"clips that got no score: {', '.join(lost)}" if lost else ""
-
-
 def show(rows: Rows, title: str, console: Console) -> str:
     """Print a table, an interval below its mean; return it as Markdown."""
     if not rows:
         return ""
     header, *body = rows
-    table = Table(*header, title=title, title_justify="left")
+    table = rich.Table(*header, title=title, title_justify="left")
     lines = [title, "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for row in body:
         table.add_row(*(text.replace(" [", "\n\\[") for text in row))
@@ -184,37 +177,56 @@ def show(rows: Rows, title: str, console: Console) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw_curves(outcomes: dict[str, Outcome], path: Path) -> None:
+def draw_curves(panels: dict[str, dict[str, Outcome]], path: Path) -> None:
     """Draw success over environment steps: mean and 95 % interval over seeds."""
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for method, outcome in outcomes.items():
-        bounds = np.array([interval(column) for column in outcome.curves.T])
-        (line,) = axes.plot(outcome.env_steps, bounds[:, 0], label=method)
-        axes.fill_between(
-            outcome.env_steps, bounds[:, 1], bounds[:, 2], color=line.get_color(), alpha=0.2
+    figure = Figure(figsize=(6 * len(panels), 4.2), layout="constrained")
+    for axes, (title, outcomes) in zip(
+        figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True
+    ):
+        for method, outcome in outcomes.items():
+            bounds = np.array([interval(column) for column in outcome.curves.T])
+            (line,) = axes.plot(outcome.env_steps, bounds[:, 0], label=method)
+            axes.fill_between(
+                outcome.env_steps, bounds[:, 1], bounds[:, 2], color=line.get_color(), alpha=0.2
+            )
+        axes.set(
+            title=title, xlabel="environment steps", ylabel=f"{outcome.measure} on held-out seeds"
         )
-    axes.set(xlabel="environment steps", ylabel=f"{outcome.measure} on held-out seeds")
-    if outcome.measure == "success":
-        axes.set_ylim(-0.02, 1.02)
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+        if outcome.measure == "success":
+            axes.set_ylim(-0.02, 1.02)
+        axes.grid(alpha=0.3)
+        axes.legend(loc="lower right")
     figure.savefig(path, dpi=140)
 
 
-def report(folders: dict[str, list[Path]], out: Path, console: Console) -> None:
-    """Print the table, write ``table.md`` and ``curves.png``, say where the logs lie.
+def report(results: Table, out: Path, missing: list[str], console: Console) -> None:
+    """Print the tables, write ``table.md`` and ``curves.png``, say where the logs lie.
 
-    The folders of each method are in the same order of seeds.
+    Args:
+        results: Rows of ``results.csv``.
+        out: Where the files go.
+        missing: Names of the runs that are not finished.
+        console: Where the tables are printed.
     """
-    outcomes = {method: read_outcome(paths) for method, paths in folders.items()}
-    seeds = max(len(paths) for paths in folders.values())
-    title = f"Mean (of steps: median) and 95 % bootstrap interval over {seeds} seeds"
-    table = show(outcome_rows(outcomes), title, console)
-    differences = show(difference_rows(outcomes), "Differences, paired by seed", console)
-    (out / "table.md").write_text(f"{table}\n{differences}")
-    draw_curves(outcomes, out / "curves.png")
-    if lost := unscored([path for paths in folders.values() for path in paths]):
-        console.print(lost, soft_wrap=True)
+    grouped: dict[str, dict[str, Table]] = {}
+    for row in results:
+        panel = ", ".join(filter(None, (row["task"], row["algorithm"], row["variant"])))
+        method = row["method"] + (f" ({row['judge']})" if row["judge"] else "")
+        grouped.setdefault(panel, {}).setdefault(method, []).append(row)
+    panels = {
+        panel: {method: read_outcome(rows) for method, rows in methods.items()}
+        for panel, methods in grouped.items()
+    }
+    text = []
+    for panel, outcomes in panels.items():
+        seeds = max(len(outcome.seeds) for outcome in outcomes.values())
+        title = f"{panel}: mean (of steps: median) and 95 % bootstrap interval over {seeds} seeds"
+        text.append(show(outcome_rows(outcomes), title, console))
+        text.append(show(difference_rows(outcomes), "Differences, paired by seed", console))
+    if missing:
+        text.append(f"Not finished, and in no figure: {', '.join(missing)}.\n")
+        console.print(text[-1], soft_wrap=True)
+    (out / "table.md").write_text("\n".join(text))
+    draw_curves(panels, out / "curves.png")
     message = f"curves: {out / 'curves.png'}; logs: tensorboard --logdir {out}"
     console.print(message, soft_wrap=True)

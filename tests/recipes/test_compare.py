@@ -1,30 +1,38 @@
 """A comparison trains what is not finished, reports failures in one line, stops its runs."""
 
+import csv
+import json
+import signal
 import sys
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from rich.progress import Progress
+import yaml
+from rich.console import Console
 
 from recipes import compare
+from recipes.compare import Study
 from recipes.dqn import DQN
 from recipes.iqn import IQN
 from recipes.running import cli
+from recipes.running import runs as runs_module
 from recipes.running.metrics import last_row
+from recipes.running.runs import Run, execute, seconds_left
 from tests.recipes.runs import held
 from vlmrb_torchrl.checks import ConfigError
 
-SHORT = [
-    "--env.size=5",
-    "--env.max_steps=40",
-    "--training.num_envs=4",
-    "--training.total_env_steps=128",
-    "--training.warmup_env_steps=64",
-    "--training.eval_every_env_steps=64",
-    "--training.eval_episodes=2",
-    "--training.log_every_env_steps=64",
-    "--algorithm.hidden_features=[8]",
-]
+SHORT = {
+    "env": {"init_args": {"size": 5, "max_steps": 40}},
+    "training.num_envs": 4,
+    "training.total_env_steps": 128,
+    "training.warmup_env_steps": 64,
+    "training.eval_every_env_steps": 64,
+    "training.eval_episodes": 2,
+    "training.log_every_env_steps": 64,
+    "algorithm.hidden_features": [8],
+}
 
 
 class InProcess:
@@ -39,54 +47,120 @@ class InProcess:
         pass
 
 
-def test_plan_goes_seed_by_seed_and_a_finished_run_is_known_by_its_command(tmp_path, monkeypatch):
-    task = compare.CONFIGS / "doorkey_6x6"
-    runs = compare.plan(task, "iqn", ["uer", "per"], [5, 6], tmp_path, [])
-    assert all("recipes.iqn" in run.command for run in runs)
-    assert [run.folder.name for run in runs] == ["uer_s5", "per_s5", "uer_s6", "per_s6"]
-    assert not runs[0].finished()
-    runs[0].folder.mkdir()
-    (runs[0].folder / "finished.json").write_text(runs[0].identity())
-    assert runs[0].finished()
-    changed = compare.plan(task, "iqn", ["uer"], [5], tmp_path, ["--env.size=8"])
-    assert not changed[0].finished()
-    monkeypatch.chdir(tmp_path.parent)
+def in_this_process(monkeypatch, popen=InProcess):
+    """Nothing is started; git, which is, has been asked before."""
+    runs_module.origin()
+    monkeypatch.setattr(runs_module.subprocess, "Popen", popen)
+
+
+def place(**others):
+    known = {"study": "s", "algorithm": "dqn", "task": "t", "method": "m", "judge": ""}
+    return {**known, "variant": "", **others}
+
+
+def test_a_study_is_the_product_of_its_parts_seed_by_seed():
+    study = Study(
+        algorithms=["dqn", "iqn"],
+        methods=["uer", "vlm_rb"],
+        judges=["random", "noisy"],
+        variants={"1 per 8": {}, "1 per 16": {"training.updates_per_env_step": 0.0625}},
+        seeds=2,
+        first_seed=5,
+        settings={"replay": {"batch_size": 8}, "training.accelerate": "eager"},
+    )
+    runs = compare.plan(study)
+    assert len({run.folder.name for run in runs}) == len(runs) == 2 * 2 * (1 + 2) * 2
+    assert [run.place["seed"] for run in runs] == [5] * 12 + [6] * 12
+    first, *_, last = runs
+    assert first.folder.name == "doorkey_6x6-dqn-uer-1_per_8-s5"  # uniform replay asks no judge
+    assert last.folder.name == "doorkey_6x6-iqn-vlm_rb-noisy-1_per_16-s6"
+    settings = cli.rehearse(IQN, last.command[3:])
+    assert settings.training.updates_per_env_step == 0.0625
+    assert settings.training.accelerate == "eager"
+    assert settings.replay.batch_size == 8
+    assert settings.scoring.scorer.true_positive_rate == 0.8  # noisy's
+    assert cli.rehearse(DQN, first.command[3:]).training.updates_per_env_step == 0.125
+
+
+def test_a_method_is_as_it_was_tuned_for_the_task_and_the_algorithm():
+    study = Study(algorithms=["dqn", "iqn"], tasks=["doorkey_8x8"], methods=["per"], seeds=1)
+    dqn, iqn = compare.plan(study)
+    assert cli.rehearse(DQN, dqn.command[3:]).replay.alpha == 1.0
+    assert cli.rehearse(IQN, iqn.command[3:]).replay.alpha == 0.6
+    as_it_is = Study(tasks=["doorkey_8x8"], methods=["../methods/per.yaml"], seeds=1)
+    (plain,) = compare.plan(as_it_is, compare.CONFIGS / "doorkey_8x8")
+    assert cli.rehearse(DQN, plain.command[3:]).replay.batch_size == 64
+
+
+def test_a_finished_run_is_known_by_what_its_settings_say(tmp_path, monkeypatch):
+    """Wherever they lie, and whatever else the study has been extended by."""
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("replay: {class_path: recipes.replay.Uniform}")
+
+    def runs(**others):
+        given = {"methods": ["mine.yaml", "per"], "seeds": 1, "out": tmp_path / "out", **others}
+        return {run.folder.name: run for run in compare.plan(Study(**given), tmp_path)}
+
+    name = "doorkey_6x6-dqn-mine-s0"
+    in_this_process(monkeypatch)
+    run = runs(settings=SHORT)[name]
+    assert not run.finished()
+    run.start()
+    assert not run.finished()
+    assert run.ended()
+    assert run.finished()
+    mine.write_text("# another comment\nreplay:\n  class_path: recipes.replay.Uniform\n")
     monkeypatch.setattr(sys, "executable", "another")
-    (same,) = compare.plan(task, "iqn", ["uer"], [5], Path(tmp_path.name), [])
-    assert same.finished()
+    more = runs(settings=SHORT, seeds=3, methods=["uer", "mine.yaml"], tasks=["doorkey_6x6"])
+    assert [each for each, run in more.items() if run.finished()] == [name]
+    assert not runs(settings={**SHORT, "env.size": 6})[name].finished()
+    mine.write_text("replay: {class_path: recipes.replay.Uniform, init_args: {batch_size: 8}}")
+    changed = runs(settings=SHORT)
+    assert changed[name].replaces_another()
+    with pytest.raises(ConfigError, match=f"{name} there are of other settings"):
+        execute(list(changed.values()), 1, None, Console())
+    assert not changed["doorkey_6x6-dqn-per-s0"].replaces_another()
 
 
-def test_overlays_are_named_by_their_files_and_no_two_alike(tmp_path):
-    task, overlay = compare.CONFIGS / "doorkey_6x6", compare.CONFIGS / "doorkey_8x8" / "per.yaml"
-    (run,) = compare.plan(task, "dqn", [str(overlay)], [0], tmp_path, [])
-    assert (run.method, run.folder.name) == ("per", "per_s0")
-    with pytest.raises(ConfigError, match="give each another file name"):
-        compare.plan(task, "dqn", ["per", str(overlay)], [0], tmp_path, [])
-
-
-def test_comparison_trains_reports_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(compare.subprocess, "Popen", InProcess)
-    arguments = {"methods": ["uer", "privileged"], "seeds": 1, "extra": SHORT, "out": tmp_path}
-    compare.compare(**arguments)
+def test_a_study_trains_reports_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    in_this_process(monkeypatch)
+    study = tmp_path / "study.yaml"
+    settings = {"methods": ["uer", "privileged"], "seeds": 1, "settings": SHORT}
+    study.write_text(yaml.safe_dump({"name": "mine", **settings, "out": str(tmp_path)}))
+    compare.main([f"--config={study}"])
     assert "privileged" in capsys.readouterr().out
     assert (tmp_path / "curves.png").exists()
     assert "| uer | 0." in (tmp_path / "table.md").read_text()
-    metrics = tmp_path / "uer_s0" / "metrics.jsonl"
+    metrics = tmp_path / "doorkey_6x6-dqn-uer-s0" / "metrics.jsonl"
     assert last_row(metrics.parent)["env_steps"] == 128
     written = metrics.stat().st_mtime_ns
-    compare.compare(**arguments)
+    compare.main([f"--config={study}"])
     assert "2 of 2 runs lie finished" in capsys.readouterr().out
+    # A report of what is there names what is not.
+    (tmp_path / "table.md").unlink()
+    compare.main([f"--config={study}", "--seeds=2", "--report"])
+    assert "privileged-s1" in (tmp_path / "table.md").read_text()
     assert metrics.stat().st_mtime_ns == written
-    with pytest.raises(ConfigError, match="uer_s0 is of other settings; give another folder"):
-        compare.compare(**{**arguments, "algorithm": "iqn"})
-    assert metrics.stat().st_mtime_ns == written
+
+    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    methods = [(row["method"], row["env_steps"]) for row in rows]
+    assert methods == [("uer", "128"), ("privileged", "128")]
+    first = rows[0]
+    assert (first["study"], first["task"], first["seed"]) == ("mine", "doorkey_6x6", "0")
+    assert first["replay"] == "recipes.replay.Uniform"
+    assert "scoring.scorer" not in first  # uniform replay has none
+    assert float(first["length"]) > 0
+    assert (first["version"], first["torch"]) == (version("vlmrb-torchrl"), version("torch"))
+    shared = json.loads((tmp_path / "settings.json").read_text())
+    assert shared["training.total_env_steps"] == shared["scoring.clip_transitions"] == 128
+    assert not shared.keys() & first.keys()
 
 
 def test_two_processes_never_write_one_folder(tmp_path):
     """Another comparison in ``out``; a run whose comparison was killed and which lives on."""
     with held(tmp_path), pytest.raises(SystemExit, match=f"{tmp_path} is being written by another"):
         compare.main(["--methods=[uer]", "--seeds=1", f"--out={tmp_path}"])
-    run = compare.Run("a", [sys.executable, "-c", "pass"], tmp_path / "a")
+    run = Run({}, [sys.executable, "-c", "pass"], tmp_path / "a")
     with held(run.folder):
         figures = run.folder / "metrics.jsonl"
         figures.write_text("{}\n")
@@ -96,56 +170,100 @@ def test_two_processes_never_write_one_folder(tmp_path):
 
 
 def test_run_without_a_checkpoint_is_repeated_by_its_own_comparison_only(tmp_path):
-    run = compare.Run("a", [sys.executable, "-c", "pass"], tmp_path / "a")
-    run.folder.mkdir()
+    run = Run(place(), [sys.executable, "-c", "pass"], tmp_path / "a")
+    run.start()
+    assert run.process.wait() == 0
     left = [run.folder / name for name in ("metrics.jsonl", "events.out.tfevents.1")]
     for path in left:
-        path.write_text("{}\n")
-    assert run.replaces_another()
-    (run.folder / "started.json").write_text(run.identity())
+        path.write_text('{"env_steps": 1, "total_env_steps": 2}\n')
+    assert Run(place(), [sys.executable, "-c", "1"], run.folder).replaces_another()
     assert not run.replaces_another()
     run.start()
     assert run.process.wait() == 0
     assert not any(path.exists() for path in left)
 
 
-def test_failed_run_stops_the_others_and_is_reported_in_one_line(tmp_path):
-    """One process fails at once, the other would wait for its standard input for ever."""
-    waits = [sys.executable, "-c", "import sys, threading; threading.Event().wait()"]
+def test_a_failed_run_leaves_the_others_alone_and_is_tried_again(tmp_path):
+    """What the first run waits for, the second one writes; which the failed one comes before."""
     fails = [sys.executable, "-c", "raise SystemExit('out of luck')"]
+    passes = [sys.executable, "-c", "pass"]
     runs = [
-        compare.Run("a", waits, tmp_path / "a"),
-        compare.Run("b", fails, tmp_path / "b"),
+        Run(place(method=name), command, tmp_path / name)
+        for name, command in (("a", fails), ("b", passes), ("c", passes))
     ]
-    with pytest.raises(ConfigError, match=r"b failed: out of luck \(whole output: .*\)") as refusal:
-        compare.execute(runs, 2, Progress())
-    assert "\n" not in str(refusal.value)
-    assert runs[0].process.poll() is not None
-    assert not runs[1].finished()
+    execute(runs, 1, None, Console())
+    assert [run.finished() for run in runs] == [False, True, True]
+    output = tmp_path / "a" / "output.txt"
+    assert runs[0].failure == f"a failed: out of luck (whole output: {output})"
+    runs[0].command[2] = "pass"
+    execute([runs[0]], 1, None, Console())
+    assert runs[0].finished()
+
+
+def test_failed_runs_are_named_at_the_end_and_the_tables_are_of_the_others(
+    tmp_path, monkeypatch, capsys
+):
+    def fails_for_per(command, **streams):
+        if "per.yaml" not in " ".join(command):
+            return InProcess(command, **streams)
+        streams["stdout"].write(b"out of luck\n")
+        return SimpleNamespace(poll=lambda: 1, wait=lambda *timeout: 1)
+
+    in_this_process(monkeypatch, fails_for_per)
+    arguments = [f"--settings={json.dumps(SHORT)}", f"--out={tmp_path}"]
+    with pytest.raises(SystemExit, match="1 runs failed: the same command tries them again"):
+        compare.main(["--methods=[per, uer]", "--seeds=1", *arguments])
+    assert "doorkey_6x6-dqn-per-s0 failed: out of luck" in capsys.readouterr().out
+    table = (tmp_path / "table.md").read_text()
+    assert "| uer |" in table
+    assert "| per |" not in table
+    assert "doorkey_6x6-dqn-per-s0" in table
+
+
+def test_no_run_is_begun_after_the_hours_of_a_study(tmp_path, monkeypatch):
+    """Nor does one go on, that is asked to end: here, one that would wait for ever."""
+    waits = [sys.executable, "-c", "import threading; threading.Event().wait()"]
+    runs = [Run(place(method=name), waits, tmp_path / name) for name in "ab"]
+    clock = iter([0.0, 3599.0, 3601.0])
+    monkeypatch.setattr(runs_module.time, "monotonic", lambda: next(clock))
+    execute(runs, 1, 1.0, Console())
+    assert runs[0].process.returncode == -signal.SIGTERM
+    assert runs[1].process is None
+    assert not any(run.failure or run.finished() for run in runs)
+
+
+def test_time_left_is_told_by_each_methods_own_speed():
+    def run(method, share=0.0, seconds=None):
+        return Run(place(method=method), [], Path(), share=share, seconds_per_whole=seconds)
+
+    # a: 60 s a run, b: 20 s; c is not known and taken as 40 s.
+    runs = [run("a", 1.0, 60.0), run("b", 0.5, 20.0), run("a"), run("b"), run("c")]
+    assert seconds_left(runs, jobs=2) == (10 + 60 + 20 + 40) / 2
+    assert seconds_left(runs[2:], jobs=2) is None
 
 
 @pytest.mark.slow
 def test_comparison_that_was_stopped_goes_on_with_a_run_where_it_was(tmp_path, monkeypatch):
     """Stopped as its only run says that it has a checkpoint; then that run is made to end soon."""
-    endless = [*SHORT, "--training.total_env_steps=10000000", "--training.eval_every_env_steps=0"]
-    task = compare.CONFIGS / "doorkey_6x6"
-    extra = [*endless, "--training.checkpoint_every_env_steps=64"]
-    (run,) = compare.plan(task, "dqn", ["uer"], [0], tmp_path, extra)
+    endless = {"training.total_env_steps": 10_000_000, "training.eval_every_env_steps": 0}
+    settings = {**SHORT, **endless, "training.checkpoint_every_env_steps": 64}
+    study = Study(methods=["uer"], seeds=1, out=tmp_path, settings=settings)
+    (run,) = compare.plan(study)
 
     def saved(*_):
         if any(run.folder.glob("checkpoints/rank0/checkpoint-*")):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(compare, "show", saved)
+        patch.setattr(runs_module, "show", saved)
         with pytest.raises(KeyboardInterrupt):
-            compare.execute([run], 1, Progress())
+            execute([run], 1, None, Console())
     assert run.process.returncode == 143
     rows = (run.folder / "metrics.jsonl").read_text().splitlines()
     config = run.folder / "config.yaml"
     config.write_text(config.read_text().replace("10000000", "128"))
-    (again,) = compare.plan(task, "dqn", ["uer"], [0], tmp_path, extra)
-    compare.execute([again], 1, Progress())
+    (again,) = compare.plan(study)
+    execute([again], 1, None, Console())
     assert again.finished()
     assert (run.folder / "metrics.jsonl").read_text().splitlines()[: len(rows)] == rows
     assert not (run.folder / "checkpoints").exists()
@@ -160,10 +278,19 @@ def test_comparison_that_was_stopped_goes_on_with_a_run_where_it_was(tmp_path, m
         ("--seeds=many", "seeds"),
         ("--no_such=1", "no_such"),
         ("--jobs=0", "jobs is 0"),
-        ("--configs=nowhere", "nowhere"),
+        ("--tasks=[nowhere]", "nowhere"),
+        ("--tasks=[]", "tasks is []"),
+        ("--tasks=[methods]", "methods"),
+        ("--algorithms=[other]", "doorkey_6x6"),
+        ("--judges=[uer]", "it should have a section scoring"),
+        ("--methods=[per, recipes/configs/doorkey_8x8/dqn/per.yaml]", "give each another name"),
+        ("--variants={a b: {}, a-b: {}}", "give each another name"),
+        ("--hours=0", "hours is 0"),
+        ("--config=nowhere.yaml", "nowhere"),
+        ("--report", "number of finished runs is 0"),
         ("--methods=[]", "methods is []"),
-        ("--extra=[--training.eval_every_env_steps=0]", "eval_every_env_steps is 0"),
-        ("--extra=[--env.tile_size=16]", "vlm_rb: the view of env"),
+        ("--settings={training.eval_every_env_steps: 0}", "eval_every_env_steps is 0"),
+        ("--settings={env.tile_size: 16}", "vlm_rb-s2: the view of env"),
     ],
 )
 def test_bad_argument_is_refused_in_one_line(argument, named, tmp_path):

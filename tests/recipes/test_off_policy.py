@@ -27,11 +27,12 @@ from vlmrb_torchrl.scorers import RandomScorer
 ROOT = Path(cli.__file__).parents[2]
 CONFIGS = ROOT / "recipes" / "configs"
 FILES = sorted([*CONFIGS.rglob("*.yaml"), *(ROOT / "recipes/benchmarks/replay").glob("*.yaml")])
+FILES = [path for path in FILES if "\nmethods:" not in path.read_text()]  # a study's
 ALGORITHMS = {recipe.__name__.lower(): recipe for recipe in (DQN, IQN, SAC, TD3)}
 TRAINED = (
     "methods/vlm_rb.yaml",
     "methods/privileged.yaml",
-    "doorkey_8x8/per.yaml",
+    "doorkey_8x8/dqn/per.yaml",
     "doorkey_8x8/iqn.yaml",
 )
 """One file for each method; the others, and OGBench's, wait for the slow tests."""
