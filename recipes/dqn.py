@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictSequential
+from torch import Tensor
 from torch.nn import functional
 from torch.optim import Optimizer
 from torchrl.envs import EnvBase
@@ -92,18 +93,23 @@ class DQN(Algorithm):
 
     def update(self, batch: TensorDictBase) -> Learnt:
         """Learn from a batch: the online network chooses the next action, the target values it."""
-        action, following = batch["action"].unsqueeze(-1), batch["next", "observation"]
-        value = self.network.values(batch["observation"]).gather(-1, action).squeeze(-1)
+        action, following = batch["action"], batch["next", "observation"]
+        value = self.network.value(batch["observation"], action)
         with torch.no_grad():
-            choice = self.network.values(following).argmax(-1, keepdim=True)
-            next_value = self.target.values(following).gather(-1, choice).squeeze(-1)
-            target = self.transitions.targets(batch, next_value)
+            choice = self.network.values(following).argmax(-1)
+            target = self.transitions.targets(batch, self.target.value(following, choice))
             td_error = (target - value).abs()
-        losses = functional.smooth_l1_loss(value, target, reduction="none")
+
+        def losses_of(value: Tensor) -> Tensor:
+            return functional.smooth_l1_loss(value, target, reduction="none")
+
+        signal = self.signalled(
+            td_error, losses_of, value, lambda: self.target.value(batch["observation"], action)
+        )
         figures = value_figures(value.unsqueeze(-1), target, td_error)
-        figures |= self.step(self.gradient("value", weighted_mean(losses, batch)))
+        figures |= self.step(self.gradient("value", weighted_mean(losses_of(value), batch)))
         track(self.target, self.network, self.target_update_rate)
-        return td_error, figures
+        return signal, figures
 
     def after_collection(self, progress: float) -> dict[str, float]:
         """Anneal exploration."""

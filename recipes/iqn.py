@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictSequential
+from torch import Tensor
 from torch.optim import Optimizer
 from torchrl.envs import EnvBase
 from torchrl.modules import EGreedyModule, QValueActor
@@ -111,19 +112,27 @@ class IQN(Algorithm):
     def update(self, batch: TensorDictBase) -> Learnt:
         """Learn from a batch: the online network chooses the next action, the target values it."""
         observation, following = batch["observation"], batch["next", "observation"]
+        action = batch["action"]
         tau = torch.rand(len(observation), self.online_quantiles, device=observation.device)
-        prediction = quantiles_of(self.network.quantiles(observation, tau), batch["action"])
+        prediction = quantiles_of(self.network.quantiles(observation, tau), action)
         with torch.no_grad():
             choice = self.network.values(following).argmax(-1)
             target_tau = torch.rand(len(tau), self.target_quantiles, device=tau.device)
             next_value = quantiles_of(self.target.quantiles(following, target_tau), choice)
             target = self.transitions.targets(batch, next_value)
             td_error = quantile_distance(prediction, tau, target, target_tau, self.priority)
-        losses = quantile_huber(prediction, tau, target, self.kappa)
+
+        def losses_of(prediction: Tensor) -> Tensor:
+            return quantile_huber(prediction, tau, target, self.kappa)
+
+        def target_prediction() -> Tensor:
+            return quantiles_of(self.target.quantiles(observation, tau), action)
+
+        signal = self.signalled(td_error, losses_of, prediction, target_prediction)
         figures = value_figures(prediction, target, td_error)
-        figures |= self.step(self.gradient("value", weighted_mean(losses, batch)))
+        figures |= self.step(self.gradient("value", weighted_mean(losses_of(prediction), batch)))
         track(self.target, self.network, self.target_update_rate)
-        return td_error, figures
+        return signal, figures
 
     def after_collection(self, progress: float) -> dict[str, float]:
         """Anneal exploration."""

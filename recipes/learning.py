@@ -10,7 +10,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import lightning as L
 import torch
@@ -25,8 +25,14 @@ from vlmrb_torchrl import keys
 
 Network = TypeVar("Network", bound=nn.Module)
 Figures = dict[str, Tensor]
+Signal = Literal["td_error", "reducible_loss"]
+"""What replay may go by, of each transition of a batch.
+
+``td_error``: |δ|, at least 0, in units of the return learnt from. ``reducible_loss``: the loss less
+that of the target network on the same target, of either sign, in units of the loss.
+"""
 Learnt = tuple[Tensor, Figures]
-"""What an update returns: |δ|, ``[B]``, in units of the return learnt from; numbers by name."""
+"""What an update returns: the signal that it was asked for, ``[B]``; numbers by name."""
 Update = Callable[[TensorDictBase], Learnt]
 
 
@@ -46,7 +52,10 @@ class Algorithm(L.LightningModule, ABC):
         transitions: What of the collected steps ``update`` reads.
         policy: Acts greedily.
         gradient_clip_norm: Largest norm of an optimizer's gradient; inf: any.
+        signal: What ``update`` returns of each transition; set before the first one.
     """
+
+    signal: Signal = "td_error"
 
     transitions: Transitions
     policy: TensorDictModuleBase
@@ -82,6 +91,26 @@ class Algorithm(L.LightningModule, ABC):
         Returns:
             What of it is worth logging, by name.
         """
+
+    def signalled(
+        self,
+        td_error: Tensor,
+        losses_of: Callable[[Tensor], Tensor],
+        values: Tensor,
+        target_values: Callable[[], Tensor],
+    ) -> Tensor:
+        """Return the signal that was asked for, ``[B]``, as long as no network has moved.
+
+        Args:
+            td_error: |δ|, ``[B]``.
+            losses_of: The losses ``[B]`` that values have against the target of this update.
+            values: The online network's, of the batch's actions.
+            target_values: Computes the target network's of the same; called if they are needed.
+        """
+        if self.signal == "td_error":
+            return td_error
+        with torch.no_grad():
+            return losses_of(values) - losses_of(target_values())
 
     # ---------------------------------------------------------------- gradient steps
 
@@ -157,6 +186,11 @@ def weighted_mean(losses: Tensor, batch: TensorDictBase) -> Tensor:
     """
     weights = batch.get(keys.WEIGHT, None)
     return losses.mean() if weights is None else (weights * losses).sum() / weights.sum()
+
+
+def mean_square(values: Tensor, target: Tensor) -> Tensor:
+    """Mean of the squared errors of K critics: ``[B, K]`` against ``[B]`` gives ``[B]``."""
+    return (values - target.unsqueeze(-1)).square().mean(-1)
 
 
 def value_figures(values: Tensor, target: Tensor, td_error: Tensor) -> Figures:

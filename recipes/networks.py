@@ -98,6 +98,10 @@ class GridQNetwork(TensorDictModuleBase):
         values: Tensor = self.mlp(self.one_hot(observation))
         return values
 
+    def value(self, observation: Tensor, action: Tensor) -> Tensor:
+        """Value one action ``[B]`` each: ``[B]``."""
+        return self.values(observation).gather(-1, action.unsqueeze(-1)).squeeze(-1)
+
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the values."""
         return tensordict.set("action_value", self.values(tensordict.get("observation")))

@@ -24,7 +24,6 @@ from recipes.running.divergence import check_learning
 from recipes.running.metrics import Telemetry
 from recipes.running.run_state import Games, Learner, Memory, RunState
 from recipes.settings import progress_of
-from vlmrb_torchrl import keys
 
 
 @timeit("store")
@@ -43,14 +42,14 @@ def update(learner: Learner, memory: Memory, telemetry: Telemetry) -> None:
     with timeit("sample"):
         batch = memory.batches.sample()
     with timeit("update"):
-        td_error, figures = learner.update(batch)
+        signal, figures = learner.update(batch)
     replayed = memory.batches.replayed(batch)
     telemetry.updated(figures, replayed, memory.buffer)
-    if memory.replay.uses_td_error:
+    if memory.replay.signal is not None:
         with timeit("priority"):
             if memory.replay.device == "cpu":  # to which they go: the learner is waited for
                 check_learning(telemetry.learning)
-            replayed.set(keys.TD_ERROR, td_error[: len(replayed)])
+            replayed.set(memory.buffer.priority_key, signal[: len(replayed)])
             memory.buffer.update_tensordict_priority(replayed)
 
 
@@ -92,6 +91,7 @@ def train(
     """
     training = settings.training
     seed = training.seed * fabric.world_size + fabric.global_rank
+    module.signal = settings.replay.signal or module.signal
     learner = Learner(fabric, module)
     memory = Memory(settings, module.transitions, seed)
     games = Games(settings, module.behaviour, fabric.device, seed, telemetry, memory)

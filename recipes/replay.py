@@ -20,9 +20,11 @@ from recipes.arguments import (
     PositiveInt,
     Slots,
 )
+from recipes.learning import Signal
 from recipes.settings import linear
-from vlmrb_torchrl import VLMPrioritizedSampler, VLMReplayBuffer
+from vlmrb_torchrl import VLMPrioritizedSampler, VLMReplayBuffer, keys
 from vlmrb_torchrl.checks import require
+from vlmrb_torchrl.samplers import ReducibleLossSampler
 
 
 class Replay(ABC):
@@ -40,8 +42,8 @@ class Replay(ABC):
 
     uses_scores = False
     """Whether clips are scored for this method."""
-    uses_td_error = False
-    """Whether |δ| is written back after each gradient step."""
+    signal: Signal | None = None
+    """What of an update is written back, as priorities of what it learnt from."""
     buffer_class: type[TensorDictReplayBuffer] = VLMReplayBuffer
     """What holds the transitions; scores need a ``VLMReplayBuffer``."""
 
@@ -90,7 +92,7 @@ class Replay(ABC):
             storage=LazyTensorStorage(self.capacity, device=self.device),
             sampler=self.sampler(),
             batch_size=self.batch_size - other_rows,
-            priority_key="td_error",
+            priority_key=self.signal or keys.TD_ERROR,
         )
         return buffer
 
@@ -120,7 +122,7 @@ class Prioritized(Replay):
         td_error_offset: ε, added to |δ|, in units of return, so that no transition is lost.
     """
 
-    uses_td_error = True
+    signal: Signal | None = "td_error"
 
     def __init__(
         self,
@@ -159,6 +161,34 @@ class Prioritized(Replay):
         return figures | {name: buffer.sampler.statistics(len(buffer))[name]}
 
 
+class ReLo(Prioritized):
+    """ReLo: as PER, by f(loss - the target network's loss) in the place of |δ| (arXiv 2208.10483).
+
+    The offset ε is in units of the loss here.
+
+    Args:
+        mapping: f: ``relu``, or ``exponential``, x + 1 from 0 on and e^x below.
+    """
+
+    signal = "reducible_loss"
+
+    def __init__(
+        self, mapping: Literal["relu", "exponential"] = "relu", **prioritized: Any
+    ) -> None:
+        super().__init__(**prioritized)
+        self.mapping: Literal["relu", "exponential"] = mapping
+
+    def sampler(self) -> Sampler:
+        """Build the sampler that takes differences of losses."""
+        return ReducibleLossSampler(
+            self.capacity,
+            mapping=self.mapping,
+            alpha=self.alpha,
+            beta=self.beta_start,
+            eps=self.td_error_offset,
+        )
+
+
 class VLMGuided(Replay):
     """VLM-RB: q(i) = λ q^P(i) + (1-λ)/N, where q^P follows the judge's scores (arXiv 2602.01915).
 
@@ -192,7 +222,7 @@ class VLMGuided(Replay):
     ) -> None:
         super().__init__(**ring)
         self.lmbda, self.lmbda_share = lmbda, lmbda_share
-        self.td_boost = self.uses_td_error = td_boost
+        self.signal = "td_error" if td_boost else None
         self._priorities: dict[str, Any] = {
             "alpha": alpha,
             "beta": beta,

@@ -7,6 +7,7 @@ fabric run --devices=2 recipes/sac.py --config recipes/configs/scene_task1/sac.y
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from tensordict import TensorDictBase
@@ -29,6 +30,7 @@ from recipes.learning import (
     Algorithm,
     Learnt,
     adam,
+    mean_square,
     target_of,
     track,
     value_figures,
@@ -111,14 +113,18 @@ class SAC(Algorithm):
     def update(self, batch: TensorDictBase) -> Learnt:
         """Learn from a batch: critics, then the actor by them, then the temperature."""
         observation, following = batch["observation"], batch["next", "observation"]
+        pair = observation, batch["action"]
         alpha = self.log_alpha.detach().exp()
-        values = self.critics(observation, batch["action"])
+        values = self.critics(*pair)
         with torch.no_grad():
             action, log_prob = self.actor.draw(following)
             next_value = self.target(following, action).amin(-1) - alpha * log_prob
             target = self.transitions.targets(batch, next_value)
         errors = values - target.unsqueeze(-1)
         td_error = errors.detach().abs().amax(-1)
+        signal = self.signalled(
+            td_error, partial(mean_square, target=target), values, lambda: self.target(*pair)
+        )
         figures = value_figures(values, target, td_error)
         loss = weighted_mean(errors.square().sum(-1), batch)
         figures |= self.step(self.gradient("critic", loss))
@@ -132,7 +138,7 @@ class SAC(Algorithm):
         loss = self.log_alpha * (entropy - self.target_entropy)
         figures |= self.step(self.gradient("temperature", loss))
         track(self.target, self.critics, self.target_update_rate)
-        return td_error, figures | {"train/entropy": entropy, "train/alpha": alpha}
+        return signal, figures | {"train/entropy": entropy, "train/alpha": alpha}
 
     def after_collection(self, progress: float) -> dict[str, float]:
         """End the uniform actions of the warm-up."""

@@ -7,6 +7,7 @@ fabric run --devices=2 recipes/td3.py --config recipes/configs/scene_task1/td3.y
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from tensordict import TensorDictBase
@@ -28,6 +29,7 @@ from recipes.learning import (
     Algorithm,
     Learnt,
     adam,
+    mean_square,
     target_of,
     track,
     value_figures,
@@ -113,7 +115,8 @@ class TD3(Algorithm):
     def update_critics(self, batch: TensorDictBase) -> Learnt:
         """Learn from a batch: the critics alone."""
         action, following = batch["action"], batch["next", "observation"]
-        values = self.critics(batch["observation"], action)
+        pair = batch["observation"], action
+        values = self.critics(*pair)
         with torch.no_grad():
             noise = self.target_noise * torch.randn_like(action)
             noise = noise.clamp(-self.target_noise_clip, self.target_noise_clip)
@@ -122,20 +125,23 @@ class TD3(Algorithm):
             target = self.transitions.targets(batch, next_value)
         errors = values - target.unsqueeze(-1)
         td_error = errors.detach().abs().amax(-1)
+        signal = self.signalled(
+            td_error, partial(mean_square, target=target), values, lambda: self.target(*pair)
+        )
         figures = value_figures(values, target, td_error)
         loss = weighted_mean(errors.square().sum(-1), batch)
-        return td_error, figures | self.step(self.gradient("critic", loss))
+        return signal, figures | self.step(self.gradient("critic", loss))
 
     def update(self, batch: TensorDictBase) -> Learnt:
         """Learn from a batch: the critics, then the actor by the first of them, then targets."""
-        td_error, figures = self.update_critics(batch)
+        signal, figures = self.update_critics(batch)
         observation = batch["observation"]
         pair = torch.cat([observation, self.policy.act(observation)], dim=-1)
         loss = -self.critics[0](pair).mean()  # importance weights are the critics' alone
         figures |= self.step(self.gradient("actor", loss))
         track(self.target, self.critics, self.target_update_rate)
         track(self.target_policy, self.policy, self.target_update_rate)
-        return td_error, figures
+        return signal, figures
 
     def after_collection(self, progress: float) -> dict[str, float]:
         """End the uniform actions of the warm-up."""

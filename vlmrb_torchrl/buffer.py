@@ -30,10 +30,11 @@ from torchrl.data.replay_buffers.writers import RoundRobinWriter, TensorDictRoun
 
 from vlmrb_torchrl.checks import is_key, require
 from vlmrb_torchrl.keys import GENERATION, INDEX, TD_ERROR
+from vlmrb_torchrl.samplers import ReducibleLossSampler, VLMPrioritizedSampler
 from vlmrb_torchrl.samplers.arguments import as_index, as_numbers, sent
-from vlmrb_torchrl.samplers.vlm import VLMPrioritizedSampler
 
-_FLAT_SAMPLERS = (RandomSampler, PrioritizedSampler, VLMPrioritizedSampler)  # a slot a draw
+# Draw a slot an item.
+_FLAT_SAMPLERS = (RandomSampler, PrioritizedSampler, VLMPrioritizedSampler, ReducibleLossSampler)
 
 
 class VLMReplayBuffer(TensorDictReplayBuffer):

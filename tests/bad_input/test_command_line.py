@@ -63,6 +63,10 @@ BAD: dict[tuple[Any, ...], tuple[str, dict[str, tuple[str, ...]]]] = {
             "td_error_offset": POSITIVE,
         },
     ),
+    (DQN, *QUICK, "--replay=ReLo"): (
+        "replay",
+        {**RING, "alpha": SHARE, "td_error_offset": POSITIVE, "mapping": ("other",)},
+    ),
     (DQN, *QUICK, "--replay=VLMGuided"): (
         "replay",
         {

@@ -20,6 +20,7 @@ from torchrl.modules import QValueActor
 import vlmrb_torchrl.envs as envs
 import vlmrb_torchrl.objectives as objectives
 import vlmrb_torchrl.renderers as renderers
+import vlmrb_torchrl.samplers as samplers
 import vlmrb_torchrl.scorers as scorers
 from tests.bad_input.kinds import (
     COUNT,
@@ -110,6 +111,13 @@ CONSTRUCTORS: dict[Callable[..., Any], tuple[dict[str, Any], dict[str, tuple[Any
             "dtype": (*NO_NAME, torch.float16, torch.int64),
             "device": NO_DEVICE,
             "max_priority_within_buffer": NO_FLAG,
+        },
+    ),
+    samplers.ReducibleLossSampler: (
+        {"max_capacity": 8},
+        {
+            "mapping": other_than("relu", "exponential"),
+            **dict.fromkeys(("alpha", "beta", "eps"), NOT_NEGATIVE),
         },
     ),
     VLMReplayBuffer: (

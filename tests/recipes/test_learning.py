@@ -165,6 +165,75 @@ def test_weights_four_times_as_large_teach_the_same_bit_for_bit(algorithm):
     assert all(map(torch.equal, *left))
 
 
+# -------------------------------------------------------------- what replay goes by
+
+
+def shifted(algorithm, signal, **arguments):
+    """An algorithm whose target networks differ from the online ones."""
+    module = built(algorithm, **arguments)
+    module.signal = signal
+    for name, weight in module.named_parameters():
+        weight.data += 0.3 * torch.randn_like(weight) * name.startswith("target")
+    return module
+
+
+def losses(module, drawn):
+    """The loss of each transition: of a batch in which it alone has a weight."""
+    left = []
+    for weights in torch.eye(len(drawn)):
+        torch.manual_seed(1)
+        _, figures = module.update(drawn.clone().set("priority_weight", weights))
+        left.append(next(figures[name] for name in figures if name.startswith("loss/")))
+    return torch.stack(left)
+
+
+@ALL
+def test_reducible_loss_is_the_loss_less_that_of_the_target_network_on_the_same_target(algorithm):
+    """At the end of episodes the target is the reward: an algorithm whose network is that target
+    network has the loss that is taken off. Of two critics it is the mean, where losses add up.
+    """
+    module = shifted(algorithm, "reducible_loss", learning_rate=0.0)
+    drawn = batch(is_discrete(algorithm), size=8)
+    drawn["next", "terminated"].fill_(True)
+    ahead = copy.deepcopy(module)
+    online = ahead.network if is_discrete(algorithm) else ahead.critics
+    online.load_state_dict(ahead.target.state_dict())
+    ahead.prepare(Fabric(accelerator="cpu", devices=1))
+    torch.manual_seed(1)
+    signal, _ = module.update(drawn)
+    difference = losses(module, drawn) - losses(ahead, drawn)
+    difference /= 1 if is_discrete(algorithm) else 2
+    assert (signal < 0).any()
+    assert (signal > 0).any()
+    torch.testing.assert_close(signal, difference, rtol=1e-4, atol=1e-5)
+
+
+@ALL
+def test_reducible_loss_is_exactly_zero_after_the_target_network_was_set_to_the_online_one(
+    algorithm,
+):
+    module = built(algorithm)  # as it is made
+    module.signal = "reducible_loss"
+    signal, _ = module.update(batch(is_discrete(algorithm), size=64))
+    assert not signal.any()
+    signal, _ = module.update(batch(is_discrete(algorithm), size=64))
+    assert signal.any()
+
+
+@ALL
+def test_what_is_learnt_does_not_depend_on_the_signal_that_is_asked_for(algorithm):
+    left = []
+    for signal in ("td_error", "reducible_loss"):
+        module = shifted(algorithm, signal)
+        torch.manual_seed(1)
+        for seed in range(4):
+            said, figures = module.update(batch(is_discrete(algorithm), seed=seed))
+            assert said.shape == (5,)
+            assert signal == "reducible_loss" or (said >= 0).all()
+        left.append([*figures.values(), *module.parameters(), torch.rand(())])
+    assert all(map(torch.equal, *left))
+
+
 # -------------------------------------------------------------- compiled, captured
 
 
@@ -186,22 +255,32 @@ def test_an_update_reads_no_number_back(algorithm):
         torch.ones(()).item()
     for name in {module.next_update(), module.next_update()}:
         drawn = batch(is_discrete(algorithm))
-        with NothingRead():
-            getattr(module, name)(drawn)
+        for module.signal in ("td_error", "reducible_loss"):
+            with NothingRead():
+                getattr(module, name)(drawn)
 
 
 @ALL
 @pytest.mark.parametrize(
-    "backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow), "cudagraph"]
+    ("backend", "signal"),
+    [
+        ("eager", "td_error"),
+        pytest.param("eager", "reducible_loss", marks=pytest.mark.slow),
+        pytest.param("inductor", "td_error", marks=pytest.mark.slow),
+        pytest.param("inductor", "reducible_loss", marks=pytest.mark.slow),
+        ("cudagraph", "reducible_loss"),
+    ],
 )
-def test_accelerated_updates_are_the_same_and_compiled_once(algorithm, backend, monkeypatch):
+def test_accelerated_updates_are_the_same_and_compiled_once(
+    algorithm, backend, signal, monkeypatch
+):
     """Without the C++ of the backend the graph is as it was captured; with it, it rounds otherwise.
 
     Without a GPU what would be a CUDA graph is run as it is.
     """
     if backend == "inductor" and not acceleration.compiler_is_here():
         pytest.skip("torch.compile wants a C++ compiler")
-    expected, module = updates(built(algorithm)), built(algorithm)
+    expected, module = updates(shifted(algorithm, signal)), shifted(algorithm, signal)
     if backend == "cudagraph":
         with warnings.catch_warnings(action="ignore"):
             left = updates(module, "cudagraph")

@@ -32,6 +32,7 @@ ALGORITHMS = {recipe.__name__.lower(): recipe for recipe in (DQN, IQN, SAC, TD3)
 TRAINED = (
     "methods/vlm_rb.yaml",
     "methods/privileged.yaml",
+    "methods/relo.yaml",
     "doorkey_8x8/dqn/per.yaml",
     "doorkey_8x8/iqn.yaml",
 )

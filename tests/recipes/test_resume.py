@@ -26,7 +26,7 @@ RUNS = {
         DQN,
         [*DOORKEY, SYNC, NOISY, "--replay.td_boost=true", *DEMONSTRATIONS],
     ),
-    "sac, prioritized": (SAC, [*LINE, "--replay=Prioritized"]),
+    "sac, reducible loss": (SAC, [*LINE, "--replay=ReLo"]),
     "td3, uniform, n steps, compiled": (
         TD3,
         [*LINE, "--replay=Uniform", "--algorithm.n_steps=3", "--training.accelerate=compile"],
@@ -36,6 +36,7 @@ SLOW = {
     "dqn, judge": (DQN, [*DOORKEY, SYNC, PRIVILEGED]),
     "dqn, embedded judge": (DQN, [*DOORKEY, SYNC, "--scoring.clip_transitions=32"]),
     "iqn, judge that draws": (IQN, [*DOORKEY, SYNC, NOISY]),
+    "sac, prioritized": (SAC, [*LINE, "--replay=Prioritized"]),
     "iqn, prioritized": (IQN, [*DOORKEY, "--replay=Prioritized"]),
 }
 

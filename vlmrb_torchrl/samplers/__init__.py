@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vlmrb_torchrl.samplers.reducible import ReducibleLossSampler
 from vlmrb_torchrl.samplers.vlm import VLMPrioritizedSampler
 
-__all__ = ["VLMPrioritizedSampler"]
+__all__ = ["ReducibleLossSampler", "VLMPrioritizedSampler"]
