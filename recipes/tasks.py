@@ -17,6 +17,7 @@ from vlmrb_torchrl import keys
 from vlmrb_torchrl.envs import DoorKeyEnv, OGBenchEnv
 from vlmrb_torchrl.envs.ogbench import event_names, ogbench_renderer
 from vlmrb_torchrl.renderers import MiniGridRenderer, MuJoCoRenderer, Renderer
+from vlmrb_torchrl.renderers.minigrid import Game
 
 
 class Task(ABC):
@@ -67,6 +68,9 @@ class DoorKey(Task):
         tile_size: Pixels along the edge of a cell in the judge's frames.
         window: Cells along the edge of the judge's frames, a window that holds the agent;
             null: the whole grid. The embedded judge knows 8 pixels a cell and 8 cells.
+        sprites: What the judge's frames show, and nothing else changes: MiniGrid's own pictures,
+            or those of a modified game. misleading: the goal as a yellow key, the key as a green
+            goal, the door as wall; abstract: each cell's content as a random texture.
     """
 
     event_names = DoorKeyEnv.event_names
@@ -78,9 +82,10 @@ class DoorKey(Task):
         max_steps: PositiveInt | None = None,
         tile_size: PositiveInt = 8,
         window: PositiveInt | None = 8,
+        sprites: Game = "standard",
     ) -> None:
         self.size, self.max_steps = size, max_steps
-        self.tile_size, self.window = tile_size, window
+        self.tile_size, self.window, self.sprites = tile_size, window, sprites
         self.name = f"doorkey_{size}x{size}"
         self.configs = "doorkey_6x6" if size <= 6 else "doorkey_8x8"
 
@@ -92,7 +97,7 @@ class DoorKey(Task):
 
     def renderer(self) -> MiniGridRenderer:
         """Build the tile renderer."""
-        return MiniGridRenderer(self.tile_size, self.window)
+        return MiniGridRenderer(self.tile_size, self.window, self.sprites)
 
 
 class Scene(Task):

@@ -212,7 +212,7 @@ CONSTRUCTORS: dict[Callable[..., Any], tuple[dict[str, Any], dict[str, tuple[Any
         {
             "tile_size": whole(1, 1024),
             "window": whole(1, 1024, or_none=True),
-            "sprites": NO_OBJECT,
+            "sprites": (*NO_OBJECT, None),
         },
     ),
     renderers.SwappedSprites: ({}, {"swaps": ("x", 3, [1], {"gaol": "door"}, {"goal": "gaol"})}),

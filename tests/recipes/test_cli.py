@@ -101,6 +101,7 @@ REFUSED = {
     "--config=no_such_file.yaml": ("no_such_file.yaml",),
     "--config={resume: runs/there}": ("resume is runs/there", "in the command itself"),
     "--env=tests.recipes.test_cli.StatelessDoorKey": ("render_state", "StatelessDoorKey"),
+    "--env.sprites=other": ("sprites", "misleading"),
     "--env.tile_size=16": ("EmbeddedJudge knows (64, 64) only", "--env.help DoorKey"),
     "--training.eval_every_env_steps=300000": ("training.eval_every_env_steps", "240000"),
     "--scoring.scorer={class_path: HuggingFaceScorer, init_args: {model: ./nope}}": ("./nope",),

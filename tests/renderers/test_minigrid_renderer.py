@@ -193,6 +193,21 @@ def test_abstract_sprites_follow_the_seed() -> None:
     assert len(tiles.unique(dim=0)) == 3  # empty, agent, goal
 
 
+def test_games_are_chosen_by_name() -> None:
+    env = DoorKeyEnv(size=6)
+    env.reset(seed=0)
+    state = minigrid_render_state(env)
+    frames = {}
+    for name, sprites in (("misleading", SwappedSprites()), ("abstract", AbstractSprites())):
+        frames[name] = MiniGridRenderer(TILE, sprites=name)(state)
+        assert torch.equal(frames[name], MiniGridRenderer(TILE, sprites=sprites)(state))
+    frames["standard"] = MiniGridRenderer(TILE, sprites="standard")(state)
+    assert torch.equal(frames["standard"], stock_frame(env))
+    assert len({frame.numpy().tobytes() for frame in frames.values()}) == 3
+    with pytest.raises(ValueError, match="sprites is other: name one of standard, misleading"):
+        MiniGridRenderer(TILE, sprites="other")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [

@@ -21,7 +21,7 @@ from vlmrb_torchrl.checks import is_whole, require
 from vlmrb_torchrl.envs.base import SeededEpisodes
 from vlmrb_torchrl.keys import RENDER_STATE
 from vlmrb_torchrl.prompts import MINIGRID
-from vlmrb_torchrl.renderers.minigrid import MiniGridRenderer
+from vlmrb_torchrl.renderers.minigrid import Game, MiniGridRenderer
 
 _MOST_CELLS = 256  # along an edge; beyond, an observation would take a quarter of a megabyte
 _LEFT, _RIGHT, _FORWARD, _PICKUP, _DROP, _TOGGLE, _DONE = range(7)
@@ -125,9 +125,11 @@ class DoorKeyEnv(SeededEpisodes):
         self._observe(observation, Bounded(0, 10, (N, S, S, 4), dtype=torch.uint8))
         self.action_spec = Categorical(_DONE + 1, shape=(N,), dtype=torch.int64)
 
-    def renderer(self, tile_size: int = 8, window: int | None = None) -> MiniGridRenderer:
+    def renderer(
+        self, tile_size: int = 8, window: int | None = None, sprites: Game = "standard"
+    ) -> MiniGridRenderer:
         """A renderer of ``render_state``; see ``MiniGridRenderer`` for the arguments."""
-        return MiniGridRenderer(tile_size, window)
+        return MiniGridRenderer(tile_size, window, sprites)
 
     def demonstrator(self) -> DoorKeyDemonstrator:
         """A policy that takes the shortest way to the goal."""

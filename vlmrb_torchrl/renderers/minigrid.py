@@ -14,7 +14,7 @@ import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -165,6 +165,15 @@ class AbstractSprites:
         return texture
 
 
+Game = Literal["standard", "misleading", "abstract"]
+"""MiniGrid's own pictures, or those of a modified game."""
+_GAMES = {
+    "standard": lambda: stock_sprites,
+    "misleading": SwappedSprites,
+    "abstract": AbstractSprites,
+}
+
+
 class MiniGridRenderer:
     """Batched MiniGrid frames, equal to ``get_frame(highlight=False)`` byte for byte.
 
@@ -174,11 +183,12 @@ class MiniGridRenderer:
         tile_size: Edge of a cell, in pixels.
         window: None shows the whole grid. k shows k x k cells that hold the agent: centred on
             it and clamped to the grid's borders. A grid smaller than that is centred on black.
-        sprites: Draws the tiles; None draws MiniGrid's own. Used for the modified games, in
-            which the judge sees other pictures of the same states.
+        sprites: Draws the tiles: a function, or the name of a game: ``"standard"`` (MiniGrid's
+            own), or a modified one, in which a judge sees other pictures of the same states:
+            ``"misleading"`` (`SwappedSprites`) or ``"abstract"`` (`AbstractSprites`).
 
     Raises:
-        ValueError: ``tile_size`` or ``window`` is not positive.
+        ValueError: ``tile_size`` or ``window`` is not positive, or there is no such game.
 
     Example:
         >>> state = torch.zeros(5, 8, 8, 4, dtype=torch.uint8)  # 5 grids of 8 x 8 unseen cells
@@ -191,15 +201,18 @@ class MiniGridRenderer:
     _on: torch.device | None = None
 
     def __init__(
-        self, tile_size: int = 8, window: int | None = None, sprites: Sprites | None = None
+        self, tile_size: int = 8, window: int | None = None, sprites: Sprites | Game = "standard"
     ) -> None:
         require(is_whole(tile_size, 1, _MOST), "tile_size", tile_size, f"take 1 to {_MOST} pixels")
         seen = window is None or is_whole(window, 1, _MOST)
         require(seen, "window", window, f"show 1 to {_MOST} cells, or None for all")
-        if sprites is not None and not callable(sprites):
+        if isinstance(sprites, str):
+            remedy = f"name one of {', '.join(_GAMES)}, or pass a function that draws a tile"
+            require(sprites in _GAMES, "sprites", sprites, remedy)
+            sprites = _GAMES[sprites]()
+        if not callable(sprites):
             raise TypeError(f"sprites={shown(sprites)}: pass a function that draws a tile.")
-        self.tile_size, self.window = tile_size, window
-        self.sprites = stock_sprites if sprites is None else sprites
+        self.tile_size, self.window, self.sprites = tile_size, window, sprites
         self._clear()
 
     def on(self, device: torch.device) -> Self:
