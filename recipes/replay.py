@@ -14,6 +14,7 @@ from torchrl.data.replay_buffers.samplers import Sampler
 
 from recipes.arguments import (
     ClosedUnitInterval,
+    FiniteFloat,
     LeftOpenUnitInterval,
     NonNegativeFinite,
     PositiveFinite,
@@ -22,7 +23,7 @@ from recipes.arguments import (
 )
 from recipes.learning import Signal
 from recipes.settings import linear
-from vlmrb_torchrl import VLMPrioritizedSampler, VLMReplayBuffer, keys
+from vlmrb_torchrl import ScoreBonus, VLMPrioritizedSampler, VLMReplayBuffer, keys
 from vlmrb_torchrl.checks import require
 from vlmrb_torchrl.samplers import ReducibleLossSampler
 
@@ -189,7 +190,25 @@ class ReLo(Prioritized):
         )
 
 
-class VLMGuided(Replay):
+class Judged(Replay):
+    """What methods that ask a judge share."""
+
+    uses_scores = True
+
+    def figures(self, buffer: VLMReplayBuffer, drawn: Tensor | None) -> dict[str, float]:
+        """Add how much of the buffer and of the batches the judge has seen and praised."""
+        sampler = buffer.sampler
+        figures = super().figures(buffer, drawn)
+        figures |= sampler.statistics(len(buffer))
+        if drawn is not None:
+            # As they are by now: a verdict that came after the draw counts as well.
+            positive = sampler.positive
+            share = positive[drawn.to(positive.device)].float().mean()
+            figures["batch_share_positive"] = share.item()
+        return figures
+
+
+class VLMGuided(Judged):
     """VLM-RB: q(i) = λ q^P(i) + (1-λ)/N, where q^P follows the judge's scores (arXiv 2602.01915).
 
     Args:
@@ -204,8 +223,6 @@ class VLMGuided(Replay):
             0 as in the paper; with `td_boost` 1 is PER, whatever the judge says.
         unscored_priority: Priority of a transition that no judge has seen yet.
     """
-
-    uses_scores = True
 
     def __init__(
         self,
@@ -242,14 +259,38 @@ class VLMGuided(Replay):
         sampler.lmbda = linear(0.0, self.lmbda, self.lmbda_share, progress)
 
     def figures(self, buffer: VLMReplayBuffer, drawn: Tensor | None) -> dict[str, float]:
-        """Add λ, β, and how much of the buffer and of the batches the judge has praised."""
+        """Add λ and β."""
         sampler = buffer.sampler
-        figures = super().figures(buffer, drawn)
-        figures |= sampler.statistics(len(buffer))
-        figures |= {"lambda": float(sampler.lmbda), "beta": float(sampler.beta)}
-        if drawn is not None:
-            # As they are by now: a verdict that came after the draw counts as well.
-            positive = sampler.positive
-            share = positive[drawn.to(positive.device)].float().mean()
-            figures["batch_share_positive"] = share.item()
-        return figures
+        figures = {"lambda": float(sampler.lmbda), "beta": float(sampler.beta)}
+        return super().figures(buffer, drawn) | figures
+
+
+class RewardBonus(Judged):
+    """The judge's score as a reward: draws are uniform, r + bonus · p is learnt from.
+
+    All transitions of a praised clip are paid alike. Demonstrations that fill a share of each batch
+    of their own are not judged and get nothing.
+
+    Args:
+        bonus: Of a Yes, in units of the reward that is learnt from.
+        threshold: A score from here on counts as Yes (1), below as No (0); null keeps raw scores.
+    """
+
+    def __init__(
+        self,
+        bonus: FiniteFloat = 0.1,
+        threshold: LeftOpenUnitInterval | None = 0.5,
+        **ring: Any,
+    ) -> None:
+        super().__init__(**ring)
+        self.bonus, self.threshold = bonus, threshold
+
+    def sampler(self) -> Sampler:
+        """Build a sampler that draws uniformly and keeps the scores."""
+        return VLMPrioritizedSampler(self.capacity, lmbda=0.0, threshold=self.threshold)
+
+    def buffer(self, other_rows: int = 0) -> VLMReplayBuffer:
+        """Build the replay buffer, whose rewards have the bonus when they are drawn."""
+        buffer = super().buffer(other_rows)
+        buffer.append_transform(ScoreBonus(buffer.sampler, self.bonus, threshold=self.threshold))
+        return buffer

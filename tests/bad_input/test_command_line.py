@@ -79,6 +79,10 @@ BAD: dict[tuple[Any, ...], tuple[str, dict[str, tuple[str, ...]]]] = {
             "threshold": POSITIVE_SHARE,
         },
     ),
+    (DQN, *QUICK, "--replay=RewardBonus"): (
+        "replay",
+        {**RING, "bonus": (".inf", ".nan"), "threshold": POSITIVE_SHARE},
+    ),
     (DQN, *QUICK, "--env=DoorKey"): (
         "env",
         {"size": ("4",), **dict.fromkeys(("max_steps", "tile_size", "window"), COUNT)},

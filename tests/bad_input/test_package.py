@@ -28,6 +28,7 @@ from tests.bad_input.kinds import (
     NO_FLAG,
     NO_NAME,
     NO_NAMES,
+    NO_NUMBER,
     NO_OBJECT,
     NOT_NEGATIVE,
     POSITIVE,
@@ -44,7 +45,13 @@ from tests.bad_input.kinds import (
 )
 from tests.scoring_doubles import Brightness, NumberRenderer, Yes
 from tests.streams import stream
-from vlmrb_torchrl import AsyncScorer, ClipRenderTransform, VLMPrioritizedSampler, VLMReplayBuffer
+from vlmrb_torchrl import (
+    AsyncScorer,
+    ClipRenderTransform,
+    ScoreBonus,
+    VLMPrioritizedSampler,
+    VLMReplayBuffer,
+)
 
 # What is no index is an IndexError and a missing key a KeyError, as everywhere in Python; lengths
 # that do not match are a RuntimeError, as in TorchRL's own prioritized sampler.
@@ -111,6 +118,15 @@ CONSTRUCTORS: dict[Callable[..., Any], tuple[dict[str, Any], dict[str, tuple[Any
             "dtype": (*NO_NAME, torch.float16, torch.int64),
             "device": NO_DEVICE,
             "max_priority_within_buffer": NO_FLAG,
+        },
+    ),
+    ScoreBonus: (
+        {"sampler": VLMPrioritizedSampler(8), "bonus": 0.5},
+        {
+            "sampler": (*NO_OBJECT, None),
+            "bonus": (*NO_NUMBER, math.nan, math.inf, -math.inf, None),
+            "threshold": real(0, 1, or_none=True),
+            "reward_key": NO_NAME,
         },
     ),
     samplers.ReducibleLossSampler: (

@@ -33,6 +33,7 @@ TRAINED = (
     "methods/vlm_rb.yaml",
     "methods/privileged.yaml",
     "methods/relo.yaml",
+    "methods/bonus.yaml",
     "doorkey_8x8/dqn/per.yaml",
     "doorkey_8x8/iqn.yaml",
 )

@@ -33,6 +33,7 @@ RUNS = {
     ),
 }
 SLOW = {
+    "dqn, reward bonus": (DQN, [*DOORKEY, SYNC, NOISY, "--replay=RewardBonus"]),
     "dqn, judge": (DQN, [*DOORKEY, SYNC, PRIVILEGED]),
     "dqn, embedded judge": (DQN, [*DOORKEY, SYNC, "--scoring.clip_transitions=32"]),
     "iqn, judge that draws": (IQN, [*DOORKEY, SYNC, NOISY]),
