@@ -94,6 +94,9 @@ class Scoring:
         stride: Transitions between the starts of two clips; null: no overlap.
         queue_clips: Clips that may wait, about 5 kB each on DoorKey; beyond, the oldest is
             dropped and counted.
+        delay_env_steps: Control: environment steps from a clip's end until the judge is given it,
+            on each rank.
+        dropped_share: Control: share of the clips that the judge is never given.
         batch_clips: Clips that the judge sees at once.
         timeout_s: Seconds for a batch until the judge counts as hanging.
         duty_cycle: Share of the time that the judge may compute, for one on the learner's own GPU.
@@ -106,6 +109,8 @@ class Scoring:
     frames_per_clip: PositiveInt = 32
     stride: PositiveInt | None = None
     queue_clips: PositiveInt = 2048
+    delay_env_steps: NonNegativeInt = 0
+    dropped_share: ClosedUnitInterval = 0.0
     batch_clips: PositiveInt = 16
     timeout_s: Seconds = 60.0
     duty_cycle: LeftOpenUnitInterval = 1.0

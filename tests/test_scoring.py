@@ -376,6 +376,54 @@ def test_latency_counts_what_was_inserted_between_a_clips_end_and_its_score(gate
     assert figures["clips_per_s"] > 0
 
 
+# ---------------------------------------------------------------- controls: late, and not at all
+
+
+@pytest.mark.parametrize("mode", ["sync", "thread"])
+@pytest.mark.parametrize("delay", [0, 1, 5, 8])
+def test_a_delayed_clip_is_scored_as_soon_as_that_many_transitions_came_after_its_end(delay, mode):
+    """Clips of 4, transition by transition: after t of them those that end by t - delay."""
+    buffer, whole = make_buffer(), stream([17], open_end=True)
+    with make(buffer, Yes(), mode, delay_env_steps=delay) as scoring:
+        for t in range(1, 17):
+            insert(buffer, scoring, whole[t - 1 : t])
+            assert scoring.drain(PATIENT)
+            done = max(t - delay, 0) // 4
+            assert scores(buffer)[:t] == ([1] * 4 * done + [-1] * t)[:t]
+            figures = books(scoring)
+            assert figures["clips_pending"] == t // 4 - done
+            assert figures["latency_env_steps"] == (delay if done else 0)
+    assert books(scoring)["clips_dropped"] == figures["clips_pending"]
+
+
+def test_scores_that_are_delayed_for_longer_than_the_ring_is_long_are_all_late():
+    buffer = make_buffer(8)
+    with make(buffer, Yes(), "sync", delay_env_steps=8) as scoring:
+        for start in range(0, 64, 4):
+            insert(buffer, scoring, stream([4], start=start))
+        assert set(scores(buffer)) == {-1}
+        assert (books(scoring)["clips_late"], books(scoring)["clips_pending"]) == (14, 2)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_the_dropped_share_is_dropped_by_the_seed_and_has_no_score(share):
+    """2,000 clips: within 4.5 standard errors."""
+
+    def dropped(seed):
+        buffer, settings = make_buffer(2000), {"clip_transitions": 1, "batch_clips": 1000}
+        with make(buffer, Yes(), "sync", dropped_share=share, seed=seed, **settings) as scoring:
+            for start in (0, 1000):
+                insert(buffer, scoring, stream([1000], start=start))
+            figures = books(scoring)
+        assert figures["clips_scored"] + figures["clips_dropped"] == 2000
+        return [score == -1 for score in scores(buffer)]
+
+    first = dropped(seed=7)
+    assert abs(sum(first) / 2000 - share) <= 4.5 * math.sqrt(share * (1 - share) / 2000)
+    assert dropped(seed=7) == first
+    assert (dropped(seed=8) != first) == (0 < share < 1)
+
+
 # ---------------------------------------------------------------- faults
 
 
@@ -983,7 +1031,8 @@ def test_a_synchronous_run_is_repeated_bit_for_bit_and_resumed_as_if_uninterrupt
 
     def new():
         buffer = make_buffer()
-        return buffer, make(buffer, scorer(), "sync", clip_transitions=3)
+        lacks = {"delay_env_steps": 5, "dropped_share": 0.3, "seed": 2}
+        return buffer, make(buffer, scorer(), "sync", clip_transitions=3, **lacks)
 
     whole, scoring = new()
     run(whole, scoring, batches)

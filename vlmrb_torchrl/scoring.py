@@ -93,6 +93,10 @@ class AsyncScorer:
         frames_per_clip: Frames of them that are shown, the last outcome always among them.
         stride: Transitions from one clip's start to the next; None: no overlap.
         queue_clips: Clips that may wait. When the queue is full the oldest makes room.
+        delay_env_steps: Control of an experiment: transitions inserted after a clip's end until it
+            is queued, in every mode; its score comes that much later than it would.
+        dropped_share: Control of an experiment: share of the clips, chosen by ``seed``, that are
+            dropped as if the queue had been full.
         batch_clips: Clips scored at once, at most.
         max_wait_s: Seconds that a clip may wait for its batch to fill.
         mode: See above.
@@ -109,7 +113,7 @@ class AsyncScorer:
         worker_threads: Threads that torch may use in the worker process.
         patience: Insertions after which an unseen trajectory counts as given up; more than there
             are asynchronous workers.
-        seed: Chooses the random clips of `showcase`.
+        seed: Chooses the random clips of `showcase`, and those that are dropped.
 
     Raises:
         TypeError: If the buffer or its sampler cannot take scores, or the scorer is none.
@@ -140,6 +144,8 @@ class AsyncScorer:
         frames_per_clip: int = 32,
         stride: int | None = None,
         queue_clips: int = 256,
+        delay_env_steps: int = 0,
+        dropped_share: float = 0.0,
         batch_clips: int = 16,
         max_wait_s: float = 0.1,
         duty_cycle: float = 1.0,
@@ -170,7 +176,9 @@ class AsyncScorer:
         rising = pauses and backoff_s[0] <= backoff_s[1]
         require(rising, "backoff_s", backoff_s, "use (shortest, longest) seconds")
         require(is_whole(niceness, 0, 19), "niceness", niceness, "use 0 (as the learner) to 19")
-        require(is_whole(seed, 0), "seed", seed, "use a whole number from 0 on")
+        for name, number in {"seed": seed, "delay_env_steps": delay_env_steps}.items():
+            require(is_whole(number, 0), name, number, "use a whole number from 0 on")
+        require(is_real(dropped_share, 0, 1), "dropped_share", dropped_share, "use 0 to 1")
         self._buffer, self._transform, self._scorer = buffer, transform, scorer
         self._cutter = ClipCutter(
             clip_transitions,
@@ -193,7 +201,8 @@ class AsyncScorer:
         else:
             self._worker = InPlaceWorker(drawn, scorer, *limits, self.mode == "thread")
         waits = queue_clips, batch_clips, max_wait_s, duty_cycle, backoff_s
-        self._queue = _Queue(buffer, self._worker, _Counts(seed), *waits)
+        lacks = delay_env_steps, dropped_share, seed
+        self._queue = _Queue(buffer, self._worker, _Counts(seed), *waits, *lacks)
         if self.mode != "sync":
             self._queue.start()
         # Runs when this object is collected and when the interpreter ends, Ctrl-C included.
@@ -327,12 +336,14 @@ class AsyncScorer:
     def drain(self, timeout_s: float = 60.0, *, flush: bool = False) -> bool:
         """Wait until every queued clip is scored or given up.
 
+        Those that ``delay_env_steps`` holds back are not queued yet.
+
         Args:
             timeout_s: Seconds to wait at most.
             flush: Queue the open clips first.
 
         Returns:
-            Whether nothing is pending any more.
+            Whether none is left.
         """
         timeout_s = checked_seconds(timeout_s)
         if flush:
@@ -471,10 +482,14 @@ class _Queue:
     max_wait_s: float
     duty_cycle: float
     backoff_s: tuple[float, float]
+    delay_env_steps: int
+    dropped_share: float
+    seed: int
 
     def __post_init__(self) -> None:
         self.closed = False
         self.changed = threading.Condition()  # its lock is that of the counts, too
+        self._delayed: deque[Clip] = deque()
         self._waiting: deque[Clip] = deque()
         self._batch: list[Clip] = []  # being scored
         self._draining = 0
@@ -497,19 +512,26 @@ class _Queue:
         """Queue ``clips``; ``env_steps`` transitions have been inserted until now.
 
         The oldest make room. With ``bounded=False`` none is dropped: what a checkpoint held waits,
-        all of it.
+        all of it, in the place of what was held back here.
         """
         with self.changed:
             if self.closed:
                 self.counts.add("dropped", clips)
                 return
             self._env_steps = env_steps
-            before = len(self._waiting)
+            if not bounded:
+                self._delayed.clear()
             for clip in clips:
                 clip.queued_at = time.monotonic()
-                self._waiting.append(clip)
+                if self._is_dropped(clip):
+                    self.counts.add("dropped", [clip])
+                else:
+                    self._delayed.append(clip)
+            before = len(self._waiting)
+            while self._delayed and env_steps - self._delayed[0].cut_at >= self.delay_env_steps:
+                self._waiting.append(self._delayed.popleft())
             excess = len(self._waiting) - self.queue_clips
-            if self._thread is not None and clips and bounded and excess > 0:
+            if self._thread is not None and len(self._waiting) > before and bounded and excess > 0:
                 self.counts.add("dropped", [self._waiting.popleft() for _ in range(excess)])
             # The thread sleeps until the first clip comes, then until a batch is full.
             if not before or before < self.batch_clips <= len(self._waiting):
@@ -517,6 +539,11 @@ class _Queue:
         while self._thread is None and self._waiting:
             self._attempt(self._next())
         self._watch()
+
+    def _is_dropped(self, clip: Clip) -> bool:
+        """Whether the toss that belongs to this clip, also in a run that is resumed, drops it."""
+        toss = random.Random(f"{self.seed} {clip.cut_at} {clip.index[0]}")
+        return toss.random() < self.dropped_share
 
     def _watch(self) -> None:
         """Count a call of the scorer that takes longer than it may; it cannot say so itself."""
@@ -550,7 +577,7 @@ class _Queue:
 
     def pending(self) -> list[Clip]:
         """Clips neither scored nor given up, the oldest first; call it under the lock."""
-        return [*self._batch, *self._waiting]
+        return [*self._batch, *self._waiting, *self._delayed]
 
     def close(self) -> None:
         """Stop, leaving what is pending unscored. May be called again."""
@@ -560,8 +587,9 @@ class _Queue:
             if self.closed:
                 return
             self.closed = True
-            self.counts.add("dropped", self._waiting)
-            self._waiting.clear()
+            for clips in (self._waiting, self._delayed):
+                self.counts.add("dropped", clips)
+                clips.clear()
             self.changed.notify_all()
         self.worker.abort()
         if self._thread is not None and self._thread is not threading.current_thread():
@@ -728,9 +756,9 @@ class _Queue:
 class _Counts:
     """What became of every clip and of the transitions in it, how fast, and which to show.
 
-    A clip is scored, late (each of its slots was overwritten before), dropped (the queue was full),
-    failed (the scorer gave no score) or pending. A transition in two clips counts twice. Whoever
-    calls holds the queue's lock.
+    A clip is scored, late (each of its slots was overwritten before), dropped (the queue was full,
+    or ``dropped_share``), failed (the scorer gave no score) or pending. A transition in two clips
+    counts twice. Whoever calls holds the queue's lock.
     """
 
     def __init__(self, seed: int) -> None:

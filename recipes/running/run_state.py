@@ -188,7 +188,7 @@ def build_scoring(buffer: VLMReplayBuffer, task: Task, settings: Scoring, seed: 
     renderer = task.renderer()
     render = None if renderer is None else ClipRenderTransform(renderer)
     # On a machine with fewer cores than work, scores that come late are worth little.
-    return AsyncScorer(buffer, render, **vars(settings), niceness=0)
+    return AsyncScorer(buffer, render, **vars(settings), niceness=0, seed=seed)
 
 
 def state_of_buffer(buffer: VLMReplayBuffer) -> State:
