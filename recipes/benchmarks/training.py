@@ -35,7 +35,7 @@ def measure(run: Run) -> dict[str, float]:
     """
     run.start()
     assert run.process is not None
-    run.process.wait()
+    run.process.join()
     run.ended()
     if run.failure:
         raise ConfigError(run.failure)

@@ -15,6 +15,8 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
 from itertools import pairwise
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from recipes.running.checkpoint import CHECKPOINTS, has_checkpoint, has_results, locked
 from recipes.running.metrics import METRICS_FILE, last_row
+from recipes.running.processes import started
 from vlmrb_torchrl.checks import require
 
 RECORD = "run.json"
@@ -39,7 +42,7 @@ class Run:
     place: dict[str, Any]  # in the study: algorithm, task, method, judge, variant, seed, …
     command: list[str]
     folder: Path  # whose name is the run's
-    process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+    process: BaseProcess | None = field(default=None, repr=False)
     bar: TaskID | None = None
     failure: str = ""
     share: float = 0.0  # that is done
@@ -55,6 +58,11 @@ class Run:
         return cls(
             {**place, "seed": seed}, [*command, *own, "--training.progress=false"], out / name
         )
+
+    @property
+    def output(self) -> Path:
+        """What the process prints."""
+        return self.folder / "output.txt"
 
     @property
     def cell(self) -> tuple[Any, ...]:
@@ -106,11 +114,10 @@ class Run:
                         path.unlink()
                 day = datetime.now(UTC).isoformat(timespec="seconds")
                 self._note({**self.place, **origin(), "date": day, "identity": self.identity()})
-            output = (self.folder / "output.txt").open(mode)
+            self.output.open(mode).close()
         self.follow()
         self.begun = time.perf_counter(), self.share
-        with output:
-            self.process = subprocess.Popen(command, stdout=output, stderr=output)
+        self.process = started(command[2:], self.output)
 
     def follow(self) -> dict[str, float]:
         """Note how far the run has come, and return its last figures."""
@@ -123,16 +130,15 @@ class Run:
 
     def ended(self) -> bool:
         """Whether the process has ended; ``failure`` says so in one line if it failed."""
-        if self.process is None or (code := self.process.poll()) is None:
+        if self.process is None or self.process.is_alive():
             return False
-        if code == 0:
+        if self.process.exitcode == 0:
             self._note({**self.record(), "finished": True})
             shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)  # of many, they are large
         else:
-            output = self.folder / "output.txt"
-            lines = output.read_text().strip().splitlines() or ["(nothing printed)"]
+            lines = self.output.read_text().strip().splitlines() or ["(nothing printed)"]
             self.seconds_per_whole = None
-            self.failure = f"{self.folder.name} failed: {lines[-1]} (whole output: {output})"
+            self.failure = f"{self.folder.name} failed: {lines[-1]} (whole output: {self.output})"
         return True
 
 
@@ -211,8 +217,8 @@ def execute(runs: list[Run], jobs: int, hours: float | None, console: Console) -
                     run.start()
                     run.bar = progress.add_task(run.folder.name, total=1.0, note="")
                     running.append(run)
-                with suppress(subprocess.TimeoutExpired):
-                    running[0].process.wait(POLL_SECONDS)  # type: ignore[union-attr]
+                ends = [run.process.sentinel for run in running if run.process is not None]
+                connection.wait(ends, POLL_SECONDS)
                 for run in list(running):
                     show(progress, run)
                     if run.ended():
@@ -232,7 +238,7 @@ def execute(runs: list[Run], jobs: int, hours: float | None, console: Console) -
             for process in processes:  # is asked to save and end, if it has not ended
                 process.terminate()
             for process in processes:
-                process.wait()
+                process.join()
 
 
 def show(progress: Progress, run: Run) -> None:

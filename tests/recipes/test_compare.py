@@ -2,8 +2,10 @@
 
 import csv
 import json
+import os
 import signal
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +18,7 @@ from recipes import compare
 from recipes.compare import Study
 from recipes.dqn import DQN
 from recipes.iqn import IQN
-from recipes.running import cli
+from recipes.running import cli, processes
 from recipes.running import runs as runs_module
 from recipes.running.metrics import last_row
 from recipes.running.runs import Run, execute, seconds_left
@@ -35,22 +37,40 @@ SHORT = {
 }
 
 
-class InProcess:
-    """A run's process, that has come to its end as soon as it is started."""
-
-    def __init__(self, command, **streams):
-        recipe = {"recipes.dqn": DQN, "recipes.iqn": IQN}[command[2]]
-        cli.run(recipe, command[3:])
-        self.poll = self.wait = lambda *timeout: 0
-
-    def terminate(self):
-        pass
+@pytest.fixture(autouse=True)
+def cold(monkeypatch):
+    """Importing for runs that are none takes longer than the tests."""
+    monkeypatch.setattr(processes, "WARM", ())
 
 
-def in_this_process(monkeypatch, popen=InProcess):
-    """Nothing is started; git, which is, has been asked before."""
-    runs_module.origin()
-    monkeypatch.setattr(runs_module.subprocess, "Popen", popen)
+def ended(code):
+    """A process that has come to its end."""
+    file = os.open(os.devnull, os.O_RDONLY)  # always readable, as the sentinel of one that ended
+    return SimpleNamespace(
+        exitcode=code,
+        sentinel=file,
+        is_alive=lambda: False,
+        terminate=lambda: None,
+        join=lambda: None,
+    )
+
+
+def in_this_process(words, output):
+    """Instead of starting a process."""
+    cli.run({"recipes.dqn": DQN, "recipes.iqn": IQN}[words[0]], words[1:])
+    return ended(0)
+
+
+@pytest.fixture
+def modules(tmp_path, monkeypatch):
+    """Writes modules that a run can be, and returns its command."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def command(name, text):
+        (tmp_path / f"{name}.py").write_text(text)
+        return [sys.executable, "-m", name]
+
+    return command
 
 
 def place(**others):
@@ -102,7 +122,7 @@ def test_a_finished_run_is_known_by_what_its_settings_say(tmp_path, monkeypatch)
         return {run.folder.name: run for run in compare.plan(Study(**given), tmp_path)}
 
     name = "doorkey_6x6-dqn-mine-s0"
-    in_this_process(monkeypatch)
+    monkeypatch.setattr(runs_module, "started", in_this_process)
     run = runs(settings=SHORT)[name]
     assert not run.finished()
     run.start()
@@ -123,7 +143,7 @@ def test_a_finished_run_is_known_by_what_its_settings_say(tmp_path, monkeypatch)
 
 
 def test_a_study_trains_reports_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
-    in_this_process(monkeypatch)
+    monkeypatch.setattr(runs_module, "started", in_this_process)
     study = tmp_path / "study.yaml"
     settings = {"methods": ["uer", "privileged"], "seeds": 1, "settings": SHORT}
     study.write_text(yaml.safe_dump({"name": "mine", **settings, "out": str(tmp_path)}))
@@ -160,7 +180,7 @@ def test_two_processes_never_write_one_folder(tmp_path):
     """Another comparison in ``out``; a run whose comparison was killed and which lives on."""
     with held(tmp_path), pytest.raises(SystemExit, match=f"{tmp_path} is being written by another"):
         compare.main(["--methods=[uer]", "--seeds=1", f"--out={tmp_path}"])
-    run = Run({}, [sys.executable, "-c", "pass"], tmp_path / "a")
+    run = Run({}, [sys.executable, "-m", "nothing"], tmp_path / "a")
     with held(run.folder):
         figures = run.folder / "metrics.jsonl"
         figures.write_text("{}\n")
@@ -169,24 +189,28 @@ def test_two_processes_never_write_one_folder(tmp_path):
         assert figures.read_text() == "{}\n"
 
 
-def test_run_without_a_checkpoint_is_repeated_by_its_own_comparison_only(tmp_path):
-    run = Run(place(), [sys.executable, "-c", "pass"], tmp_path / "a")
-    run.start()
-    assert run.process.wait() == 0
+def test_run_without_a_checkpoint_is_repeated_by_its_own_comparison_only(tmp_path, modules):
+    run = Run(place(), modules("passes", "pass"), tmp_path / "a")
+
+    def passes():
+        run.start()
+        run.process.join()
+        assert run.process.exitcode == 0
+
+    passes()
     left = [run.folder / name for name in ("metrics.jsonl", "events.out.tfevents.1")]
     for path in left:
         path.write_text('{"env_steps": 1, "total_env_steps": 2}\n')
-    assert Run(place(), [sys.executable, "-c", "1"], run.folder).replaces_another()
+    assert Run(place(), modules("another", "pass"), run.folder).replaces_another()
     assert not run.replaces_another()
-    run.start()
-    assert run.process.wait() == 0
+    passes()
     assert not any(path.exists() for path in left)
 
 
-def test_a_failed_run_leaves_the_others_alone_and_is_tried_again(tmp_path):
+def test_a_failed_run_leaves_the_others_alone_and_is_tried_again(tmp_path, modules):
     """What the first run waits for, the second one writes; which the failed one comes before."""
-    fails = [sys.executable, "-c", "raise SystemExit('out of luck')"]
-    passes = [sys.executable, "-c", "pass"]
+    fails = modules("fails", "raise SystemExit('out of luck')")
+    passes = modules("passes", "pass")
     runs = [
         Run(place(method=name), command, tmp_path / name)
         for name, command in (("a", fails), ("b", passes), ("c", passes))
@@ -195,7 +219,7 @@ def test_a_failed_run_leaves_the_others_alone_and_is_tried_again(tmp_path):
     assert [run.finished() for run in runs] == [False, True, True]
     output = tmp_path / "a" / "output.txt"
     assert runs[0].failure == f"a failed: out of luck (whole output: {output})"
-    runs[0].command[2] = "pass"
+    modules("fails", "pass")
     execute([runs[0]], 1, None, Console())
     assert runs[0].finished()
 
@@ -203,13 +227,13 @@ def test_a_failed_run_leaves_the_others_alone_and_is_tried_again(tmp_path):
 def test_failed_runs_are_named_at_the_end_and_the_tables_are_of_the_others(
     tmp_path, monkeypatch, capsys
 ):
-    def fails_for_per(command, **streams):
-        if "per.yaml" not in " ".join(command):
-            return InProcess(command, **streams)
-        streams["stdout"].write(b"out of luck\n")
-        return SimpleNamespace(poll=lambda: 1, wait=lambda *timeout: 1)
+    def fails_for_per(words, output):
+        if "per.yaml" not in " ".join(words):
+            return in_this_process(words, output)
+        output.write_text("out of luck\n")
+        return ended(1)
 
-    in_this_process(monkeypatch, fails_for_per)
+    monkeypatch.setattr(runs_module, "started", fails_for_per)
     arguments = [f"--settings={json.dumps(SHORT)}", f"--out={tmp_path}"]
     with pytest.raises(SystemExit, match="1 runs failed: the same command tries them again"):
         compare.main(["--methods=[per, uer]", "--seeds=1", *arguments])
@@ -220,14 +244,15 @@ def test_failed_runs_are_named_at_the_end_and_the_tables_are_of_the_others(
     assert "doorkey_6x6-dqn-per-s0" in table
 
 
-def test_no_run_is_begun_after_the_hours_of_a_study(tmp_path, monkeypatch):
+def test_no_run_is_begun_after_the_hours_of_a_study(tmp_path, monkeypatch, modules):
     """Nor does one go on, that is asked to end: here, one that would wait for ever."""
-    waits = [sys.executable, "-c", "import threading; threading.Event().wait()"]
+    waits = modules("waits", "import threading; threading.Event().wait()")
     runs = [Run(place(method=name), waits, tmp_path / name) for name in "ab"]
     clock = iter([0.0, 3599.0, 3601.0])
-    monkeypatch.setattr(runs_module.time, "monotonic", lambda: next(clock))
+    told = SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter)
+    monkeypatch.setattr(runs_module, "time", told)
     execute(runs, 1, 1.0, Console())
-    assert runs[0].process.returncode == -signal.SIGTERM
+    assert runs[0].process.exitcode == -signal.SIGTERM
     assert runs[1].process is None
     assert not any(run.failure or run.finished() for run in runs)
 
@@ -258,7 +283,7 @@ def test_comparison_that_was_stopped_goes_on_with_a_run_where_it_was(tmp_path, m
         patch.setattr(runs_module, "show", saved)
         with pytest.raises(KeyboardInterrupt):
             execute([run], 1, None, Console())
-    assert run.process.returncode == 143
+    assert run.process.exitcode == 143
     rows = (run.folder / "metrics.jsonl").read_text().splitlines()
     config = run.folder / "config.yaml"
     config.write_text(config.read_text().replace("10000000", "128"))
