@@ -37,8 +37,10 @@ NO_ROW = -math.inf  # |δ| of such a slot
 
 _FILE = "sampler.pt"
 # A state of other values describes another distribution, and is refused.
-_FIXED = ("max_size", "dtype", "_eps", "td_boost", "threshold")
-_FIXED += ("negative_priority", "unscored_priority")
+_FIXED = (
+    *("max_size", "dtype", "_eps", "td_boost"),
+    *("threshold", "negative_priority", "unscored_priority"),
+)
 # These a scheduler may have moved, and they are restored.
 _MOVING = ("lmbda", "alpha", "beta")
 _ARRAYS = ("_score", "_td_error", "_sum_tree")
@@ -258,7 +260,8 @@ class VLMPrioritizedSampler(PrioritizedSampler):
     def _judge(self, score: Tensor) -> Tensor:
         """The p of scores ``[B]``, none of them missing."""
         yes = score if self._threshold is None else (score >= self._threshold).to(self.dtype)
-        return yes * (1.0 - self._negative_priority) + self._negative_priority
+        p: Tensor = yes * (1.0 - self._negative_priority) + self._negative_priority
+        return p
 
     def _leaf(self, p: Tensor, td_error: Tensor) -> Tensor:
         """The leaf of p and |δ|, ``[B]`` each; overwrites p."""
