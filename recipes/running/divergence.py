@@ -20,7 +20,11 @@ class DivergedError(ConfigError):
 def check_steps(data: TensorDictBase) -> None:
     """Refuse steps of any shape with a NaN or an infinity in an observation or a reward."""
     entries = {str(key): data.get(key) for key in _WRITTEN_BY_THE_ENVIRONMENT}
-    bad = [key for key, entry in entries.items() if not bool(entry.isfinite().all())]
+    bad = [
+        key
+        for key, entry in entries.items()
+        if entry.is_floating_point() and not bool(entry.isfinite().all())
+    ]
     if bad:
         raise DivergedError(
             f"the environment wrote what is no number into {', '.join(bad)}: mend it there; "
