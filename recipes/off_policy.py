@@ -94,7 +94,7 @@ def train(
     module.signal = settings.replay.signal or module.signal
     learner = Learner(fabric, module)
     memory = Memory(settings, module.transitions, seed)
-    games = Games(settings, module.behaviour, fabric.device, seed, telemetry, memory)
+    games = Games(settings, module.behaviour, fabric, seed, telemetry, memory)
     with ExitStack() as cleanup:
         cleanup.callback(games.close)
         if fabric.device.type == "cuda":  # ahead of a judge on the same GPU, whose stream has 0

@@ -209,7 +209,7 @@ def load_buffer(buffer: VLMReplayBuffer, state: State) -> None:
 
 
 class Games:
-    """The environments, and what plays them.
+    """The environments, and what plays them: random actions before the first update.
 
     Environments that cannot be put back (see `ResumableEnv`) begin new episodes instead, and what
     is open of the old ones is closed: to be loaded after the telemetry and the memory.
@@ -219,19 +219,23 @@ class Games:
         self,
         settings: Namespace,
         behaviour: Any,
-        device: torch.device,
+        fabric: Fabric,
         seed: int,
         telemetry: Telemetry,
         memory: Memory,
     ) -> None:
         self._seed, self._telemetry, self._memory = seed, telemetry, memory
+        training, collected = settings.training, settings.training.env_steps_per_collection
+        # That after which the steps of all ranks first exceed the warm-up is the last random one.
+        random_collections = training.warmup_env_steps // (collected * fabric.world_size) + 1
         self._collector = Collector(
-            settings.env.make(settings.training.num_envs, seed=seed),
+            settings.env.make(training.num_envs, seed=seed),
             behaviour,
-            frames_per_batch=settings.training.env_steps_per_collection,
+            frames_per_batch=collected,
+            init_random_frames=random_collections * collected,
             total_frames=-1,
             env_device="cpu",
-            policy_device=device,
+            policy_device=fabric.device,
             storing_device="cpu",
             trust_policy=True,
             auto_register_policy_transforms=False,

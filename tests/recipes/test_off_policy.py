@@ -3,10 +3,13 @@
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from jsonargparse import Namespace
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
 
 from recipes import iqn, off_policy
 from recipes.dqn import DQN
@@ -15,9 +18,9 @@ from recipes.replay import Prioritized, Replay, VLMGuided
 from recipes.running import cli
 from recipes.running.cli import check
 from recipes.running.metrics import read_rows
-from recipes.running.run_state import build_scoring
+from recipes.running.run_state import Games, build_scoring
 from recipes.sac import SAC
-from recipes.settings import Scoring
+from recipes.settings import Scoring, Training
 from recipes.tasks import DoorKey, Task
 from recipes.td3 import TD3
 from tests.recipes.chain import batch, learner
@@ -181,6 +184,32 @@ def test_nothing_is_learnt_or_evaluated_in_the_warm_up_and_evaluations_keep_thei
     assert [row["env_steps"] for row in rows if "eval/return" in row] == [288, 384]
     assert played == [2, 3]
     assert [row["env_steps"] for row in rows if "loss/value" in row] == list(range(224, 385, 32))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("warmup", [0, 23, 24, 25])
+def test_actions_before_the_first_update_are_random_and_no_policy_is_asked(warmup, ranks):
+    """Collections of 6 steps a rank: updates begin once those of all ranks exceed the warm-up."""
+    asked = []
+
+    def act(observation):
+        asked.append(len(played))
+        return torch.zeros(len(observation), dtype=torch.int64)
+
+    training = Training(num_envs=3, steps_per_collection=2, warmup_env_steps=warmup)
+    policy = TensorDictModule(act, in_keys=["observation"], out_keys=["action"])
+    where = SimpleNamespace(device=torch.device("cpu"), world_size=ranks)
+    played = []
+    settings = Namespace(env=DoorKey(5), training=training)
+    games = Games(settings, policy, where, seed=0, telemetry=None, memory=None)
+    asked.clear()  # once, while it was built
+    while len(played) < 8:
+        played.append(games.play()["action"])
+    games.close()
+    random = next(k for k in range(1, 8) if 6 * ranks * k > warmup)
+    assert sorted(set(asked)) == list(range(random, 8))
+    assert not any(actions.any() for actions in played[random:])
+    assert all(actions.any() for actions in played[:random])
 
 
 @pytest.mark.parametrize(
