@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import closing
 
 import torch
+from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
 from torchrl.data import Categorical
 from torchrl.envs.utils import ExplorationType, set_exploration_type
@@ -45,7 +46,9 @@ def evaluate(
     ):
         spec, state = env.action_spec, env.reset()
         while alive.any():
-            action = policy(state.to(device)).get("action").cpu()
+            # Entry by entry: a TensorDict's own move asks the driver for its GPUs each time.
+            seen = {key: state.get(key).to(device) for key in policy.in_keys}
+            action = policy(TensorDict(seen, state.batch_size)).get("action").cpu()
             if isinstance(spec, Categorical):
                 random = torch.rand(episodes, generator=noise) < training.eval_epsilon
                 anything = torch.randint(spec.space.n, (episodes,), generator=noise)
