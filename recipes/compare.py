@@ -28,7 +28,7 @@ from rich.console import Console
 from recipes.arguments import PositiveFloat, PositiveInt, Seed, refusal
 from recipes.running.checkpoint import locked
 from recipes.running.cli import CONFIGS, advice, build_parser, rehearse, tuned
-from recipes.running.results import class_of, write_results
+from recipes.running.results import class_of, unscored, write_results
 from recipes.running.runs import Run, execute, name_of
 from vlmrb_torchrl.checks import ConfigError, require
 
@@ -98,6 +98,7 @@ def plan(study: Study, here: Path = Path()) -> list[Run]:
     files = [file for algorithm in study.algorithms for file in tuned(algorithm)]
     tasks = found("tasks", study.tasks, {file.parent.name: file.parent for file in files}, here)
     variants = study.variants or {"": {}}
+    nobody: dict[str, Path | None] = {"": None}  # no judge but the method's own
     distinct("variants", list(map(name_of, variants)))
     cells: list[tuple[dict[str, Any], list[str]]] = []
     for folder, algorithm, variant in product(tasks.values(), study.algorithms, variants):
@@ -110,8 +111,8 @@ def plan(study: Study, here: Path = Path()) -> list[Run]:
                 layers.append(as_tuned)
             command = [sys.executable, "-m", f"recipes.{algorithm}"]
             command += [word for layer in layers for word in ("--config", str(layer))]
-            scored = judges if judges and uses_scores(algorithm, command[3:]) else {"": None}
-            for judge, verdict in scored.items():
+            judged = judges and uses_scores(algorithm, command[3:])
+            for judge, verdict in (judges if judged else nobody).items():
                 place = {"study": study.name, "algorithm": algorithm, "task": folder.name}
                 place |= {"method": method, "judge": judge, "variant": variant}
                 own = [] if verdict is None else arguments({"scoring": scoring_of(verdict)})
@@ -209,10 +210,13 @@ def compare(study: Study, here: Path = Path(), *, report: bool = False) -> None:
             for advised in check(unfinished):
                 console.print(advised, soft_wrap=True)
             execute(runs, study.jobs or len(os.sched_getaffinity(0)), study.hours, console)
-        missing = [run.folder.name for run in unfinished if not run.finished()]
-        finished = [run.folder for run in runs if run.folder.name not in missing]
+        cells = list(dict.fromkeys(run.cell for run in runs))
+        ordered = sorted(runs, key=lambda run: cells.index(run.cell))
+        finished = [run.folder for run in ordered if run.finished()]
+        missing = [run.folder.name for run in ordered if run.folder not in finished]
         require(bool(finished), "the number of finished runs", 0, f"let one end, in {out}")
-        report_on(write_results(finished, out), out, missing, console)
+        notes = [f"Not finished, and in no figure: {', '.join(missing)}."] if missing else []
+        report_on(write_results(finished, out), out, [*notes, *unscored(finished)], console)
     failed = [run.failure for run in runs if run.failure]
     for failure in failed:
         console.print(failure, soft_wrap=True, markup=False, highlight=False)

@@ -215,7 +215,7 @@ def main(
     checked_device(device, here=True)
     require(clips >= 1, "clips", clips, "use at least 1")
     require(training_pairs >= 0, "training_pairs", training_pairs, "use 0 or more")
-    settings = {
+    settings: dict[str, Any] = {
         "training.total_env_steps": training_env_steps,
         "training.log_every_env_steps": training_env_steps,
         "training.eval_every_env_steps": 0,

@@ -1,37 +1,48 @@
-"""Tables and curves of a comparison, with 95 % bootstrap intervals over seeds."""
+"""Tables and figures of a study, with 95 % bootstrap intervals over seeds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
+import rich.table
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
-from rich import table as rich
+from matplotlib.ticker import EngFormatter
 from rich.console import Console
-from scipy import stats
 
-from recipes.running.results import Rows as Table
+from recipes.running.results import Rows
+from recipes.running.statistics import (
+    Array,
+    interquartile_mean,
+    interval,
+    mean,
+    median,
+    probability_of_improvement,
+    profile,
+)
 from vlmrb_torchrl.checks import require, shown
 
-Array = NDArray[np.float64]
-
-RESAMPLES = 10_000
 SUCCESS_LEVEL = 0.8
-BASELINES = ("uer", "per")
+BASELINES = ("uer", "per", "per_unweighted")
+EPISODES = (
+    "The episodes of an evaluation depend on its number alone: all methods and seeds play the "
+    "same ones, and how other episodes would have gone is not in the intervals."
+)
 
 
 @dataclass
 class Outcome:
-    """What the runs of a method reached; one entry, or row, per seed.
+    """What the runs of a method on a task reached; one entry, or row, per seed.
 
     Args:
         seeds: The S seeds.
         env_steps: ``[P]`` environment steps at the P evaluations.
-        curves: ``[S, P]`` success rate, or return, at each evaluation of each of S seeds.
+        curves: ``[S, P]`` success rate, or return, at each evaluation of each seed.
         speed: ``[S]`` environment steps per second of training, evaluations left out.
         measure: What ``curves`` holds, ``"success"`` or ``"return"``.
     """
@@ -41,6 +52,11 @@ class Outcome:
     curves: Array
     speed: Array
     measure: str = "success"
+
+    @property
+    def final(self) -> Array:
+        """The last evaluation, ``[S]``."""
+        return self.curves[:, -1]
 
     @property
     def area(self) -> Array:
@@ -56,29 +72,30 @@ class Outcome:
         return np.where(reached.any(axis=1), steps, np.inf)
 
 
-def interval(values: Array, statistic: Callable[..., Any] = np.mean) -> tuple[float, float, float]:
-    """A statistic over seeds and its 95 % percentile-bootstrap interval.
-
-    Over few seeds it is too narrow: of 2,000 normal samples it held the mean in 76 % at 3 seeds,
-    84 % at 5, 90 % at 10 (`tests/recipes/test_report.py` does it with fewer).
-
-    Args:
-        values: One number per seed, ``[S]``; a single seed has no interval (NaN).
-        statistic: Takes ``axis``, as ``np.mean`` and ``np.median`` do.
-    """
-    centre = float(statistic(values, axis=0))
-    if len(values) < 2 or np.ptp(values) == 0:
-        bound = float("nan") if len(values) < 2 else float(values[0])
-        return centre, bound, bound
-    result = stats.bootstrap(
-        (values,), statistic, n_resamples=RESAMPLES, method="percentile", rng=0
-    ).confidence_interval
-    return centre, float(result.low), float(result.high)
+Outcomes = dict[str, list[Outcome]]
+"""By the method's name, what it reached on each of some tasks."""
+Panels = dict[tuple[str, str, str], dict[str, Outcome]]
+"""By task, algorithm and variant, what each method reached there."""
+Table = list[list[str]]
+"""Cells, the header first."""
 
 
-def read_outcome(rows: Table) -> Outcome:
+def panels_of(results: Rows) -> Panels:
+    """Sort the rows of ``results.csv`` by what they are compared with."""
+    sorted_: dict[tuple[str, str, str], dict[str, Rows]] = {}
+    for row in results:
+        method = row["method"] + (f" ({row['judge']})" if row["judge"] else "")
+        panel = sorted_.setdefault((row["task"], row["algorithm"], row["variant"]), {})
+        panel.setdefault(method, []).append(row)
+    return {
+        panel: {method: outcome_of(rows) for method, rows in methods.items()}
+        for panel, methods in sorted_.items()
+    }
+
+
+def outcome_of(rows: Rows) -> Outcome:
     """Take the evaluations of one method's runs; a task without success is told by its return."""
-    runs: dict[int, Table] = {}
+    runs: dict[int, Rows] = {}
     for row in rows:
         runs.setdefault(row["seed"], []).append(row)
     measure = "return" if any(row["success"] == "" for row in rows) else "success"
@@ -100,10 +117,27 @@ def read_outcome(rows: Table) -> Outcome:
     )
 
 
-def cell(values: Array, digits: int = 2) -> str:
-    """Write a mean with its interval."""
-    mean, low, high = interval(values)
-    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+def paired(outcomes: list[Outcome], baselines: list[Outcome]) -> list[Array]:
+    """Differences in area on each task, of the seeds that both have.
+
+    Areas over other evaluations are not held against each other.
+    """
+    differences = []
+    for outcome, baseline in zip(outcomes, baselines, strict=True):
+        if not np.array_equal(outcome.env_steps, baseline.env_steps):
+            return []
+        _, own, other = np.intersect1d(outcome.seeds, baseline.seeds, return_indices=True)
+        differences.append(outcome.area[own] - baseline.area[other])
+    return differences if all(map(len, differences)) else []
+
+
+# -------------------------------------------------------------- tables
+
+
+def cell(strata: list[Array], statistic: Callable[..., Any] = mean, digits: int = 2) -> str:
+    """Write a statistic with its interval."""
+    centre, low, high = interval(strata, statistic)
+    return f"{centre:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def steps_cell(outcome: Outcome) -> str:
@@ -120,113 +154,247 @@ def steps_cell(outcome: Outcome) -> str:
             return "nan"
         return f"> {budget / 1e3:.0f}k" if number > budget else f"{number / 1e3:.0f}k"
 
-    median, low, high = interval(np.where(np.isinf(steps), beyond, steps), np.median)
+    centre, low, high = interval([np.where(np.isinf(steps), beyond, steps)], median)
     reached = np.isfinite(steps).sum()
-    return f"{shown(median)} ({reached}/{len(steps)}) [{shown(low)}, {shown(high)}]"
+    return f"{shown(centre)} ({reached}/{len(steps)}) [{shown(low)}, {shown(high)}]"
 
 
-Rows = list[list[str]]
-
-
-def outcome_rows(outcomes: dict[str, Outcome]) -> Rows:
-    """Build the table of outcomes, header first: a row per method."""
+def outcome_table(outcomes: Outcomes) -> Table:
+    """Build the table of outcomes: a row per method."""
     rows = []
-    for method, outcome in outcomes.items():
-        row = {"method": method, f"final {outcome.measure}": cell(outcome.curves[:, -1])}
-        row["area under curve"] = cell(outcome.area)
-        if outcome.measure == "success":
-            row["steps to 80 %"] = steps_cell(outcome)
-        row["env steps/s"] = cell(outcome.speed, 0)
+    for method, tasks in outcomes.items():
+        areas, measure = [outcome.area for outcome in tasks], tasks[0].measure
+        row = {
+            "method": method,
+            "runs": str(sum(map(len, areas))),
+            f"final {measure}": cell([outcome.final for outcome in tasks]),
+            "area under curve": cell(areas),
+            "its interquartile mean": cell(areas, interquartile_mean),
+        }
+        if len(tasks) == 1:
+            if measure == "success":
+                row["steps to 80 %"] = steps_cell(tasks[0])
+            row["env steps/s"] = cell([tasks[0].speed], digits=0)
         rows.append(row)
     return [list(rows[0]), *(list(row.values()) for row in rows)]
 
 
-def difference_rows(outcomes: dict[str, Outcome]) -> Rows:
-    """Build the table of differences in area, paired by seed, header first.
-
-    An area over other evaluations than the baseline's is not held against it.
-    """
-
-    def minus(outcome: Outcome, baseline: Outcome) -> str:
-        if not np.array_equal(outcome.env_steps, baseline.env_steps):
-            return "other evaluations"
-        seeds, own, other = np.intersect1d(outcome.seeds, baseline.seeds, return_indices=True)
-        return cell(outcome.area[own] - baseline.area[other]) if len(seeds) else "other seeds"
-
+def against_table(
+    outcomes: Outcomes, header: str, compared: Callable[[list[Outcome], list[Outcome]], str]
+) -> Table:
+    """Build the table of methods against those of the ``BASELINES`` that are there."""
     baselines = [name for name in BASELINES if name in outcomes]
     if not baselines or len(outcomes) < 2:
         return []
-    rows = [["area under curve of", *(f"minus {name}" for name in baselines)]]
-    for method, outcome in outcomes.items():
-        others = ["" if name == method else minus(outcome, outcomes[name]) for name in baselines]
-        rows.append([method, *others])
+    rows = [["area under curve of", *(f"{header} {name}" for name in baselines)]]
+    for method, tasks in outcomes.items():
+        cells = ["" if name == method else compared(tasks, outcomes[name]) for name in baselines]
+        rows.append([method, *cells])
     return rows
 
 
-def show(rows: Rows, title: str, console: Console) -> str:
+def difference(tasks: list[Outcome], baseline: list[Outcome]) -> str:
+    """Write the mean difference in area, paired by seed."""
+    differences = paired(tasks, baseline)
+    return cell(differences) if differences else "not comparable"
+
+
+def improvement(tasks: list[Outcome], baseline: list[Outcome]) -> str:
+    """Write the probability that a run has the larger area."""
+    if not paired(tasks, baseline):
+        return "not comparable"
+    areas = [outcome.area for outcome in (*tasks, *baseline)]
+    return cell(areas, probability_of_improvement)
+
+
+def show(table: Table, title: str, console: Console) -> str:
     """Print a table, an interval below its mean; return it as Markdown."""
-    if not rows:
+    if not table:
         return ""
-    header, *body = rows
-    table = rich.Table(*header, title=title, title_justify="left")
+    header, *body = table
+    printed = rich.table.Table(*header, title=title, title_justify="left")
     lines = [title, "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for row in body:
-        table.add_row(*(text.replace(" [", "\n\\[") for text in row))
+        printed.add_row(*(text.replace(" [", "\n\\[") for text in row))
         lines.append("| " + " | ".join(row) + " |")
-    console.print(table)
+    console.print(printed)
     return "\n".join(lines) + "\n"
 
 
-def draw_curves(panels: dict[str, dict[str, Outcome]], path: Path) -> None:
-    """Draw success over environment steps: mean and 95 % interval over seeds."""
-    figure = Figure(figsize=(6 * len(panels), 4.2), layout="constrained")
-    for axes, (title, outcomes) in zip(
-        figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True
-    ):
-        for method, outcome in outcomes.items():
-            bounds = np.array([interval(column) for column in outcome.curves.T])
-            (line,) = axes.plot(outcome.env_steps, bounds[:, 0], label=method)
-            axes.fill_between(
-                outcome.env_steps, bounds[:, 1], bounds[:, 2], color=line.get_color(), alpha=0.2
-            )
-        axes.set(
-            title=title, xlabel="environment steps", ylabel=f"{outcome.measure} on held-out seeds"
+def groups_of(panels: Panels) -> dict[str, Outcomes]:
+    """The methods of each panel and, where success is known on all of several tasks, over them."""
+    groups = {title(panel): {m: [o] for m, o in found.items()} for panel, found in panels.items()}
+    measures = {outcome.measure for found in panels.values() for outcome in found.values()}
+    if len({task for task, *_ in panels}) > 1 and measures == {"success"}:  # returns have no scale
+        for setting in dict.fromkeys(panel[1:] for panel in panels):
+            tasks = [found for panel, found in panels.items() if panel[1:] == setting]
+            methods = [m for m in tasks[0] if all(m in found for found in tasks)]
+            over_all = {m: [found[m] for found in tasks] for m in methods}
+            groups |= {title(("all tasks", *setting)): over_all} if methods else {}
+    return groups
+
+
+def title(panel: Iterable[str]) -> str:
+    """Write which task, algorithm and variant is shown."""
+    return ", ".join(filter(None, panel))
+
+
+def write_tables(groups: dict[str, Outcomes], notes: list[str], path: Path, to: Console) -> None:
+    """Print the tables of each group, and write them as Markdown."""
+    text = []
+    for name, outcomes in groups.items():
+        said = f"{name}: mean (of steps: median) and 95 % bootstrap interval over seeds"
+        text.append(show(outcome_table(outcomes), said, to))
+        table = against_table(outcomes, "minus", difference)
+        text.append(show(table, "Differences, paired by seed", to))
+        table = against_table(outcomes, "above", improvement)
+        text.append(show(table, "Probability that a run has the larger area", to))
+    for note in [EPISODES, *notes]:
+        to.print(note, soft_wrap=True, markup=False)
+        text.append(f"{note}\n")
+    path.write_text("\n".join(filter(None, text)))
+
+
+# -------------------------------------------------------------- figures
+
+
+class Drawing:
+    """A grid of axes, in which each method has the same style as in every other.
+
+    Args:
+        methods: Names of all methods of the study.
+        rows: Axes below each other.
+        columns: Axes beside each other.
+    """
+
+    def __init__(self, methods: list[str], rows: int, columns: int) -> None:
+        self._methods = methods
+        size = 4.0 * columns + 0.6, 3.1 * rows + 1.0
+        self._figure = Figure(figsize=size, layout="constrained")
+        self.axes = self._figure.subplots(rows, columns, squeeze=False)
+        for axes in self.axes.flat:
+            axes.grid(alpha=0.3)
+
+    def _style(self, method: str) -> dict[str, Any]:
+        i = self._methods.index(method)
+        dashed = "--" if method in BASELINES else "-"
+        return {"color": f"C{i % 10}", "linestyle": dashed, "marker": "osD^vPX*<>"[i % 10]}
+
+    def band(self, axes: Any, method: str, x: Any, bounds: Array, **style: Any) -> None:
+        """A line with its interval, ``[3, P]``."""
+        own = self._style(method)
+        axes.plot(x, bounds[0], label=method, markersize=4, **{**own, **style})
+        axes.fill_between(x, bounds[1], bounds[2], color=own["color"], alpha=0.15, linewidth=0)
+
+    def points(self, axes: Any, bounds: dict[str, Array]) -> None:
+        """A point with its interval, ``[3]``, of each method, the first one on top."""
+        for method, (centre, low, high) in bounds.items():
+            own, y = self._style(method), -self._methods.index(method)
+            axes.plot([low, high], [y, y], color=own["color"], linewidth=2)
+            axes.plot(centre, y, color=own["color"], marker=own["marker"])
+        axes.set_yticks(range(0, -len(self._methods), -1), self._methods)
+        axes.set_ylim(0.5 - len(self._methods), 0.5)
+
+    def save(self, path: Path, caption: str) -> None:
+        """Write it as PNG and SVG, with one legend."""
+        found = [axes.get_legend_handles_labels() for axes in self._figure.axes]
+        lines = {label: line for each in found for line, label in zip(*each, strict=True)}
+        width = self._figure.get_figwidth()
+        self._figure.legend(
+            [lines[method] for method in self._methods if method in lines],
+            [method for method in self._methods if method in lines],
+            loc="outside lower center",
+            ncols=int(width / 1.7),
         )
+        self._figure.suptitle(textwrap.fill(caption, int(13 * width)), fontsize="small")
+        self._figure.savefig(path.with_suffix(".png"), dpi=140)
+        self._figure.set_layout_engine("none")  # it is laid out, which takes longest
+        with mpl.rc_context({"svg.hashsalt": path.stem}):  # of the same figures the same file
+            self._figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+
+
+def draw_curves(panels: Panels, methods: list[str], path: Path) -> None:
+    """Draw success over environment steps: a row per task and algorithm, a column per variant."""
+    rows = list(dict.fromkeys(panel[:2] for panel in panels))
+    columns = list(dict.fromkeys(variant for *_, variant in panels))
+    drawing = Drawing(methods, len(rows), len(columns))
+    for panel, outcomes in panels.items():
+        axes = drawing.axes[rows.index(panel[:2]), columns.index(panel[2])]
+        for method, outcome in outcomes.items():
+            drawing.band(axes, method, outcome.env_steps, interval([outcome.curves.T]))
+        axes.set(title=title(panel), xlabel="environment steps", ylabel=outcome.measure)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         if outcome.measure == "success":
             axes.set_ylim(-0.02, 1.02)
-        axes.grid(alpha=0.3)
-        axes.legend(loc="lower right")
-    figure.savefig(path, dpi=140)
+    said = "Mean and 95 % bootstrap interval over seeds; all play the same held-out episodes."
+    drawing.save(path, said)
 
 
-def report(results: Table, out: Path, missing: list[str], console: Console) -> None:
-    """Print the tables, write ``table.md`` and ``curves.png``, say where the logs lie.
+def draw_summary(groups: dict[str, Outcomes], methods: list[str], path: Path) -> None:
+    """Draw interquartile mean, performance profile and probability of improvement of the areas."""
+    baselines = [name for name in BASELINES if name in methods]
+    drawing = Drawing(methods, len(groups), 2 + len(baselines))
+    for (means, profiles, *others), (name, found) in zip(drawing.axes, groups.items(), strict=True):
+        areas = {m: [outcome.area for outcome in tasks] for m, tasks in found.items()}
+        drawing.points(means, {m: interval(a, interquartile_mean) for m, a in areas.items()})
+        means.set(title=name, xlabel="interquartile mean of the area")
+        every = np.concatenate([runs for strata in areas.values() for runs in strata])
+        levels = np.linspace(every.min(), every.max(), 51)
+        for method, strata in areas.items():
+            drawing.band(profiles, method, levels, profile(strata, levels), marker="")
+        profiles.set(xlabel="area", ylabel="share of runs above", ylim=(-0.02, 1.02))
+        for axes, baseline in zip(others, baselines, strict=True):
+            better = {
+                method: interval([*strata, *areas[baseline]], probability_of_improvement)
+                for method, strata in areas.items()
+                if baseline in areas and method != baseline
+            }
+            drawing.points(axes, better)
+            axes.axvline(0.5, color="grey", linewidth=1)
+            axes.set(xlabel=f"probability: above {baseline}", xlim=(-0.05, 1.05))
+            axes.set_yticklabels([])
+    drawing.save(path, "Areas under the curves, with 95 % bootstrap intervals over seeds.")
+
+
+def draw_gains(panels: Panels, methods: list[str], path: Path) -> None:
+    """Draw areas minus a baseline's over the variants: a row per task, a column per baseline."""
+    rows = list(dict.fromkeys(panel[:2] for panel in panels))
+    baselines = [name for name in BASELINES if name in methods]
+    drawing = Drawing(methods, len(rows), len(baselines))
+    for row, place in zip(drawing.axes, rows, strict=True):
+        found = {panel[2]: outcomes for panel, outcomes in panels.items() if panel[:2] == place}
+        for axes, baseline in zip(row, baselines, strict=True):
+            for method in methods:
+                gains = {
+                    i: interval(differences)
+                    for i, outcomes in enumerate(found.values())
+                    if method != baseline and {method, baseline} <= outcomes.keys()
+                    if (differences := paired([outcomes[method]], [outcomes[baseline]]))
+                }
+                if gains:
+                    drawing.band(axes, method, list(gains), np.stack(list(gains.values()), axis=1))
+            axes.axhline(0, color="grey", linewidth=1)
+            axes.set_xticks(range(len(found)), list(found))
+            axes.set(title=title(place), ylabel=f"area minus {baseline}'s")
+    drawing.save(path, "Differences in area, paired by seed: mean and 95 % bootstrap interval.")
+
+
+def report(results: Rows, out: Path, notes: list[str], console: Console) -> None:
+    """Print the tables, write ``table.md`` and the figures, say where the logs lie.
 
     Args:
         results: Rows of ``results.csv``.
         out: Where the files go.
-        missing: Names of the runs that are not finished.
+        notes: What else there is to say of the runs.
         console: Where the tables are printed.
     """
-    grouped: dict[str, dict[str, Table]] = {}
-    for row in results:
-        panel = ", ".join(filter(None, (row["task"], row["algorithm"], row["variant"])))
-        method = row["method"] + (f" ({row['judge']})" if row["judge"] else "")
-        grouped.setdefault(panel, {}).setdefault(method, []).append(row)
-    panels = {
-        panel: {method: read_outcome(rows) for method, rows in methods.items()}
-        for panel, methods in grouped.items()
-    }
-    text = []
-    for panel, outcomes in panels.items():
-        seeds = max(len(outcome.seeds) for outcome in outcomes.values())
-        title = f"{panel}: mean (of steps: median) and 95 % bootstrap interval over {seeds} seeds"
-        text.append(show(outcome_rows(outcomes), title, console))
-        text.append(show(difference_rows(outcomes), "Differences, paired by seed", console))
-    if missing:
-        text.append(f"Not finished, and in no figure: {', '.join(missing)}.\n")
-        console.print(text[-1], soft_wrap=True)
-    (out / "table.md").write_text("\n".join(text))
-    draw_curves(panels, out / "curves.png")
+    panels = panels_of(results)
+    groups = groups_of(panels)
+    methods = list(dict.fromkeys(method for outcomes in panels.values() for method in outcomes))
+    write_tables(groups, notes, out / "table.md", console)
+    draw_curves(panels, methods, out / "curves")
+    draw_summary(groups, methods, out / "summary")
+    if len({variant for *_, variant in panels}) > 1 and set(methods) & set(BASELINES):
+        draw_gains(panels, methods, out / "gains")
     message = f"curves: {out / 'curves.png'}; logs: tensorboard --logdir {out}"
     console.print(message, soft_wrap=True)

@@ -89,3 +89,15 @@ def text_of(value: Any) -> Any:
     if isinstance(value, float):
         return f"{value:.6g}"
     return json.dumps(value) if isinstance(value, (bool, list, dict)) else value
+
+
+def unscored(folders: list[Path]) -> list[str]:
+    """Say in a line which runs lost clips, and how many; nothing if none did."""
+    lost = []
+    for folder in folders:
+        rows = [row for row in read_rows(folder) if "scoring/clips_submitted" in row]
+        clips = rows[-1] if rows else {}
+        n = clips.get("scoring/clips_dropped", 0) + clips.get("scoring/clips_failed", 0)
+        if n:
+            lost.append(f"{folder.name} {n:.0f} of {clips['scoring/clips_submitted']:.0f}")
+    return [f"Clips that got no score: {', '.join(lost)}."] if lost else []

@@ -92,7 +92,8 @@ class Run:
         written.replace(self.folder / RECORD)
 
     def _begun(self) -> bool:
-        return bool(self.record().get("identity") == json.loads(json.dumps(self.identity())))
+        mine = json.loads(json.dumps(self.identity()))
+        return bool(self.record().get("identity") == mine)
 
     def finished(self) -> bool:
         """Whether this very run has been run to its end; a change of the code is not noticed."""
