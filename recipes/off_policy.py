@@ -23,7 +23,7 @@ from recipes.running.checkpoint import Checkpoints
 from recipes.running.divergence import check_learning
 from recipes.running.metrics import Telemetry
 from recipes.running.run_state import Games, Learner, Memory, RunState
-from recipes.settings import progress_of
+from recipes.settings import Training, progress_of
 
 
 @timeit("store")
@@ -53,20 +53,31 @@ def update(learner: Learner, memory: Memory, telemetry: Telemetry) -> None:
             memory.buffer.update_tensordict_priority(replayed)
 
 
+def is_due(every: int, learner: Learner, training: Training, env_steps: int) -> bool:
+    """Whether the last collection passed a multiple of ``every`` steps; never if that is 0."""
+    new_env_steps = training.env_steps_per_collection * learner.fabric.world_size
+    return bool(every) and env_steps // every > (env_steps - new_env_steps) // every
+
+
 def evaluate_if_due(
     learner: Learner, settings: Namespace, telemetry: Telemetry, env_steps: int
 ) -> None:
     """Play held-out episodes, on rank 0, every so many steps."""
     fabric, training = learner.fabric, settings.training
     every = training.eval_every_env_steps
-    new_env_steps = training.env_steps_per_collection * fabric.world_size
-    if every and env_steps // every > (env_steps - new_env_steps) // every:
+    if is_due(every, learner, training, env_steps):
         with telemetry.paused():
             if fabric.is_global_zero:
                 number = env_steps // every - 1  # whatever came before it
                 result = evaluate(learner.module.policy, settings.env, training, number)
                 telemetry.evaluated(env_steps, result)
             fabric.barrier()
+
+
+def save_policy(learner: Learner, telemetry: Telemetry, env_steps: int, name: str) -> None:
+    """Write what is learnt by now, for `recipes.running.policies`."""
+    policy = {"algorithm": learner.module.state_dict(), "env_steps": env_steps}
+    learner.fabric.save(telemetry.folder / name, policy)
 
 
 def train(
@@ -110,6 +121,8 @@ def train(
         if not checkpoints.restore(run):
             for episode in memory.batches.prefill:
                 store(episode, memory)
+            if training.policies_every_env_steps:
+                save_policy(learner, telemetry, 0, "policy_0.ckpt")
 
         cleanup.enter_context(checkpoints.interruption)
         while run.env_steps < training.total_env_steps:
@@ -133,6 +146,7 @@ def train(
             telemetry.log(run.env_steps, memory.replay, memory.buffer, memory.scoring)
             if run.env_steps > training.warmup_env_steps:  # before, nothing has been learnt
                 evaluate_if_due(learner, settings, telemetry, run.env_steps)
+            if is_due(training.policies_every_env_steps, learner, training, run.env_steps):
+                save_policy(learner, telemetry, run.env_steps, f"policy_{run.env_steps}.ckpt")
             checkpoints.after_step(run, telemetry)
-    policy = {"algorithm": module.state_dict(), "env_steps": run.env_steps}
-    fabric.save(telemetry.folder / "policy.ckpt", policy)
+    save_policy(learner, telemetry, run.env_steps, "policy.ckpt")

@@ -44,6 +44,8 @@ class Training:
         strip_every_env_steps: Distance of two pictures of scored clips; 0 for none.
         checkpoint_every_env_steps: Distance of two checkpoints, from which ``--resume`` goes on;
             0 for none, not even when the run is stopped. The last two are kept.
+        policies_every_env_steps: Distance of two copies of the weights, ``policy_<steps>.ckpt``,
+            the first of them before any update; 0: ``policy.ckpt`` at the end is the only one.
         log_dir: Folder for TensorBoard logs and metrics.
         name: Name of the run's folder below ``log_dir``, where no run may lie yet; null: algorithm,
             task, replay method and seed.
@@ -70,6 +72,7 @@ class Training:
     log_every_env_steps: PositiveInt = 4_000
     strip_every_env_steps: NonNegativeInt = 60_000
     checkpoint_every_env_steps: NonNegativeInt = 40_000
+    policies_every_env_steps: NonNegativeInt = 0
     log_dir: str = "runs"
     name: str | None = None
     accelerator: Literal["cpu", "cuda", "auto"] = "cpu"

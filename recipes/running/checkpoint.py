@@ -41,6 +41,7 @@ _FREE = {
     "algorithm.gradient_clip_norm",
     "training.total_env_steps",
     "training.checkpoint_every_env_steps",
+    "training.policies_every_env_steps",
     "training.log_dir",
     "training.name",
     "training.progress",
