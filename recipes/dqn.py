@@ -87,6 +87,10 @@ class DQN(Algorithm):
         """The policy that collects: greedy but for a share ε of random actions."""
         return TensorDictSequential(self.policy, self.greedy)
 
+    def value(self, observation: Tensor) -> Tensor:
+        """Value of the best action, ``[B]``."""
+        return self.network.values(observation).amax(-1)
+
     def configure_optimizers(self) -> dict[str, Optimizer]:
         """Build Adam over the online network."""
         return {"value": adam(self.network.parameters(), self.learning_rate, self.adam_eps)}

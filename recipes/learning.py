@@ -67,6 +67,10 @@ class Algorithm(L.LightningModule, ABC):
         """The policy that collects: it explores."""
 
     @abstractmethod
+    def value(self, observation: Tensor) -> Tensor:
+        """Value of states ``[B, …]`` in which the greedy policy acts, ``[B]``."""
+
+    @abstractmethod
     def configure_optimizers(self) -> dict[str, Optimizer]:
         """Build the optimizers, by the names that ``gradient`` knows them by."""
 

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictSequential
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchrl.envs import EnvBase
 from torchrl.modules import EGreedyModule, ProbabilisticActor, TanhNormal
@@ -100,6 +100,12 @@ class SAC(Algorithm):
         # Not ``self.policy``, which builds a distribution for each action.
         draw = TensorDictModule(self.actor.draw, in_keys=["observation"], out_keys=["action", "_"])
         return TensorDictSequential(draw, self.warmup)
+
+    def value(self, observation: Tensor) -> Tensor:
+        """Least value, over the critics, of the policy's most likely action, ``[B]``."""
+        loc, _ = self.actor.split(self.actor.mlp(observation))
+        values: Tensor = self.critics(observation, loc.tanh()).amin(-1)
+        return values
 
     def configure_optimizers(self) -> dict[str, Optimizer]:
         """Build Adam over the critics, the actor and the logarithm of the temperature."""

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictSequential
+from torch import Tensor
 from torch.optim import Optimizer
 from torchrl.envs import EnvBase
 from torchrl.modules import AdditiveGaussianModule, EGreedyModule
@@ -100,6 +101,11 @@ class TD3(Algorithm):
     def behaviour(self) -> TensorDictModule:
         """The policy that collects: with noise; uniform actions before the first update."""
         return TensorDictSequential(self.policy, self.noise, self.warmup)
+
+    def value(self, observation: Tensor) -> Tensor:
+        """Least value, over the critics, of the policy's action, ``[B]``."""
+        values: Tensor = self.critics(observation, self.policy.act(observation)).amin(-1)
+        return values
 
     def configure_optimizers(self) -> dict[str, Optimizer]:
         """Build Adam over the critics and over the actor."""
