@@ -5,15 +5,42 @@ from __future__ import annotations
 from pathlib import Path
 from pickle import UnpicklingError
 
-import lightning as L
 import torch
+from jsonargparse import Namespace
 from jsonargparse.typing import Path_fr
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 
 from recipes.dqn import DQN
+from recipes.learning import Algorithm
 from recipes.running.cli import build_algorithm, build_parser
 from vlmrb_torchrl.checks import ConfigError, shown
+
+
+def settings_of(config: Path, algorithm: type[Algorithm], *, judge: bool = True) -> Namespace:
+    """Build what a run's ``config.yaml`` says; without its judge, which may not even be here."""
+    parser = build_parser(algorithm)
+    given = parser.parse_path(str(config))
+    if not judge:
+        given.scoring = parser.get_defaults().scoring
+    return parser.instantiate(given)
+
+
+def load_weights(module: Algorithm, checkpoint: Path) -> int:
+    """Load a copy of a run's weights; return after how many environment steps it was made.
+
+    Raises:
+        ConfigError: The file holds something else than the weights of such a module.
+    """
+    try:
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        module.load_state_dict(saved["algorithm"])
+        return int(saved["env_steps"])
+    except (UnpicklingError, RuntimeError, KeyError, TypeError, EOFError) as error:
+        raise ConfigError(
+            f"checkpoint is {checkpoint}: it holds no weights of {type(module).__name__} "
+            f"({shown(error)}); name the policy.ckpt of a run"
+        ) from None
 
 
 class TrainedPolicy(TensorDictModuleBase):
@@ -31,21 +58,12 @@ class TrainedPolicy(TensorDictModuleBase):
         >>> env.rollout(100, policy)  # doctest: +SKIP
     """
 
-    def __init__(self, checkpoint: Path_fr | str, algorithm: type[L.LightningModule] = DQN) -> None:
+    def __init__(self, checkpoint: Path_fr | str, algorithm: type[Algorithm] = DQN) -> None:
         super().__init__()
         path = Path(checkpoint)
-        parser = build_parser(algorithm)
-        config = parser.parse_path(str(path.with_name("config.yaml")))
-        config.scoring = parser.get_defaults().scoring  # its judge may not even be here
-        module = build_algorithm(algorithm, parser.instantiate(config))
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            module.load_state_dict(saved["algorithm"])
-        except (UnpicklingError, RuntimeError, KeyError, TypeError, EOFError) as error:
-            raise ConfigError(
-                f"checkpoint is {path}: it holds no weights of {algorithm.__name__} "
-                f"({shown(error)}); name the policy.ckpt of a run"
-            ) from None
+        settings = settings_of(path.with_name("config.yaml"), algorithm, judge=False)
+        module: Algorithm = build_algorithm(algorithm, settings)
+        load_weights(module, path)
         self.policy = module.policy.requires_grad_(False)
         self.in_keys, self.out_keys = self.policy.in_keys, self.policy.out_keys
 
