@@ -148,10 +148,9 @@ def arguments(settings: dict[str, Any]) -> list[str]:
 
 def scoring_of(judge: Path) -> dict[str, Any]:
     """What the file of a judge says of scoring."""
-    scoring = (yaml.safe_load(judge.read_text()) or {}).get("scoring")
+    scoring: dict[str, Any] = (yaml.safe_load(judge.read_text()) or {}).get("scoring", {})
     require(bool(scoring), "judges", judge, "it should have a section scoring")
-    settings: dict[str, Any] = scoring
-    return settings
+    return scoring
 
 
 def recipe_of(algorithm: str) -> Any:
