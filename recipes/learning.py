@@ -64,7 +64,7 @@ class Algorithm(L.LightningModule, ABC):
     @property
     @abstractmethod
     def behaviour(self) -> TensorDictModuleBase:
-        """The policy that collects: it explores."""
+        """The policy that collects, after the random actions of the warm-up: it explores."""
 
     @abstractmethod
     def value(self, observation: Tensor) -> Tensor:
@@ -85,7 +85,6 @@ class Algorithm(L.LightningModule, ABC):
         """Name the method that is the next update, where several take turns."""
         return "update"
 
-    @abstractmethod
     def after_collection(self, progress: float) -> dict[str, float]:
         """Change how it explores, after each round of updates.
 
@@ -95,6 +94,7 @@ class Algorithm(L.LightningModule, ABC):
         Returns:
             What of it is worth logging, by name.
         """
+        return {}
 
     def signalled(
         self,

@@ -11,11 +11,11 @@ from functools import partial
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModule, TensorDictSequential
+from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchrl.envs import EnvBase
-from torchrl.modules import EGreedyModule, ProbabilisticActor, TanhNormal
+from torchrl.modules import ProbabilisticActor, TanhNormal
 
 from recipes.arguments import (
     FiniteFloat,
@@ -85,7 +85,6 @@ class SAC(Algorithm):
             spec=action_spec,
             distribution_class=TanhNormal,
         )
-        self.warmup = EGreedyModule(action_spec)
         self.critics = Critics(num_critics, *sizes, hidden_features, critic_layer_norm)
         self.target = target_of(self.critics)
         self.log_alpha = nn.Parameter(torch.tensor(alpha_init).log())
@@ -96,10 +95,9 @@ class SAC(Algorithm):
 
     @property
     def behaviour(self) -> TensorDictModule:
-        """The policy that collects: draws of the policy, uniform ones before the first update."""
+        """The policy that collects: its draws."""
         # Not ``self.policy``, which builds a distribution for each action.
-        draw = TensorDictModule(self.actor.draw, in_keys=["observation"], out_keys=["action", "_"])
-        return TensorDictSequential(draw, self.warmup)
+        return TensorDictModule(self.actor.draw, in_keys=["observation"], out_keys=["action", "_"])
 
     def value(self, observation: Tensor) -> Tensor:
         """Least value, over the critics, of the policy's most likely action, ``[B]``."""
@@ -145,11 +143,6 @@ class SAC(Algorithm):
         figures |= self.step(self.gradient("temperature", loss))
         track(self.target, self.critics, self.target_update_rate)
         return signal, figures | {"train/entropy": entropy, "train/alpha": alpha}
-
-    def after_collection(self, progress: float) -> dict[str, float]:
-        """End the uniform actions of the warm-up."""
-        self.warmup.eps.zero_()
-        return {}
 
 
 if __name__ == "__main__":

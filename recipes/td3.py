@@ -15,7 +15,7 @@ from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import Tensor
 from torch.optim import Optimizer
 from torchrl.envs import EnvBase
-from torchrl.modules import AdditiveGaussianModule, EGreedyModule
+from torchrl.modules import AdditiveGaussianModule
 
 from recipes.arguments import (
     LeftOpenUnitInterval,
@@ -85,7 +85,6 @@ class TD3(Algorithm):
         self.noise = AdditiveGaussianModule(
             action_spec, sigma_init=exploration_noise, sigma_end=exploration_noise
         )
-        self.warmup = EGreedyModule(action_spec)
         self.critics = Critics(num_critics, *sizes, hidden_features, critic_layer_norm)
         self.target, self.target_policy = target_of(self.critics), target_of(self.policy)
         self.target_noise, self.target_noise_clip = target_noise, target_noise_clip
@@ -99,8 +98,8 @@ class TD3(Algorithm):
 
     @property
     def behaviour(self) -> TensorDictModule:
-        """The policy that collects: with noise; uniform actions before the first update."""
-        return TensorDictSequential(self.policy, self.noise, self.warmup)
+        """The policy that collects: with noise."""
+        return TensorDictSequential(self.policy, self.noise)
 
     def value(self, observation: Tensor) -> Tensor:
         """Least value, over the critics, of the policy's action, ``[B]``."""
@@ -148,11 +147,6 @@ class TD3(Algorithm):
         track(self.target, self.critics, self.target_update_rate)
         track(self.target_policy, self.policy, self.target_update_rate)
         return signal, figures
-
-    def after_collection(self, progress: float) -> dict[str, float]:
-        """End the uniform actions of the warm-up."""
-        self.warmup.eps.zero_()
-        return {}
 
 
 if __name__ == "__main__":
