@@ -214,8 +214,11 @@ def compare(study: Study, here: Path = Path(), *, report: bool = False) -> None:
         finished = [run.folder for run in ordered if run.finished()]
         missing = [run.folder.name for run in ordered if run.folder not in finished]
         require(bool(finished), "the number of finished runs", 0, f"let one end, in {out}")
-        notes = [f"Not finished, and in no figure: {', '.join(missing)}."] if missing else []
-        report_on(write_results(finished, out), out, [*notes, *unscored(finished)], console)
+        notes = unscored(finished)
+        if missing:
+            number = f"{len(missing)} of {len(runs)} runs"
+            notes.append(f"{number} are not finished and in no figure: {', '.join(missing)}.")
+        report_on(write_results(finished, out), out, notes, console)
     failed = [run.failure for run in runs if run.failure]
     for failure in failed:
         console.print(failure, soft_wrap=True, markup=False, highlight=False)

@@ -62,8 +62,7 @@ PLAN = """
 import os, sys
 sys.path[0] = os.getcwd()  # as with -m: a name, not wherever one is
 from recipes import compare
-from recipes.running import report
-compare.execute = report.report = lambda *_: None
+compare.execute = lambda *_: sys.exit()
 compare.main()
 """
 PLANNED = {
