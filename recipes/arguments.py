@@ -75,6 +75,7 @@ if TYPE_CHECKING:
     Width = int
     ClosedUnitInterval = float
     FiniteFloat = float
+    FromOne = float
     LeftOpenUnitInterval = float
     NonNegativeFinite = float
     PositiveFinite = float
@@ -96,5 +97,6 @@ else:
     PositiveFinite = number("finite float > 0", float, (">", 0), ("<", math.inf))
     NonNegativeFinite = number("finite float >= 0", float, (">=", 0), ("<", math.inf))
     FiniteFloat = number("finite float", float, (">", -math.inf), ("<", math.inf))
+    FromOne = number("finite float >= 1", float, (">=", 1), ("<", math.inf))
     UpdateRatio = number("float in (0, 64]", float, (">", 0), ("<=", 64))
     Seconds = number("float in (0, 1e9]", float, (">", 0), ("<=", 1e9))

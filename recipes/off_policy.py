@@ -131,6 +131,7 @@ def train(
             new_env_steps = data.numel() * fabric.world_size
             run.env_steps += new_env_steps
             store(data, memory)
+            memory.replay.collected(memory.buffer.sampler, data)
             telemetry.collected(data)
 
             if run.env_steps > training.warmup_env_steps:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, Literal
 
+from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.data import LazyTensorStorage, RandomSampler, TensorDictReplayBuffer
 from torchrl.data.replay_buffers.samplers import Sampler
@@ -15,17 +16,19 @@ from torchrl.data.replay_buffers.samplers import Sampler
 from recipes.arguments import (
     ClosedUnitInterval,
     FiniteFloat,
+    FromOne,
     LeftOpenUnitInterval,
     NonNegativeFinite,
     PositiveFinite,
     PositiveInt,
     Slots,
+    Width,
 )
 from recipes.learning import Signal
 from recipes.settings import linear
 from vlmrb_torchrl import ScoreBonus, VLMPrioritizedSampler, VLMReplayBuffer, keys
 from vlmrb_torchrl.checks import require
-from vlmrb_torchrl.samplers import ReducibleLossSampler
+from vlmrb_torchrl.samplers import AttentiveSampler, OptimizedSampler, ReducibleLossSampler
 
 
 class Replay(ABC):
@@ -65,6 +68,14 @@ class Replay(ABC):
     @abstractmethod
     def sampler(self) -> Sampler:
         """Build the sampler of the buffer."""
+
+    def collected(self, sampler: Any, data: TensorDictBase) -> None:  # noqa: B027 - often nothing
+        """Tell the sampler of steps that were just played, and are in the buffer by now.
+
+        Args:
+            sampler: The buffer's, built by ``sampler()``.
+            data: Steps of the games, ``[num_envs, steps_per_collection]``, as they were played.
+        """
 
     def anneal(self, sampler: Any, progress: float) -> None:  # noqa: B027 - often nothing
         """Set what changes while training, after each round of updates.
@@ -188,6 +199,93 @@ class ReLo(Prioritized):
             beta=self.beta_start,
             eps=self.td_error_offset,
         )
+
+
+class AER(Replay):
+    """AER: of ⌈λ k⌉ uniform draws the k most similar to what is played (Sun et al., AAAI 2020).
+
+    Each batch looks at one game, all in turn, in the state that it was last acted in. Vectors are
+    compared by their cosine, grids by the share of entries that agree.
+
+    Args:
+        oversampling_start: λ at the start, at least 1; it falls linearly to 1, which is uniform.
+            The value is ours: the paper's was not found, a reimplementation takes 2.
+        oversampling_share: Share of the steps after the warm-up over which it falls.
+    """
+
+    def __init__(
+        self,
+        oversampling_start: FromOne = 2.0,
+        oversampling_share: ClosedUnitInterval = 1.0,
+        **ring: Any,
+    ) -> None:
+        super().__init__(**ring)
+        self.oversampling_start, self.oversampling_share = oversampling_start, oversampling_share
+
+    def sampler(self) -> Sampler:
+        """Build the sampler that compares states."""
+        return AttentiveSampler(self.oversampling_start)
+
+    def collected(self, sampler: AttentiveSampler, data: TensorDictBase) -> None:
+        """Show the sampler where the games are."""
+        sampler.observe(data["observation"][:, -1])
+
+    def anneal(self, sampler: AttentiveSampler, progress: float) -> None:
+        """Lower λ to 1."""
+        sampler.lmbda = linear(self.oversampling_start, 1.0, self.oversampling_share, progress)
+
+    def figures(self, buffer: VLMReplayBuffer, drawn: Tensor | None) -> dict[str, float]:
+        """Add λ."""
+        return super().figures(buffer, drawn) | {"lambda": float(buffer.sampler.lmbda)}
+
+
+class ERO(Replay):
+    """ERO: a learnt policy chooses what may be replayed (Zha et al. 2019, arXiv 1906.08387).
+
+    What the source was not found to fix is an argument, see ``OptimizedSampler``.
+
+    Args:
+        policy_features: Widths of the hidden layers of the replay policy.
+        policy_learning_rate: Step size of Adam for it.
+        policy_updates: Its steps after each collection in which episodes ended.
+        policy_batch_size: Transitions of such a step.
+        unvisited_score: Probability that a transition not replayed yet may be replayed.
+    """
+
+    signal = "td_error"
+
+    def __init__(
+        self,
+        policy_features: tuple[Width, ...] = (64, 64),
+        policy_learning_rate: PositiveFinite = 1e-4,
+        policy_updates: PositiveInt = 1,
+        policy_batch_size: PositiveInt = 64,
+        unvisited_score: ClosedUnitInterval = 1.0,
+        **ring: Any,
+    ) -> None:
+        super().__init__(**ring)
+        self._policy: dict[str, Any] = {
+            "hidden_features": policy_features,
+            "learning_rate": policy_learning_rate,
+            "policy_updates": policy_updates,
+            "policy_batch_size": policy_batch_size,
+            "unvisited_score": unvisited_score,
+        }
+
+    def sampler(self) -> Sampler:
+        """Build the sampler and its policy."""
+        return OptimizedSampler(self.capacity, **self._policy)
+
+    def collected(self, sampler: OptimizedSampler, data: TensorDictBase) -> None:
+        """Show the sampler what was earned."""
+        outcome = data["next"]
+        sampler.observe(outcome["reward"].squeeze(-1), outcome["done"].squeeze(-1))
+
+    def figures(self, buffer: VLMReplayBuffer, drawn: Tensor | None) -> dict[str, float]:
+        """Add the share that may be replayed, and the policy's mean score."""
+        figures = super().figures(buffer, drawn)
+        figures |= buffer.sampler.statistics(len(buffer))
+        return figures
 
 
 class Judged(Replay):

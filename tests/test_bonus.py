@@ -44,6 +44,7 @@ def test_rewards_are_those_stored_and_the_bonus_of_the_slot_and_draws_are_unifor
     buffer = paying(kind, bonus, threshold=threshold)
     index = buffer.extend(rows(SLOTS))
     score, _ = facts(SEED)
+    score[:2] = torch.tensor([0.5, 0.0])
     scored = ~score.isnan()
     buffer.sampler.update_score(index[scored], score[scored])
     known = np.nan_to_num(score.numpy(), nan=-1.0)  # not judged: below any threshold

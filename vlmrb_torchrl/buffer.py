@@ -30,11 +30,22 @@ from torchrl.data.replay_buffers.writers import RoundRobinWriter, TensorDictRoun
 
 from vlmrb_torchrl.checks import is_key, require
 from vlmrb_torchrl.keys import GENERATION, INDEX, TD_ERROR
-from vlmrb_torchrl.samplers import ReducibleLossSampler, VLMPrioritizedSampler
+from vlmrb_torchrl.samplers import (
+    AttentiveSampler,
+    OptimizedSampler,
+    ReducibleLossSampler,
+    VLMPrioritizedSampler,
+)
 from vlmrb_torchrl.samplers.arguments import as_index, as_numbers, sent
 
-# Draw a slot an item.
-_FLAT_SAMPLERS = (RandomSampler, PrioritizedSampler, VLMPrioritizedSampler, ReducibleLossSampler)
+_FLAT_SAMPLERS = (  # which draw a slot an item
+    RandomSampler,
+    PrioritizedSampler,
+    AttentiveSampler,
+    OptimizedSampler,
+    ReducibleLossSampler,
+    VLMPrioritizedSampler,
+)
 
 
 class VLMReplayBuffer(TensorDictReplayBuffer):

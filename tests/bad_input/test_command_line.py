@@ -79,6 +79,20 @@ BAD: dict[tuple[Any, ...], tuple[str, dict[str, tuple[str, ...]]]] = {
             "threshold": POSITIVE_SHARE,
         },
     ),
+    (DQN, *QUICK, "--replay=AER"): (
+        "replay",
+        {**RING, "oversampling_start": ("0.9", ".inf"), "oversampling_share": SHARE},
+    ),
+    (DQN, *QUICK, "--replay=ERO"): (
+        "replay",
+        {
+            **RING,
+            "policy_features": ("[8, 0]",),
+            "policy_learning_rate": POSITIVE,
+            **dict.fromkeys(("policy_updates", "policy_batch_size"), COUNT),
+            "unvisited_score": SHARE,
+        },
+    ),
     (DQN, *QUICK, "--replay=RewardBonus"): (
         "replay",
         {**RING, "bonus": (".inf", ".nan"), "threshold": POSITIVE_SHARE},

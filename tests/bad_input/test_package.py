@@ -129,6 +129,20 @@ CONSTRUCTORS: dict[Callable[..., Any], tuple[dict[str, Any], dict[str, tuple[Any
             "reward_key": NO_NAME,
         },
     ),
+    samplers.AttentiveSampler: (
+        {},
+        {"lmbda": real(1), "state_key": NO_NAME, "similarity": NO_OBJECT},
+    ),
+    samplers.OptimizedSampler: (
+        {"max_capacity": 8},
+        {
+            **dict.fromkeys(("max_capacity", "policy_updates", "policy_batch_size"), COUNT),
+            "hidden_features": ("x", 3, None, [0], [2.5], ["8"]),
+            "learning_rate": POSITIVE,
+            "unvisited_score": SHARE,
+            "reward_key": NO_NAME,
+        },
+    ),
     samplers.ReducibleLossSampler: (
         {"max_capacity": 8},
         {

@@ -14,7 +14,7 @@ from tensordict.nn import TensorDictModule
 from recipes import iqn, off_policy
 from recipes.dqn import DQN
 from recipes.iqn import IQN
-from recipes.replay import Prioritized, Replay, VLMGuided
+from recipes.replay import AER, Prioritized, Replay, VLMGuided
 from recipes.running import cli
 from recipes.running.cli import check
 from recipes.running.metrics import read_rows
@@ -37,6 +37,8 @@ TRAINED = (
     "methods/privileged.yaml",
     "methods/relo.yaml",
     "methods/bonus.yaml",
+    "methods/aer.yaml",
+    "methods/ero.yaml",
     "doorkey_8x8/dqn/per.yaml",
     "doorkey_8x8/iqn.yaml",
 )
@@ -120,8 +122,10 @@ def test_every_file_of_settings_trains_over_the_end_of_the_ring_and_writes_its_f
     assert [row["env_steps"] for row in rows if "eval/return" in row] == [192, 384]
     assert [row["env_steps"] for row in rows if "speed/updates_per_s" in row] == [192, 384]
     last = [row for row in rows if "speed/updates_per_s" in row][-1]
+    ((replay, buffer),) = built
     assert last["replay/transitions"] == 300
-    assert 0 < last["replay/effective_sample_size"] <= 1
+    if not isinstance(replay, AER):  # whose draws hang on the state of now
+        assert 0 < last["replay/effective_sample_size"] <= 1
     assert 0 <= last["replay/age_transitions"] < 300
     assert {"value/q", "value/target", "value/td_error"} < set(last)
     assert ("value/spread" in last) == (task.stem != "dqn")
@@ -131,7 +135,6 @@ def test_every_file_of_settings_trains_over_the_end_of_the_ring_and_writes_its_f
     assert 0 < sum(times.values()) <= 1
     if task.stem in ("dqn", "iqn"):
         assert last["train/epsilon"] == pytest.approx(0.1)
-    ((replay, buffer),) = built
     if isinstance(replay, Prioritized):
         assert last["replay/beta"] == replay.beta_end == buffer.sampler.beta
         assert 0 < last["replay/least_weight"] < 1  # (N P)^-β of a likely one
@@ -216,6 +219,7 @@ def test_actions_before_the_first_update_are_random_and_no_policy_is_asked(warmu
     ("algorithm", "method", "name", "value"),
     [
         (DQN, "per", "beta", lambda done: 0.4 + 0.6 * done),
+        (DQN, "aer", "lmbda", lambda done: 2 - done),
         (IQN, "privileged", "lmbda", lambda done: 0.5 * min(1, 12 * done)),
     ],
 )

@@ -33,6 +33,8 @@ RUNS = {
     ),
 }
 SLOW = {
+    "dqn, replay policy": (DQN, [*DOORKEY, "--replay=ERO"]),
+    "dqn, attentive": (DQN, [*DOORKEY, "--replay=AER"]),
     "dqn, reward bonus": (DQN, [*DOORKEY, SYNC, NOISY, "--replay=RewardBonus"]),
     "dqn, judge": (DQN, [*DOORKEY, SYNC, PRIVILEGED]),
     "dqn, embedded judge": (DQN, [*DOORKEY, SYNC, "--scoring.clip_transitions=32"]),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from vlmrb_torchrl.samplers.attentive import AttentiveSampler
+from vlmrb_torchrl.samplers.optimized import OptimizedSampler
 from vlmrb_torchrl.samplers.reducible import ReducibleLossSampler
 from vlmrb_torchrl.samplers.vlm import VLMPrioritizedSampler
 
-__all__ = ["ReducibleLossSampler", "VLMPrioritizedSampler"]
+__all__ = ["AttentiveSampler", "OptimizedSampler", "ReducibleLossSampler", "VLMPrioritizedSampler"]

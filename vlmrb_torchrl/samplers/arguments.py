@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
 from vlmrb_torchrl.checks import shown
@@ -44,6 +45,15 @@ def as_index(index: Any, name: str) -> Tensor:
     if whole.numel() and (whole.is_floating_point() or whole.dtype == torch.bool):
         raise IndexError(f"{name} is {shown(whole)}: slots and stamps are whole numbers.")
     return whole.long()
+
+
+def entry_of(storage: Any, key: NestedKey, index: Any) -> Tensor:
+    """One entry of the rows ``index`` of a storage, ``[B, ...]``, without a copy of the others."""
+    rows = storage._storage
+    if isinstance(rows, TensorDictBase):
+        entry: Tensor = rows.get(key)[index]
+        return entry
+    return torch.stack([row.get(key) for row in storage.get(index)])  # of a list
 
 
 def sent(values: Tensor, device: torch.device) -> Tensor:
