@@ -196,7 +196,7 @@ def compare(study: Study, here: Path = Path(), *, report: bool = False) -> None:
         report: Run nothing, report what lies finished.
 
     Raises:
-        ConfigError: At the end, if runs have failed.
+        ConfigError: At the end, if runs have failed or none is finished.
     """
     from recipes.running.report import report as report_on  # matplotlib and scipy: --help does
 
@@ -213,17 +213,19 @@ def compare(study: Study, here: Path = Path(), *, report: bool = False) -> None:
         ordered = sorted(runs, key=lambda run: cells.index(run.cell))
         finished = [run.folder for run in ordered if run.finished()]
         missing = [run.folder.name for run in ordered if run.folder not in finished]
-        require(bool(finished), "the number of finished runs", 0, f"let one end, in {out}")
         notes = unscored(finished)
         if missing:
             number = f"{len(missing)} of {len(runs)} runs"
             notes.append(f"{number} are not finished and in no figure: {', '.join(missing)}.")
-        report_on(write_results(finished, out), out, notes, console)
+        if finished:
+            report_on(write_results(finished, out), out, notes, console)
     failed = [run.failure for run in runs if run.failure]
     for failure in failed:
         console.print(failure, soft_wrap=True, markup=False, highlight=False)
     if failed:
         raise ConfigError(f"{len(failed)} runs failed: the same command tries them again")
+    if not finished:
+        raise ConfigError(f"no run has finished in {out}: the same command goes on")
 
 
 def main(argv: list[str] | None = None) -> None:

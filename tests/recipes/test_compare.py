@@ -312,7 +312,7 @@ def test_comparison_that_was_stopped_goes_on_with_a_run_where_it_was(tmp_path, m
         ("--variants={a b: {}, a-b: {}}", "give each another name"),
         ("--hours=0", "hours is 0"),
         ("--config=nowhere.yaml", "nowhere"),
-        ("--report", "number of finished runs is 0"),
+        ("--report", "no run has finished"),
         ("--methods=[]", "methods is []"),
         ("--settings={training.eval_every_env_steps: 0}", "eval_every_env_steps is 0"),
         ("--settings={env.tile_size: 16}", "vlm_rb-s2: the view of env"),
