@@ -128,12 +128,13 @@ def test_an_overwritten_slot_is_as_one_that_was_never_visited(unvisited_score: f
     visit(buffer, torch.ones(SLOTS))
     episode(sampler, 0.0)
     assert (sampler._score == 0.5).all()
+    visit(buffer, torch.ones(SLOTS))
     masks = []
     for _ in range(300):
         buffer.extend(rows(SLOTS // 2))
         masks.append(sampler.mask)
     assert (sampler._score == unvisited_score).all()
-    assert not sampler._stale.any()
+    assert not (sampler._stale | sampler._scored).any()
     share = torch.stack(masks)[SLOTS:].float().mean().item()
     assert share == pytest.approx(unvisited_score, abs=0.02)
 
