@@ -169,7 +169,7 @@ def test_graphics_library_that_is_asked_for_and_missing_is_named_in_one_line(mon
 def test_judge_of_ogbench_is_asked_the_question_of_ogbench(settings_of):
     settings = settings_of(SAC, "--env=Scene", f"--config={CONFIGS}/ogbench/vlm_rb.yaml")
     assert settings.scoring.scorer.prompts == (OGBENCH["success"],)
-    assert settings.replay.td_boost
+    assert settings.replay.signal == "td_error"
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -303,9 +303,11 @@ def test_method_starts_from_its_own_defaults_and_not_from_those_of_the_one_it_re
         module, name = chosen.class_path.rsplit(".", 1)
         signature = inspect.signature(getattr(importlib.import_module(module), name))
         defaults = {
-            key: list(default) if isinstance(default := parameter.default, tuple) else default
+            key: parameter.default
             for key, parameter in signature.parameters.items()
             if key not in stated.get("init_args", {})
         }
         used = {key: chosen.init_args[key] for key in defaults if key in chosen.init_args}
-        assert used == {key: defaults[key] for key in used}
+        for key, value in used.items():
+            default = defaults[key]
+            assert (tuple(value) if isinstance(default, tuple) else value) == default, key
