@@ -33,7 +33,7 @@ from vlmrb_torchrl.checks import ConfigError, one_line
 
 CHECKPOINTS = "checkpoints"
 """Folder in the run's."""
-VERSION = 4
+VERSION = 5
 """Of the state's layout; one of another version is refused."""
 _KEPT = 2
 _FREE = {

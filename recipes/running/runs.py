@@ -110,7 +110,7 @@ class Run:
             if not has_checkpoint(self.folder):
                 command, mode = self.command, "wb"
                 # What it had come to, without a checkpoint to go on from, is repeated.
-                for pattern in ("events.out.tfevents.*", METRICS_FILE, "policy.ckpt"):
+                for pattern in ("events.out.tfevents.*", METRICS_FILE, "policy*.ckpt"):
                     for path in self.folder.glob(pattern):
                         path.unlink()
                 day = datetime.now(UTC).isoformat(timespec="seconds")
