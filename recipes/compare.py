@@ -52,8 +52,9 @@ class Study:
             there is one, is laid over the method: how it was tuned there.
         methods: Names in recipes/configs/methods, or paths of YAML files, relative to the study's
             file, named by their stems. Differences are taken against uer, per and per_unweighted.
-        judges: Such names or paths, too; of each the section "scoring" is laid over every method
-            that uses scores. None: each method's own.
+        judges: For every method that uses scores, in turn: such names or paths, too, of which the
+            section "scoring" counts; or settings by names, such as {"half of it":
+            {scoring.dropped_share: 0.5}}. None: each method's own judge.
         variants: Settings to vary, such as {"1 per 8": {training.updates_per_env_step: 0.125}}: by
             each name what departs from ``settings``.
         seeds: Runs per method.
@@ -68,7 +69,7 @@ class Study:
     algorithms: list[str] = field(default_factory=lambda: ["dqn"])
     tasks: list[str] = field(default_factory=lambda: ["doorkey_6x6"])
     methods: list[str] = field(default_factory=lambda: ["uer", "per", "vlm_rb"])
-    judges: list[str] = field(default_factory=list)
+    judges: list[str] | dict[str, dict[str, Any]] = field(default_factory=list)
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     seeds: PositiveInt = 3
     first_seed: Seed = 0
@@ -94,30 +95,34 @@ def plan(study: Study, here: Path = Path()) -> list[Run]:
         require(bool(getattr(study, name)), name, getattr(study, name), "name at least one")
     known = {path.stem: path for path in sorted(METHODS.glob("*.yaml"))}
     methods = found("methods", study.methods, known, here)
-    judges = found("judges", study.judges, known, here)
-    files = [file for algorithm in study.algorithms for file in tuned(algorithm)]
-    tasks = found("tasks", study.tasks, {file.parent.name: file.parent for file in files}, here)
+    judges = study.judges
+    if not isinstance(judges, dict):
+        files_of_judges = found("judges", judges, known, here)
+        judges = {name: {"scoring": scoring_of(file)} for name, file in files_of_judges.items()}
+    folders = [file.parent for algorithm in study.algorithms for file in tuned(algorithm)]
+    tasks = found("tasks", study.tasks, {folder.name: folder for folder in folders}, here)
     variants = study.variants or {"": {}}
-    nobody: dict[str, Path | None] = {"": None}  # no judge but the method's own
-    distinct("variants", list(map(name_of, variants)))
+    own_judge: dict[str, dict[str, Any]] = {"": {}}
+    for what, names in (("judges", judges), ("variants", variants)):
+        distinct(what, list(map(name_of, names)))
     cells: list[tuple[dict[str, Any], list[str]]] = []
     for folder, algorithm, variant in product(tasks.values(), study.algorithms, variants):
         shared = folder / f"{algorithm}.yaml"
         require(shared.is_file(), "tasks", folder, f"it should hold {shared.name}")
         for method, overlay in methods.items():
-            layers = [shared, overlay]
+            files = [shared, overlay]
             as_tuned = folder / algorithm / overlay.name
             if overlay.parent == METHODS and as_tuned.is_file():
-                layers.append(as_tuned)
+                files.append(as_tuned)
             command = [sys.executable, "-m", f"recipes.{algorithm}"]
-            command += [word for layer in layers for word in ("--config", str(layer))]
+            command += [word for file in files for word in ("--config", str(file))]
             judged = judges and uses_scores(algorithm, command[3:])
-            for judge, verdict in (judges if judged else nobody).items():
+            for judge, said in (judges if judged else own_judge).items():
                 place = {"study": study.name, "algorithm": algorithm, "task": folder.name}
                 place |= {"method": method, "judge": judge, "variant": variant}
-                own = [] if verdict is None else arguments({"scoring": scoring_of(verdict)})
-                own += [*arguments(study.settings), *arguments(variants[variant])]
-                cells.append((place, [*command, *own]))
+                layers = said, study.settings, variants[variant]
+                words = [word for layer in layers for word in arguments(layer)]
+                cells.append((place, [*command, *words]))
     seeds = range(study.first_seed, study.first_seed + study.seeds)
     return [
         Run.of_seed(place, command, seed, study.folder)

@@ -21,6 +21,7 @@ from recipes.iqn import IQN
 from recipes.running import cli, processes
 from recipes.running import runs as runs_module
 from recipes.running.metrics import last_row
+from recipes.running.report import Drawing
 from recipes.running.runs import Run, execute, seconds_left
 from tests.recipes.runs import held
 from vlmrb_torchrl.checks import ConfigError
@@ -38,9 +39,10 @@ SHORT = {
 
 
 @pytest.fixture(autouse=True)
-def cold(monkeypatch):
-    """Importing for runs that are none takes longer than the tests."""
+def quick(monkeypatch):
+    """Importing for runs that are none takes seconds, and so does laying figures out."""
     monkeypatch.setattr(processes, "WARM", ())
+    monkeypatch.setattr(Drawing, "save", lambda *_: None)
 
 
 def ended(code):
@@ -112,6 +114,14 @@ def test_a_method_is_as_it_was_tuned_for_the_task_and_the_algorithm():
     assert cli.rehearse(DQN, plain.command[3:]).replay.batch_size == 64
 
 
+def test_judges_given_by_their_settings_are_of_the_methods_that_ask_one():
+    rates = {"all": {"scoring.scorer.true_positive_rate": 1.0}, "none of it": {}}
+    runs = compare.plan(Study(methods=["per", "noisy"], judges=rates, seeds=1))
+    assert [run.place["judge"] for run in runs] == ["", "all", "none of it"]
+    found = [cli.rehearse(DQN, run.command[3:]).scoring.scorer for run in runs[1:]]
+    assert [scorer.true_positive_rate for scorer in found] == [1.0, 0.8]
+
+
 def test_a_finished_run_is_known_by_what_its_settings_say(tmp_path, monkeypatch):
     """Wherever they lie, and whatever else the study has been extended by."""
     mine = tmp_path / "mine.yaml"
@@ -149,8 +159,7 @@ def test_a_study_trains_reports_and_goes_on_where_it_was(tmp_path, monkeypatch, 
     study.write_text(yaml.safe_dump({"name": "mine", **settings, "out": str(tmp_path)}))
     compare.main([f"--config={study}"])
     assert "privileged" in capsys.readouterr().out
-    assert (tmp_path / "curves.png").exists()
-    assert "| uer | 0." in (tmp_path / "table.md").read_text()
+    assert "| uer | 1 | 0." in (tmp_path / "table.md").read_text()
     metrics = tmp_path / "doorkey_6x6-dqn-uer-s0" / "metrics.jsonl"
     assert last_row(metrics.parent)["env_steps"] == 128
     written = metrics.stat().st_mtime_ns
