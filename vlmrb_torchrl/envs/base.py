@@ -138,13 +138,13 @@ class SeededEpisodes(EnvBase):  # type: ignore[misc]
         }
         self.observation_spec = Composite(observed, shape=(N,))
 
-    def _asked(self, tensordict: TensorDictBase | None, mask: str) -> NDArray[np.bool_]:
-        """Which games ``"_reset"`` or ``"_step"`` names, ``[N]``; the others wait."""
+    def _asked(self, tensordict: TensorDictBase | None, mask: str) -> list[int]:
+        """The games that ``"_reset"`` or ``"_step"`` names; the others wait."""
         asked = None if tensordict is None else tensordict.get(mask, None)
         if asked is None:
-            return np.ones(self.num_envs, bool)
-        named: NDArray[np.bool_] = asked.reshape(-1).cpu().numpy()
-        return named
+            return list(range(self.num_envs))
+        games: list[int] = asked.reshape(-1).nonzero().flatten().tolist()
+        return games
 
     def _outcome(
         self,

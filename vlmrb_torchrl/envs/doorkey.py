@@ -104,7 +104,7 @@ class DoorKeyEnv(SeededEpisodes):
         N, S = num_envs, size
         self.size = size
         self.max_steps: int = 10 * size**2 if max_steps is None else max_steps
-        self._games = np.arange(N)
+        self._games, self._ahead = np.arange(N), _AHEAD @ (S, 1)  # by the direction faced
         # Before its first reset a game stands anywhere. Cells are numbered x S + y.
         self._board = np.zeros((N, S * S, 4), np.uint8)  # the render state
         self._cell, self._facing = np.full(N, S + 1), np.zeros(N, np.int64)  # of the agent
@@ -148,7 +148,7 @@ class DoorKeyEnv(SeededEpisodes):
 
     def _reset(self, tensordict: TensorDictBase | None = None, **_: Any) -> TensorDictBase:
         asked = self._asked(tensordict, "_reset")
-        for i in np.flatnonzero(asked).tolist():
+        for i in asked:
             seed = self.episode_seed(i, self._episodes[i])
             self._episodes[i] += 1
             codes, self._cell[i], self._facing[i] = _start(seed, self.size)
@@ -162,13 +162,13 @@ class DoorKeyEnv(SeededEpisodes):
         whole = action.dtype == torch.int64 and action.shape == self.batch_size
         require(whole, "action", action, f"pass int64 [{self.num_envs}]")
         act = action.cpu().numpy()
-        known = act.min() >= 0 and act.max() <= _DONE
-        require(known, "action", action.tolist(), "pass 0 to 6")
-        asked = self._asked(tensordict, "_step")
+        require(act.min() >= 0 and act.max() <= _DONE, "action", act, "pass 0 to 6")
+        asked = np.zeros(self.num_envs, bool)
+        asked[self._asked(tensordict, "_step")] = True
         act = np.where(asked, act, _DONE)  # the others wait
         games, cell, facing = self._games, self._cell, self._facing
         carries, steps = self._carries, self._steps
-        front = cell + (_AHEAD @ (self.size, 1))[facing]
+        front = cell + self._ahead[facing]
         ahead = self._inside[games, self._row[facing, cell] - 1, self._column[facing, cell]]
         after = _AFTER[act, carries, ahead]
         changed, entered = after != ahead, (act == _FORWARD) & _ENTERED[ahead]

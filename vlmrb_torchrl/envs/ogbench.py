@@ -225,7 +225,7 @@ class OGBenchEnv(SeededEpisodes):
         return type(local)(*(np.concatenate(parts) for parts in zip(*answers, strict=True)))
 
     def _reset(self, tensordict: TensorDictBase | None = None, **_: Any) -> TensorDictBase:
-        games = np.flatnonzero(self._asked(tensordict, "_reset")).tolist()
+        games = self._asked(tensordict, "_reset")
         for i in games:
             self._begun[i], self._played[i] = self.episode_seed(i, self._episodes[i]), []
             self._episodes[i] += 1
@@ -240,7 +240,7 @@ class OGBenchEnv(SeededEpisodes):
         got = f"pass float32 [{self.num_envs}, 5] within [-1, 1]"
         require(within, "action", action, got)
         actions = action.detach().cpu().numpy()
-        games = np.flatnonzero(self._asked(tensordict, "_step")).tolist()
+        games = self._asked(tensordict, "_step")
         seen = self._ask("play", {i: actions[i] for i in games})
         for i in games:
             self._played[i].append(actions[i].copy())
