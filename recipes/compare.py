@@ -46,6 +46,7 @@ class Study:
 
     Args:
         name: Name of the study.
+        about: What it shows, in a sentence or two, above its tables and curves.
         algorithms: Recipes: dqn, iqn, sac, td3.
         tasks: Folders of recipes/configs, or paths of folders, relative to the study's file. Their
             ALGORITHM.yaml holds what all methods share; METHOD.yaml in their folder ALGORITHM, if
@@ -66,6 +67,7 @@ class Study:
     """
 
     name: str = "compare"
+    about: str = ""
     algorithms: list[str] = field(default_factory=lambda: ["dqn"])
     tasks: list[str] = field(default_factory=lambda: ["doorkey_6x6"])
     methods: list[str] = field(default_factory=lambda: ["uer", "per", "vlm_rb"])
@@ -223,7 +225,7 @@ def compare(study: Study, here: Path = Path(), *, report: bool = False) -> None:
             number = f"{len(missing)} of {len(runs)} runs"
             notes.append(f"{number} are not finished and in no figure: {', '.join(missing)}.")
         if finished:
-            report_on(write_results(finished, out), out, notes, console)
+            report_on(write_results(finished, out), out, study.about, notes, console)
     failed = [run.failure for run in runs if run.failure]
     for failure in failed:
         console.print(failure, soft_wrap=True, markup=False, highlight=False)

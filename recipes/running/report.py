@@ -239,9 +239,11 @@ def title(panel: Iterable[str]) -> str:
     return ", ".join(filter(None, panel))
 
 
-def write_tables(groups: dict[str, Outcomes], notes: list[str], path: Path, to: Console) -> None:
+def write_tables(
+    groups: dict[str, Outcomes], about: str, notes: list[str], path: Path, to: Console
+) -> None:
     """Print the tables of each group, and write them as Markdown."""
-    text = []
+    text = [f"{about}\n"] if about else []
     for name, outcomes in groups.items():
         said = f"{name}: mean (of steps: median) and 95 % bootstrap interval over seeds"
         text.append(show(outcome_table(outcomes), said, to))
@@ -313,7 +315,7 @@ class Drawing:
             self._figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
 
 
-def draw_curves(panels: Panels, methods: list[str], path: Path) -> None:
+def draw_curves(panels: Panels, methods: list[str], about: str, path: Path) -> None:
     """Draw success over environment steps: a row per task and algorithm, a column per variant."""
     rows = list(dict.fromkeys(panel[:2] for panel in panels))
     columns = list(dict.fromkeys(variant for *_, variant in panels))
@@ -327,7 +329,7 @@ def draw_curves(panels: Panels, methods: list[str], path: Path) -> None:
         if outcome.measure == "success":
             axes.set_ylim(-0.02, 1.02)
     said = "Mean and 95 % bootstrap interval over seeds; all play the same held-out episodes."
-    drawing.save(path, said)
+    drawing.save(path, f"{about} {said}".strip())
 
 
 def draw_summary(groups: dict[str, Outcomes], methods: list[str], path: Path) -> None:
@@ -379,20 +381,21 @@ def draw_gains(panels: Panels, methods: list[str], path: Path) -> None:
     drawing.save(path, "Differences in area, paired by seed: mean and 95 % bootstrap interval.")
 
 
-def report(results: Rows, out: Path, notes: list[str], console: Console) -> None:
+def report(results: Rows, out: Path, about: str, notes: list[str], console: Console) -> None:
     """Print the tables, write ``table.md`` and the figures, say where the logs lie.
 
     Args:
         results: Rows of ``results.csv``.
         out: Where the files go.
+        about: What the study shows.
         notes: What else there is to say of the runs.
         console: Where the tables are printed.
     """
     panels = panels_of(results)
     groups = groups_of(panels)
     methods = list(dict.fromkeys(method for outcomes in panels.values() for method in outcomes))
-    write_tables(groups, notes, out / "table.md", console)
-    draw_curves(panels, methods, out / "curves")
+    write_tables(groups, about, notes, out / "table.md", console)
+    draw_curves(panels, methods, about, out / "curves")
     draw_summary(groups, methods, out / "summary")
     if len({variant for *_, variant in panels}) > 1 and set(methods) & set(BASELINES):
         draw_gains(panels, methods, out / "gains")

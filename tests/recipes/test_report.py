@@ -55,7 +55,7 @@ def row(method="uer", seed=0, env_steps=100, success="", **others):
 
 
 def tables(rows, path):
-    write_tables(groups_of(panels_of(rows)), [], path, Console(file=io.StringIO()))
+    write_tables(groups_of(panels_of(rows)), "", [], path, Console(file=io.StringIO()))
     return path.read_text()
 
 
@@ -186,8 +186,9 @@ def test_report_writes_tables_and_figures_and_pairs_differences_by_seed(tmp_path
     ]
     assert panels_of(rows)["t", "dqn", ""]["uer"].speed.tolist() == [200.0] * 3
     console = Console(file=io.StringIO(), width=200)
-    report(rows, tmp_path, ["Not finished: t-dqn-vlm_rb-s3."], console)
+    report(rows, tmp_path, "What is shown.", ["Not finished: t-dqn-vlm_rb-s3."], console)
     table = (tmp_path / "table.md").read_text()
+    assert table.startswith("What is shown.\n\n")
     # Seeds differ, the paired difference does not: its interval has no width.
     assert "| vlm_rb | 0.25 [0.25, 0.25] |" in table
     assert "0.20 [0.00, 0.40]" in table  # mean of 0, 0.2, 0.4
