@@ -225,6 +225,8 @@ def execute(runs: list[Run], jobs: int, hours: float | None, console: Console) -
                     if run.ended():
                         run.share = 1.0
                         running.remove(run)
+                        if not console.is_terminal:  # where bars are not shown
+                            console.print(run.failure or f"{run.folder.name} is finished")
                         progress.remove_task(run.bar)  # type: ignore[arg-type]
                 done = len(runs) - len(waiting) - len(running)
                 seconds = seconds_left(planned, jobs)

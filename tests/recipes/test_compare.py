@@ -216,7 +216,7 @@ def test_run_without_a_checkpoint_is_repeated_by_its_own_comparison_only(tmp_pat
     assert not any(path.exists() for path in left)
 
 
-def test_a_failed_run_leaves_the_others_alone_and_is_tried_again(tmp_path, modules):
+def test_a_failed_run_leaves_the_others_alone_and_is_tried_again(tmp_path, modules, capsys):
     """What the first run waits for, the second one writes; which the failed one comes before."""
     fails = modules("fails", "raise SystemExit('out of luck')")
     passes = modules("passes", "pass")
@@ -226,6 +226,7 @@ def test_a_failed_run_leaves_the_others_alone_and_is_tried_again(tmp_path, modul
     ]
     execute(runs, 1, None, Console())
     assert [run.finished() for run in runs] == [False, True, True]
+    assert "c is finished" in capsys.readouterr().out
     output = tmp_path / "a" / "output.txt"
     assert runs[0].failure == f"a failed: out of luck (whole output: {output})"
     modules("fails", "pass")
