@@ -216,6 +216,16 @@ def test_run_without_a_checkpoint_is_repeated_by_its_own_comparison_only(tmp_pat
     assert not any(path.exists() for path in left)
 
 
+def test_what_a_process_prints_is_added_to_its_file(tmp_path, modules):
+    output = tmp_path / "output.txt"
+    output.write_text("before\n")
+    _, _, *words = modules("speaks", "import sys; print(*sys.argv[1:]); sys.exit('an error')")
+    process = processes.started([*words, "and", "after"], output)
+    process.join()
+    assert process.exitcode == 1
+    assert output.read_text() == "before\nand after\nan error\n"
+
+
 def test_a_failed_run_leaves_the_others_alone_and_is_tried_again(tmp_path, modules, capsys):
     """What the first run waits for, the second one writes; which the failed one comes before."""
     fails = modules("fails", "raise SystemExit('out of luck')")

@@ -321,6 +321,14 @@ def _shape(given):
     return tuple(given.shape) if isinstance(given, torch.Tensor) else given
 
 
+def test_guided_replay_s_settings_reach_its_sampler():
+    given = {"alpha": 0.3, "beta": 0.2, "td_boost": True, "threshold": None}
+    given |= {"negative_priority": 0.1, "unscored_priority": 0.4}
+    sampler = VLMGuided(eps=0.01, **given).sampler()
+    assert {name: getattr(sampler, name) for name in given} == given
+    assert sampler._eps == 0.01
+
+
 def test_each_run_s_noisy_judge_tosses_other_coins():
     def tosses(seed, run):
         buffer = VLMGuided(capacity=64).buffer(0)
