@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from recipes.running.statistics import (
 from vlmrb_torchrl.checks import require, shown
 
 SUCCESS_LEVEL = 0.8
-BASELINES = ("uer", "per", "per_unweighted")
+BASELINES = ("uer", "per", "per_unweighted", "per_alpha_1")
 EPISODES = (
     "The episodes of an evaluation depend on its number alone: all methods and seeds play the "
     "same ones, and how other episodes would have gone is not in the intervals."
@@ -271,8 +272,10 @@ class Drawing:
 
     def __init__(self, methods: list[str], rows: int, columns: int) -> None:
         self._methods = methods
-        size = 4.0 * columns + 0.6, 3.1 * rows + 1.0
-        self._figure = Figure(figsize=size, layout="constrained")
+        width = max(4.0 * columns + 0.6, 7.0)
+        self._legend_columns = int(width / 1.7)
+        height = 3.1 * rows + 1.2 + 0.25 * math.ceil(len(methods) / self._legend_columns)
+        self._figure = Figure(figsize=(width, height), layout="constrained")
         self.axes = self._figure.subplots(rows, columns, squeeze=False)
         for axes in self.axes.flat:
             axes.grid(alpha=0.3)
@@ -301,14 +304,14 @@ class Drawing:
         """Write it as PNG and SVG, with one legend."""
         found = [axes.get_legend_handles_labels() for axes in self._figure.axes]
         lines = {label: line for each in found for line, label in zip(*each, strict=True)}
-        width = self._figure.get_figwidth()
         self._figure.legend(
             [lines[method] for method in self._methods if method in lines],
             [method for method in self._methods if method in lines],
             loc="outside lower center",
-            ncols=int(width / 1.7),
+            ncols=self._legend_columns,
         )
-        self._figure.suptitle(textwrap.fill(caption, int(13 * width)), fontsize="small")
+        caption = textwrap.fill(caption, int(13 * self._figure.get_figwidth()))
+        self._figure.suptitle(caption, fontsize="small")
         self._figure.savefig(path.with_suffix(".png"), dpi=140)
         self._figure.set_layout_engine("none")  # it is laid out, which takes longest
         with mpl.rc_context({"svg.hashsalt": path.stem}):  # of the same figures the same file
