@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import torch
 from tensordict import NestedKey
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
@@ -20,8 +18,7 @@ from torchrl.data import RandomSampler
 
 from vlmrb_torchrl.checks import is_key, is_real, require
 from vlmrb_torchrl.samplers.arguments import entry_of
-
-_FILE = "attentive_sampler.pt"
+from vlmrb_torchrl.samplers.saving import SavedInFolder
 
 
 def similarity(states: Tensor, state: Tensor) -> Tensor:
@@ -42,7 +39,7 @@ def similarity(states: Tensor, state: Tensor) -> Tensor:
     return (states == state).float().mean(-1)
 
 
-class AttentiveSampler(RandomSampler):
+class AttentiveSampler(SavedInFolder, RandomSampler):
     """AER: of ⌈λ B⌉ slots drawn uniformly the B whose states are most similar to the current one.
 
     At λ = 1, and before anything was observed, it is TorchRL's ``RandomSampler``, number for
@@ -140,15 +137,6 @@ class AttentiveSampler(RandomSampler):
         """Restore what :meth:`state_dict` returned."""
         self.lmbda = state_dict["lmbda"]
         self._observed, self._turn = state_dict["observed"], state_dict["turn"]
-
-    def dumps(self, path: str | Path) -> None:
-        """Write :meth:`state_dict` into the folder ``path``."""
-        Path(path).mkdir(parents=True, exist_ok=True)
-        torch.save(self.state_dict(), Path(path) / _FILE)
-
-    def loads(self, path: str | Path) -> None:
-        """Restore what :meth:`dumps` wrote."""
-        self.load_state_dict(torch.load(Path(path) / _FILE, weights_only=True))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(lmbda={self._lmbda}, state_key={self._state_key!r})"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,12 +20,12 @@ from torchrl.modules import MLP
 
 from vlmrb_torchrl.checks import is_key, is_positive, is_real, is_whole, require
 from vlmrb_torchrl.samplers.arguments import as_index, as_numbers, entry_of, raveled, unraveled
+from vlmrb_torchrl.samplers.saving import SavedInFolder
 
-_FILE = "optimized_sampler.pt"
 _ARRAYS = ("_features", "_score", "_mask", "_written", "_stale", "_scored")
 
 
-class OptimizedSampler(PrioritizedSampler):
+class OptimizedSampler(SavedInFolder, PrioritizedSampler):
     r"""ERO: slots have I_i ~ Bernoulli(φ(reward, |δ|, age)), and those with I = 1 are drawn alike.
 
     Whenever episodes end, φ is rewarded by r = R − R', the change of their mean return, for the
@@ -320,15 +319,6 @@ class OptimizedSampler(PrioritizedSampler):
             setattr(self, name, state_dict[name].clone())
         self._writes, self._return = state_dict["_writes"], state_dict["_return"]
         self._subset, self._just_marked = None, None
-
-    def dumps(self, path: str | Path) -> None:
-        """Write :meth:`state_dict` into the folder ``path``."""
-        Path(path).mkdir(parents=True, exist_ok=True)
-        torch.save(self.state_dict(), Path(path) / _FILE)
-
-    def loads(self, path: str | Path) -> None:
-        """Restore what :meth:`dumps` wrote."""
-        self.load_state_dict(torch.load(Path(path) / _FILE, weights_only=True))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._max_capacity}, policy={self.policy})"

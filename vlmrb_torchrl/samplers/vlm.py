@@ -9,11 +9,9 @@ N: slots written, B: items of one call.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping
 from copy import copy
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +22,7 @@ from torchrl.data.replay_buffers.samplers import PrioritizedSampler
 from vlmrb_torchrl.checks import checked_device, is_real, is_whole, require
 from vlmrb_torchrl.keys import PROBABILITY, WEIGHT
 from vlmrb_torchrl.samplers.arguments import as_index, as_numbers, raveled, sent, unraveled
+from vlmrb_torchrl.samplers.saving import SavedInFolder
 from vlmrb_torchrl.samplers.trees import (
     CompiledSumTree,
     SumTree,
@@ -35,7 +34,6 @@ UNSCORED = -1.0  # score of a slot without one
 EMPTY = -1.0  # p of a slot that holds no row
 NO_ROW = -math.inf  # |δ| of such a slot
 
-_FILE = "sampler.pt"
 # A state of other values describes another distribution, and is refused.
 _FIXED = (
     *("max_size", "dtype", "_eps", "td_boost"),
@@ -71,7 +69,7 @@ class _Setting:
             sampler._rejudge()
 
 
-class VLMPrioritizedSampler(PrioritizedSampler):
+class VLMPrioritizedSampler(SavedInFolder, PrioritizedSampler):
     r"""Draws slot i with probability q(i) = λ q^P(i) + (1 − λ)/N.
 
     q^P(i) ∝ (p_i + ε)^α, or (p_i |δ_i| + ε)^α with the TD boost, where p_i follows the judge's
@@ -798,24 +796,6 @@ class VLMPrioritizedSampler(PrioritizedSampler):
             device = checked_device(device, here=True)  # "cuda" may be here, too
             if device != here:
                 self._restore(self.state_dict(), device)
-
-    def dumps(self, path: str | Path) -> None:
-        """Writes :meth:`state_dict` into the folder ``path``, whole or not at all."""
-        folder = Path(path).absolute()
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{_FILE}.{os.getpid()}"
-        torch.save(self.state_dict(), partial)
-        partial.replace(folder / _FILE)
-
-    def loads(self, path: str | Path) -> None:
-        """Restores what :meth:`dumps` wrote.
-
-        Raises:
-            FileNotFoundError: The folder holds no sampler.
-            ValueError: See :meth:`load_state_dict`.
-        """
-        file = Path(path) / _FILE
-        self.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
 
     def check_valid(self) -> None:
         """Looks whether scores, |δ| and all that follows from them agree, in one O(N) pass.
