@@ -904,8 +904,11 @@ def test_a_forgotten_scorer_ends_its_worker(gate):
     assert not thread.is_alive()
 
 
-def test_a_worker_that_is_still_starting_is_ended_too():
+@pytest.mark.parametrize("ready", [False, True], ids=["still_starting", "ready"])
+def test_a_closed_scorer_has_no_worker(ready):
     scoring = make(make_buffer(), Yes(), "process")
+    if ready:
+        assert scoring.wait_until_ready(PATIENT)
     scoring.close()
     scoring._queue._thread.join(PATIENT)  # on a busy machine it ends after the close
     assert not scoring._queue._thread.is_alive()

@@ -333,8 +333,8 @@ class ProcessWorker:
         that ends it, whatever is waited for.
         """
         process, connection = self._process, self._connection
-        assert process is not None
-        assert connection is not None
+        if process is None or connection is None:
+            raise ScorerError("died", "aborted")
         late_at = time.monotonic() + timeout_s
         timer = threading.Timer(timeout_s, _end, [process])
         timer.daemon = True
@@ -374,8 +374,9 @@ class ProcessWorker:
         """End the process; a `score` that waits for it fails at once."""
         with self._lock:
             self._aborted = True
-            if self._process is not None:
-                _end(self._process)
+            process, self._process = self._process, None
+            if process is not None:
+                _end(process)
 
 
 def _end(process: Popen[bytes], ask: bool = True) -> str:
