@@ -65,19 +65,111 @@ def grid_sizes(env: EnvBase) -> tuple[int, int, int]:
     return observation.shape[-1] - 1, int(observation.space.high.max()) + 1, action.space.n
 
 
-class CellOneHot(nn.Module):
-    """Cells of one of ``num_codes`` codes as one-hot channels, an empty cell (0) as zeros."""
+class GridLinear(nn.Module):
+    """A linear layer over the one-hot codes of a grid's cells, an empty cell (0) as zeros.
 
-    channels: Tensor
+    Most cells are empty. For a large grid on the CPU the layer adds up the rows of its weight that
+    the others choose, 48 of 2,167 for DoorKey-12x12, instead of multiplying by ones and zeros.
 
-    def __init__(self, num_codes: int) -> None:
+    Args:
+        num_cells: C.
+        num_codes: Codes of a cell, the empty one among them.
+        out_features: Width of what it returns.
+    """
+
+    codes: Tensor
+
+    def __init__(self, num_cells: int, num_codes: int, out_features: int) -> None:
         super().__init__()
-        self.register_buffer("channels", torch.eye(num_codes)[:, 1:].contiguous())
+        self.register_buffer("codes", torch.eye(num_codes)[:, 1:].contiguous())
+        layer = nn.Linear(num_cells * (num_codes - 1) + 1, out_features)
+        self.weight, self.bias = nn.Parameter(layer.weight.detach().t().contiguous()), layer.bias
 
     def forward(self, observation: Tensor) -> Tensor:
-        """Expand uint8 ``[B, C + 1]`` (cells, then a flag) to float32 ``[B, C (codes-1) + 1]``."""
-        cells = functional.embedding(observation[..., :-1].int(), self.channels).flatten(-2)
-        return torch.cat([cells, observation[..., -1:].to(cells.dtype)], dim=-1)
+        """Map uint8 ``[B, C + 1]`` (cells, then a flag) to float32 ``[B, out_features]``."""
+        rows, codes = len(self.weight), self.codes.shape[1]
+        # On a GPU the number of rows would have to be waited for.
+        if rows >= _MANY_ROWS and observation.device.type == "cpu":
+            cells = observation.flatten(0, -2)
+            summed: Tensor = _sum_rows(cells, self.weight, codes) + self.bias
+            return summed.view(*observation.shape[:-1], -1)
+        one_hot = functional.embedding(observation[..., :-1].int(), self.codes).flatten(-2)
+        one_hot = torch.cat([one_hot, observation[..., -1:].to(one_hot.dtype)], dim=-1)
+        return one_hot @ self.weight + self.bias
+
+
+_MANY_ROWS = 1_000  # from which on choosing is faster: at 727, of DoorKey-8x8, it is not
+
+
+def _rows_of(cells: Tensor, codes: int) -> tuple[Tensor, Tensor]:
+    """Which items ``[n]`` choose which rows ``[n]`` of the weight, by item."""
+    item, cell = cells.nonzero(as_tuple=True)
+    return item, cell * codes + (cells[item, cell] - 1)
+
+
+def _sums(values: Tensor, index: Tensor, group: Tensor, num_groups: int) -> Tensor:
+    """Sum ``values[index]`` by ``group``, which ascends: ``[num_groups, H]``."""
+    first = torch.searchsorted(group, torch.arange(num_groups))
+    return functional.embedding_bag(index, values, first, mode="sum")
+
+
+# Operators of their own, for torch.compile: the number of rows depends on the cells.
+@torch.library.custom_op("vlmrb_recipes::sum_rows", mutates_args=(), device_types="cpu")
+def _sum_rows(cells: Tensor, weight: Tensor, codes: int) -> Tensor:
+    """Sum for each item of ``[B, C + 1]`` the rows of ``[C codes + 1, H]``: ``[B, H]``."""
+    item, row = _rows_of(cells, codes)
+    return _sums(weight, row, item, len(cells))
+
+
+@torch.library.custom_op("vlmrb_recipes::sum_items", mutates_args=(), device_types="cpu")
+def _sum_items(gradient: Tensor, cells: Tensor, codes: int, rows: int) -> Tensor:
+    """Sum for each row of the weight the gradients ``[B, H]`` of the items that chose it."""
+    item, row = _rows_of(cells, codes)
+    order = row.argsort()
+    return _sums(gradient, item[order], row[order], rows)
+
+
+@_sum_rows.register_fake
+def _(cells: Tensor, weight: Tensor, codes: int) -> Tensor:
+    return weight.new_empty(cells.shape[0], weight.shape[1])
+
+
+@_sum_items.register_fake
+def _(gradient: Tensor, cells: Tensor, codes: int, rows: int) -> Tensor:
+    return gradient.new_empty(rows, gradient.shape[1])
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+    cells, weight, ctx.codes = inputs
+    ctx.rows = weight.shape[0]
+    ctx.save_for_backward(cells)
+
+
+def _gradient(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
+    (cells,) = ctx.saved_tensors
+    return None, _sum_items(gradient, cells, ctx.codes, ctx.rows), None
+
+
+_sum_rows.register_autograd(_gradient, setup_context=_keep)
+
+
+def grid_mlp(
+    num_cells: int,
+    num_codes: int,
+    out_features: int,
+    hidden_features: Sequence[int],
+    *,
+    activate_last_layer: bool = False,
+) -> nn.Sequential:
+    """Build layers with ReLU between them, the first over a grid."""
+    first, *widths = *hidden_features, out_features
+    layers: list[nn.Module] = [GridLinear(num_cells, num_codes, first)]
+    if widths or activate_last_layer:
+        layers.append(nn.ReLU())
+    if widths:
+        rest = mlp(first, out_features, widths[:-1], activate_last_layer=activate_last_layer)
+        layers.append(rest)
+    return nn.Sequential(*layers)
 
 
 class GridQNetwork(TensorDictModuleBase):
@@ -90,12 +182,11 @@ class GridQNetwork(TensorDictModuleBase):
         self, num_cells: int, num_codes: int, num_actions: int, hidden_features: Sequence[int]
     ) -> None:
         super().__init__()
-        self.one_hot = CellOneHot(num_codes)
-        self.mlp = mlp(num_cells * (num_codes - 1) + 1, num_actions, hidden_features)
+        self.mlp = grid_mlp(num_cells, num_codes, num_actions, hidden_features)
 
     def values(self, observation: Tensor) -> Tensor:
         """Value every action, ``[B, A]``."""
-        values: Tensor = self.mlp(self.one_hot(observation))
+        values: Tensor = self.mlp(observation)
         return values
 
     def value(self, observation: Tensor, action: Tensor) -> Tensor:
@@ -129,11 +220,8 @@ class GridQuantileNetwork(QuantileNetwork):
             "give one width or more",
         )
         *widths, last = hidden_features
-        inputs = num_cells * (num_codes - 1) + 1
         super().__init__(
-            nn.Sequential(
-                CellOneHot(num_codes), mlp(inputs, last, widths, activate_last_layer=True)
-            ),
+            grid_mlp(num_cells, num_codes, last, widths, activate_last_layer=True),
             nn.Linear(last, num_actions),
             num_features=last,
             policy_quantiles=policy_quantiles,

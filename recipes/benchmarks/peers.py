@@ -27,7 +27,7 @@ from rich.progress import track
 from recipes.arguments import PositiveInt, program
 from recipes.benchmarks.timing import Spread, show
 from recipes.dqn import DQN
-from recipes.networks import CellOneHot
+from recipes.networks import GridLinear
 from recipes.running import cli
 from recipes.running.metrics import last_row
 from recipes.sac import SAC
@@ -86,16 +86,16 @@ def of_the_peer(algorithm: str, num_envs: int, env_steps: int) -> float:
                 self.half = self.num_timesteps, time.perf_counter()
             return True
 
-    class OneHot(BaseFeaturesExtractor):
-        """The recipe's first layer."""
+    class FirstLayer(BaseFeaturesExtractor):
+        """The recipe's."""
 
         def __init__(self, space: Any) -> None:
-            super().__init__(space, (space.shape[0] - 1) * int(space.high.max()) + 1)
-            self.one_hot = CellOneHot(int(space.high.max()) + 1)
+            super().__init__(space, 128)
+            self.layer = GridLinear(space.shape[0] - 1, int(space.high.max()) + 1, 128)
 
         def forward(self, observation: torch.Tensor) -> torch.Tensor:
-            encoded: torch.Tensor = self.one_hot(observation)
-            return encoded
+            features: torch.Tensor = self.layer(observation).relu()
+            return features
 
     watch = Watch()
     if algorithm == "sac":
@@ -124,8 +124,8 @@ def of_the_peer(algorithm: str, num_envs: int, env_steps: int) -> float:
             exploration_fraction=0.75,
             exploration_final_eps=0.1,
             policy_kwargs={
-                "net_arch": [128, 128],
-                "features_extractor_class": OneHot,
+                "net_arch": [128],
+                "features_extractor_class": FirstLayer,
                 "normalize_images": False,
                 "optimizer_kwargs": {"eps": 1e-5},
             },
