@@ -28,7 +28,7 @@ from rich.console import Console
 from recipes.arguments import PositiveFloat, PositiveInt, Seed, refusal
 from recipes.running.checkpoint import locked
 from recipes.running.cli import CONFIGS, advice, build_parser, rehearse, tuned
-from recipes.running.results import class_of, unscored, write_results
+from recipes.running.results import class_of, crossed, unscored, write_results
 from recipes.running.runs import Run, execute, name_of
 from vlmrb_torchrl.checks import ConfigError, require
 
@@ -57,6 +57,9 @@ class Study:
         judges: For every method that uses scores, in turn: such names or paths, too, of which the
             section "scoring" counts; or settings by names, such as {"half of it":
             {scoring.dropped_share: 0.5}}. None: each method's own judge.
+        grid: Two settings of the judge and the values of each, such as {scoring.dropped_share: [0,
+            0.5], scoring.delay_env_steps: [0, 1000]}: all combinations are judges, too, and what
+            each makes of a method is drawn as a map.
         variants: Settings to vary, such as {"1 per 8": {training.updates_per_env_step: 0.125}}: by
             each name what departs from ``settings``.
         seeds: Runs per method.
@@ -73,6 +76,7 @@ class Study:
     tasks: list[str] = field(default_factory=lambda: ["doorkey_6x6"])
     methods: list[str] = field(default_factory=lambda: ["uer", "per", "vlm_rb"])
     judges: list[str] | dict[str, dict[str, Any]] = field(default_factory=list)
+    grid: dict[str, list[Any]] = field(default_factory=dict)
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     seeds: PositiveInt = 3
     first_seed: Seed = 0
@@ -102,6 +106,8 @@ def plan(study: Study, here: Path = Path()) -> list[Run]:
     if not isinstance(judges, dict):
         files_of_judges = found("judges", judges, known, here)
         judges = {name: {"scoring": scoring_of(file)} for name, file in files_of_judges.items()}
+    require(len(study.grid) in (0, 2), "grid", list(study.grid), "name two settings, or none")
+    judges = judges | crossed(study.grid)
     folders = [file.parent for algorithm in study.algorithms for file in tuned(algorithm)]
     tasks = found("tasks", study.tasks, {folder.name: folder for folder in folders}, here)
     variants = study.variants or {"": {}}
@@ -226,7 +232,8 @@ def compare(study: Study, here: Path = Path(), *, report: bool = False) -> None:
             number = f"{len(missing)} of {len(runs)} runs"
             notes.append(f"{number} are not finished and in no figure: {', '.join(missing)}.")
         if finished:
-            report_on(write_results(finished, out), out, study.about, notes, console)
+            rows = write_results(finished, out)
+            report_on(rows, out, study.about, notes, console, study.grid)
     failed = [run.failure for run in runs if run.failure]
     for failure in failed:
         console.print(failure, soft_wrap=True, markup=False, highlight=False)

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from rich.console import Console
 
-from recipes.running.results import Rows
+from recipes.running.results import Rows, crossed
 from recipes.running.statistics import (
     Array,
     interquartile_mean,
@@ -261,6 +261,14 @@ def write_tables(
 # -------------------------------------------------------------- figures
 
 
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG and SVG."""
+    figure.savefig(path.with_suffix(".png"), dpi=140)
+    figure.set_layout_engine("none")  # it is laid out, which takes longest
+    with mpl.rc_context({"svg.hashsalt": path.stem}):  # of the same figures the same file
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+
+
 class Drawing:
     """A grid of axes, in which each method has the same style as in every other.
 
@@ -312,10 +320,7 @@ class Drawing:
         )
         caption = textwrap.fill(caption, int(13 * self._figure.get_figwidth()))
         self._figure.suptitle(caption, fontsize="small")
-        self._figure.savefig(path.with_suffix(".png"), dpi=140)
-        self._figure.set_layout_engine("none")  # it is laid out, which takes longest
-        with mpl.rc_context({"svg.hashsalt": path.stem}):  # of the same figures the same file
-            self._figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+        save(self._figure, path)
 
 
 def draw_curves(panels: Panels, methods: list[str], about: str, path: Path) -> None:
@@ -384,7 +389,55 @@ def draw_gains(panels: Panels, methods: list[str], path: Path) -> None:
     drawing.save(path, "Differences in area, paired by seed: mean and 95 % bootstrap interval.")
 
 
-def report(results: Rows, out: Path, about: str, notes: list[str], console: Console) -> None:
+def gains_in_grid(
+    found: dict[str, Outcome], method: str, baseline: str, grid: dict[str, list[Any]]
+) -> Array:
+    """Mean differences in area with each judge of a grid, NaN where there is none: ``[Y, X]``."""
+    gains = []
+    for judge in crossed(grid):
+        both = [found.get(f"{method} ({judge})"), found.get(baseline)]
+        differences = paired([both[0]], [both[1]]) if both[0] and both[1] else []
+        gains.append(differences[0].mean() if differences else np.nan)
+    return np.reshape(gains, [len(values) for values in grid.values()])
+
+
+def draw_grid(panels: Panels, grid: dict[str, list[Any]], path: Path) -> None:
+    """Draw mean differences in area over two settings: a row per method, a column per baseline."""
+    baselines = [name for name in BASELINES if any(name in found for found in panels.values())]
+    rows = {
+        (panel, name.split(" (")[0]): found
+        for panel, found in panels.items()
+        for name in found
+        if any(name.endswith(f" ({judge})") for judge in crossed(grid))
+    }
+    if not rows or not baselines:
+        return
+    (down, ys), (across, xs) = grid.items()
+    size = (1.8 + 0.7 * len(xs)) * len(baselines), (1.0 + 0.5 * len(ys)) * len(rows) + 0.6
+    figure = Figure(figsize=size, layout="constrained")
+    drawn = figure.subplots(len(rows), len(baselines), squeeze=False)
+    for row, ((panel, method), found) in zip(drawn, rows.items(), strict=True):
+        for axes, baseline in zip(row, baselines, strict=True):
+            gains = gains_in_grid(found, method, baseline, grid)
+            image = axes.imshow(gains, "RdBu", vmin=-0.5, vmax=0.5, origin="lower", aspect="auto")
+            for (y, x), gain in np.ndenumerate(gains):
+                axes.text(x, y, f"{gain:+.2f}", ha="center", va="center", fontsize="small")
+            axes.set_xticks(range(len(xs)), xs)
+            axes.set_yticks(range(len(ys)), ys)
+            axes.set_title(title((panel[2], f"{method} minus {baseline}")), fontsize="medium")
+            axes.set(xlabel=across.split(".")[-1], ylabel=down.split(".")[-1])
+    figure.colorbar(image, ax=drawn, label="mean difference in area, paired by seed")
+    save(figure, path)
+
+
+def report(
+    results: Rows,
+    out: Path,
+    about: str,
+    notes: list[str],
+    console: Console,
+    grid: dict[str, list[Any]],
+) -> None:
     """Print the tables, write ``table.md`` and the figures, say where the logs lie.
 
     Args:
@@ -393,6 +446,7 @@ def report(results: Rows, out: Path, about: str, notes: list[str], console: Cons
         about: What the study shows.
         notes: What else there is to say of the runs.
         console: Where the tables are printed.
+        grid: Two settings of the judge and their values, to be drawn as a map; or nothing.
     """
     panels = panels_of(results)
     groups = groups_of(panels)
@@ -402,5 +456,7 @@ def report(results: Rows, out: Path, about: str, notes: list[str], console: Cons
     draw_summary(groups, methods, out / "summary")
     if len({variant for *_, variant in panels}) > 1 and set(methods) & set(BASELINES):
         draw_gains(panels, methods, out / "gains")
+    if grid:
+        draw_grid(panels, grid, out / "grid")
     message = f"curves: {out / 'curves.png'}; logs: tensorboard --logdir {out}"
     console.print(message, soft_wrap=True)

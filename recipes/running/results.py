@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,16 @@ def class_of(path: str) -> Any:
     """The class of an import path."""
     module, name = path.rsplit(".", maxsplit=1)
     return getattr(import_module(module), name)
+
+
+def crossed(grid: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
+    """Every combination of the values of some settings, by a name for each."""
+    combinations = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+    return {
+        ", ".join(f"{name.rsplit('.', 1)[-1]} {value}" for name, value in each.items()): each
+        for each in combinations
+        if each
+    }
 
 
 def evaluations_of(folder: Path) -> Rows:

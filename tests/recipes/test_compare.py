@@ -122,6 +122,21 @@ def test_judges_given_by_their_settings_are_of_the_methods_that_ask_one():
     assert [scorer.true_positive_rate for scorer in found] == [1.0, 0.8]
 
 
+def test_a_grid_of_settings_is_a_judge_for_each_combination():
+    rates = [f"scoring.scorer.{name}_positive_rate" for name in ("true", "false")]
+    grid = dict(zip(rates, ([0.5, 1.0], [0.0, 0.2, 0.4]), strict=True))
+    late = {"late": {"scoring.delay_env_steps": 9}}
+    runs = compare.plan(Study(methods=["per", "noisy"], grid=grid, judges=late, seeds=1))
+    judges = [run.place["judge"] for run in runs]
+    assert judges[:3] == ["", "late", "true_positive_rate 0.5, false_positive_rate 0.0"]
+    found = [cli.rehearse(DQN, run.command[3:]).scoring.scorer for run in runs[2:]]
+    assert [(s.true_positive_rate, s.false_positive_rate) for s in found] == [
+        *((0.5, 0.0), (0.5, 0.2), (0.5, 0.4), (1.0, 0.0), (1.0, 0.2), (1.0, 0.4))
+    ]
+    with pytest.raises(ConfigError, match=r"grid is .*name two settings"):
+        compare.plan(Study(methods=["noisy"], grid={rates[0]: [0.5]}))
+
+
 def test_a_finished_run_is_known_by_what_its_settings_say(tmp_path, monkeypatch):
     """Wherever they lie, and whatever else the study has been extended by."""
     mine = tmp_path / "mine.yaml"

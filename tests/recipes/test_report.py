@@ -19,6 +19,8 @@ from recipes.running.report import (
     against_table,
     difference,
     draw_gains,
+    draw_grid,
+    gains_in_grid,
     groups_of,
     improvement,
     outcome_of,
@@ -186,7 +188,7 @@ def test_report_writes_tables_and_figures_and_pairs_differences_by_seed(tmp_path
     ]
     assert panels_of(rows)["t", "dqn", ""]["uer"].speed.tolist() == [200.0] * 3
     console = Console(file=io.StringIO(), width=200)
-    report(rows, tmp_path, "What is shown.", ["Not finished: t-dqn-vlm_rb-s3."], console)
+    report(rows, tmp_path, "What is shown.", ["Not finished: t-dqn-vlm_rb-s3."], console, {})
     table = (tmp_path / "table.md").read_text()
     assert table.startswith("What is shown.\n\n")
     # Seeds differ, the paired difference does not: its interval has no width.
@@ -241,6 +243,24 @@ def test_gains_are_drawn_over_the_variants_that_have_both_methods(tmp_path, monk
         "a": ([0, 1], [[0.1, 0.2]] * 3),  # the same for every seed
         "b": ([1], [[0.4]] * 3),
     }
+
+
+def test_a_grid_of_judges_is_drawn_against_each_baseline(tmp_path):
+    grid = {"scoring.a.recall": [0.5, 1], "scoring.b": [0, 10, 20]}
+    lifts = {"recall 0.5, b 0": 0.0, "recall 0.5, b 20": -0.1, "recall 1, b 0": 0.2}
+    methods = {("per", ""): 0.0} | {("vlm_rb", judge): lift for judge, lift in lifts.items()}
+    methods["vlm_rb", "late"] = 9.0  # a judge beside the grid
+    rows = [
+        row(method, seed, 100, 0.1 * seed + lift, judge=judge)
+        for (method, judge), lift in methods.items()
+        for seed in range(2)
+    ]
+    (found,) = panels_of(rows).values()
+    gains = gains_in_grid(found, "vlm_rb", "per", grid)
+    none = np.nan
+    np.testing.assert_allclose(gains, [[0.0, none, -0.1], [0.2, none, none]], atol=1e-12)
+    draw_grid(panels_of(rows), grid, tmp_path / "grid")
+    assert {path.name for path in tmp_path.iterdir()} == {"grid.png", "grid.svg"}
 
 
 def test_task_that_knows_no_success_is_reported_by_its_return(tmp_path):
