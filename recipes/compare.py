@@ -52,8 +52,8 @@ class Study:
             ALGORITHM.yaml holds what all methods share; METHOD.yaml in their folder ALGORITHM, if
             there is one, is laid over the method: how it was tuned there.
         methods: Names in recipes/configs/methods, or paths of YAML files, relative to the study's
-            file, named by their stems. Differences are taken against uer, per, per_unweighted and
-            per_alpha_1.
+            file, named by their stems. Differences are taken against uer and those of PER: per,
+            per_unweighted, per_alpha_1, per_computed.
         judges: For every method that uses scores, in turn: such names or paths, too, of which the
             section "scoring" counts; or settings by names, such as {"half of it":
             {scoring.dropped_share: 0.5}}. None: each method's own judge.

@@ -95,14 +95,24 @@ class DQN(Algorithm):
         """Build Adam over the online network."""
         return {"value": adam(self.network.parameters(), self.learning_rate, self.adam_eps)}
 
+    @torch.no_grad()
+    def targets(self, batch: TensorDictBase) -> Tensor:
+        """Where values should lie, ``[B]``: the online network chooses, the target one values."""
+        following = batch["next", "observation"]
+        choice = self.network.values(following).argmax(-1)
+        return self.transitions.targets(batch, self.target.value(following, choice))
+
+    @torch.no_grad()
+    def td_error(self, batch: TensorDictBase) -> Tensor:
+        """|δ| of a batch, ``[B]``."""
+        value = self.network.value(batch["observation"], batch["action"])
+        return (self.targets(batch) - value).abs()
+
     def update(self, batch: TensorDictBase) -> Learnt:
-        """Learn from a batch: the online network chooses the next action, the target values it."""
-        action, following = batch["action"], batch["next", "observation"]
-        value = self.network.value(batch["observation"], action)
-        with torch.no_grad():
-            choice = self.network.values(following).argmax(-1)
-            target = self.transitions.targets(batch, self.target.value(following, choice))
-            td_error = (target - value).abs()
+        """Learn from a batch."""
+        action = batch["action"]
+        value, target = self.network.value(batch["observation"], action), self.targets(batch)
+        td_error = (target - value.detach()).abs()
 
         def losses_of(value: Tensor) -> Tensor:
             return functional.smooth_l1_loss(value, target, reduction="none")

@@ -113,17 +113,34 @@ class IQN(Algorithm):
         """Build Adam over the online network."""
         return {"value": adam(self.network.parameters(), self.learning_rate, self.adam_eps)}
 
-    def update(self, batch: TensorDictBase) -> Learnt:
-        """Learn from a batch: the online network chooses the next action, the target values it."""
-        observation, following = batch["observation"], batch["next", "observation"]
-        action = batch["action"]
+    def predictions(self, batch: TensorDictBase) -> tuple[Tensor, Tensor]:
+        """Draw quantiles of a batch's returns: where they are taken, and they, ``[B, N]`` each."""
+        observation = batch["observation"]
         tau = torch.rand(len(observation), self.online_quantiles, device=observation.device)
-        prediction = quantiles_of(self.network.quantiles(observation, tau), action)
+        return tau, quantiles_of(self.network.quantiles(observation, tau), batch["action"])
+
+    @torch.no_grad()
+    def targets(self, batch: TensorDictBase) -> tuple[Tensor, Tensor]:
+        """Where they should lie, ``[B, N']``: the online network chooses, the target values."""
+        following = batch["next", "observation"]
+        choice = self.network.values(following).argmax(-1)
+        tau = torch.rand(len(following), self.target_quantiles, device=following.device)
+        next_value = quantiles_of(self.target.quantiles(following, tau), choice)
+        return tau, self.transitions.targets(batch, next_value)
+
+    @torch.no_grad()
+    def td_error(self, batch: TensorDictBase) -> Tensor:
+        """|δ| of a batch, ``[B]``."""
+        tau, prediction = self.predictions(batch)
+        target_tau, target = self.targets(batch)
+        return quantile_distance(prediction, tau, target, target_tau, self.priority)
+
+    def update(self, batch: TensorDictBase) -> Learnt:
+        """Learn from a batch."""
+        observation, action = batch["observation"], batch["action"]
+        tau, prediction = self.predictions(batch)
+        target_tau, target = self.targets(batch)
         with torch.no_grad():
-            choice = self.network.values(following).argmax(-1)
-            target_tau = torch.rand(len(tau), self.target_quantiles, device=tau.device)
-            next_value = quantiles_of(self.target.quantiles(following, target_tau), choice)
-            target = self.transitions.targets(batch, next_value)
             td_error = quantile_distance(prediction, tau, target, target_tau, self.priority)
 
         def losses_of(prediction: Tensor) -> Tensor:

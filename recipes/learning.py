@@ -75,6 +75,10 @@ class Algorithm(L.LightningModule, ABC):
         """Build the optimizers, by the names that ``gradient`` knows them by."""
 
     @abstractmethod
+    def td_error(self, batch: TensorDictBase) -> Tensor:
+        """|δ| of a batch that nothing is learnt from, ``[B]``, as ``update`` would find it."""
+
+    @abstractmethod
     def update(self, batch: TensorDictBase) -> Learnt:
         """Learn from a batch: every loss, gradient step and target network.
 
@@ -195,6 +199,11 @@ def weighted_mean(losses: Tensor, batch: TensorDictBase) -> Tensor:
 def mean_square(values: Tensor, target: Tensor) -> Tensor:
     """Mean of the squared errors of K critics: ``[B, K]`` against ``[B]`` gives ``[B]``."""
     return (values - target.unsqueeze(-1)).square().mean(-1)
+
+
+def largest_error(values: Tensor, target: Tensor) -> Tensor:
+    """Largest |error| of K critics, nothing to be differentiated: ``[B, K]`` to ``[B]``."""
+    return (values.detach() - target.unsqueeze(-1)).abs().amax(-1)
 
 
 def value_figures(values: Tensor, target: Tensor, td_error: Tensor) -> Figures:

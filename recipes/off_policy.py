@@ -27,14 +27,16 @@ from recipes.settings import Training, progress_of
 
 
 @timeit("store")
-def store(data: TensorDictBase, memory: Memory) -> None:
+def store(data: TensorDictBase, learner: Learner, memory: Memory) -> None:
     """Take steps into the buffer as transitions, and hand them to the judge."""
     kept = memory.transitions(data)
     if memory.scoring is None:
-        memory.buffer.extend(kept.reshape(-1))
+        index = memory.buffer.extend(kept.reshape(-1))
     else:  # the judge's render states wait beside the buffer, not in it: draws stay small
         rows = -1, data.shape[-1]  # an episode is a row of its own
-        memory.scoring.extend(data.reshape(rows), kept.reshape(rows))
+        index = memory.scoring.extend(data.reshape(rows), kept.reshape(rows))
+    if memory.replay.first_td_error == "computed":
+        memory.buffer.update_priority(index, learner.td_error(kept.reshape(-1)))
 
 
 def update(learner: Learner, memory: Memory, telemetry: Telemetry) -> None:
@@ -120,7 +122,7 @@ def train(
         )
         if not checkpoints.restore(run):
             for episode in memory.batches.prefill:
-                store(episode, memory)
+                store(episode, learner, memory)
             if training.policies_every_env_steps:
                 save_policy(learner, telemetry, 0, "policy_0.ckpt")
 
@@ -130,7 +132,7 @@ def train(
                 data = games.play()
             new_env_steps = data.numel() * fabric.world_size
             run.env_steps += new_env_steps
-            store(data, memory)
+            store(data, learner, memory)
             memory.replay.collected(memory.buffer.sampler, data)
             telemetry.collected(data)
 

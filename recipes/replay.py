@@ -30,6 +30,10 @@ from vlmrb_torchrl import ScoreBonus, VLMPrioritizedSampler, VLMReplayBuffer, ke
 from vlmrb_torchrl.checks import require
 from vlmrb_torchrl.samplers import AttentiveSampler, OptimizedSampler, ReducibleLossSampler
 
+FirstTDError = Literal["greatest", "computed"]
+"""|δ| of a new transition: the greatest there was, so that each is soon learnt from once (Schaul et
+al. 2016), or its own, computed when it is stored (Ape-X, Horgan et al. 2018, arXiv 1803.00933)."""
+
 
 class Replay(ABC):
     """What every replay method shares: a ring of transitions and a batch size.
@@ -48,6 +52,8 @@ class Replay(ABC):
     """Whether clips are scored for this method."""
     signal: Signal | None = None
     """What of an update is written back, as priorities of what it learnt from."""
+    first_td_error: FirstTDError = "greatest"
+    """What stands for the |δ| of a transition that was not learnt from yet."""
     buffer_class: type[TensorDictReplayBuffer] = VLMReplayBuffer
     """What holds the transitions; scores need a ``VLMReplayBuffer``."""
 
@@ -132,6 +138,8 @@ class Prioritized(Replay):
         beta_end: The same after ``beta_share``.
         beta_share: Share of the steps after the warm-up over which β rises linearly.
         td_error_offset: ε, added to |δ|, in units of return, so that no transition is lost.
+        first_td_error: |δ| of a new transition: the greatest there was, so that each is soon learnt
+            from once, or its own, computed when it is stored (Ape-X, arXiv 1803.00933).
     """
 
     signal: Signal | None = "td_error"
@@ -143,10 +151,12 @@ class Prioritized(Replay):
         beta_end: ClosedUnitInterval = 1.0,
         beta_share: ClosedUnitInterval = 1.0,
         td_error_offset: PositiveFinite = 1e-3,
+        first_td_error: FirstTDError = "greatest",
         **ring: Any,
     ) -> None:
         super().__init__(**ring)
         self.alpha, self.td_error_offset = alpha, td_error_offset
+        self.first_td_error = first_td_error
         self.beta_start, self.beta_end = beta_start, beta_end
         self.beta_share = beta_share
 
@@ -188,6 +198,8 @@ class ReLo(Prioritized):
         self, mapping: Literal["relu", "exponential"] = "relu", **prioritized: Any
     ) -> None:
         super().__init__(**prioritized)
+        first = self.first_td_error
+        require(first == "greatest", "replay.first_td_error", first, "use greatest with ReLo")
         self.mapping: Literal["relu", "exponential"] = mapping
 
     def sampler(self) -> Sampler:

@@ -30,6 +30,7 @@ from recipes.learning import (
     Algorithm,
     Learnt,
     adam,
+    largest_error,
     mean_square,
     target_of,
     track,
@@ -114,18 +115,27 @@ class SAC(Algorithm):
         }
         return {name: adam(chosen, self.learning_rate) for name, chosen in weights.items()}
 
+    @torch.no_grad()
+    def targets(self, batch: TensorDictBase) -> Tensor:
+        """Where values should lie, ``[B]``, with an action of the actor's and its entropy."""
+        following = batch["next", "observation"]
+        action, log_prob = self.actor.draw(following)
+        next_value = self.target(following, action).amin(-1) - self.log_alpha.exp() * log_prob
+        return self.transitions.targets(batch, next_value)
+
+    @torch.no_grad()
+    def td_error(self, batch: TensorDictBase) -> Tensor:
+        """|δ| of a batch, the larger of the critics', ``[B]``."""
+        values = self.critics(batch["observation"], batch["action"])
+        return largest_error(values, self.targets(batch))
+
     def update(self, batch: TensorDictBase) -> Learnt:
         """Learn from a batch: critics, then the actor by them, then the temperature."""
-        observation, following = batch["observation"], batch["next", "observation"]
+        observation = batch["observation"]
         pair = observation, batch["action"]
         alpha = self.log_alpha.detach().exp()
-        values = self.critics(*pair)
-        with torch.no_grad():
-            action, log_prob = self.actor.draw(following)
-            next_value = self.target(following, action).amin(-1) - alpha * log_prob
-            target = self.transitions.targets(batch, next_value)
-        errors = values - target.unsqueeze(-1)
-        td_error = errors.detach().abs().amax(-1)
+        values, target = self.critics(*pair), self.targets(batch)
+        errors, td_error = values - target.unsqueeze(-1), largest_error(values, target)
         signal = self.signalled(
             td_error, partial(mean_square, target=target), values, lambda: self.target(*pair)
         )

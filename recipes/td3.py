@@ -30,6 +30,7 @@ from recipes.learning import (
     Algorithm,
     Learnt,
     adam,
+    largest_error,
     mean_square,
     target_of,
     track,
@@ -117,19 +118,26 @@ class TD3(Algorithm):
         self.updates += 1
         return "update" if due else "update_critics"
 
+    @torch.no_grad()
+    def targets(self, batch: TensorDictBase) -> Tensor:
+        """Where values should lie, ``[B]``, with the target policy's action and noise on it."""
+        following = batch["next", "observation"]
+        noise = self.target_noise * torch.randn_like(batch["action"])
+        noise = noise.clamp(-self.target_noise_clip, self.target_noise_clip)
+        smoothed = (self.target_policy.act(following) + noise).clamp(-1, 1)
+        return self.transitions.targets(batch, self.target(following, smoothed).amin(-1))
+
+    @torch.no_grad()
+    def td_error(self, batch: TensorDictBase) -> Tensor:
+        """|δ| of a batch, the larger of the critics', ``[B]``."""
+        values = self.critics(batch["observation"], batch["action"])
+        return largest_error(values, self.targets(batch))
+
     def update_critics(self, batch: TensorDictBase) -> Learnt:
         """Learn from a batch: the critics alone."""
-        action, following = batch["action"], batch["next", "observation"]
-        pair = batch["observation"], action
-        values = self.critics(*pair)
-        with torch.no_grad():
-            noise = self.target_noise * torch.randn_like(action)
-            noise = noise.clamp(-self.target_noise_clip, self.target_noise_clip)
-            smoothed = (self.target_policy.act(following) + noise).clamp(-1, 1)
-            next_value = self.target(following, smoothed).amin(-1)
-            target = self.transitions.targets(batch, next_value)
-        errors = values - target.unsqueeze(-1)
-        td_error = errors.detach().abs().amax(-1)
+        pair = batch["observation"], batch["action"]
+        values, target = self.critics(*pair), self.targets(batch)
+        errors, td_error = values - target.unsqueeze(-1), largest_error(values, target)
         signal = self.signalled(
             td_error, partial(mean_square, target=target), values, lambda: self.target(*pair)
         )

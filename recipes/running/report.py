@@ -29,7 +29,7 @@ from recipes.running.statistics import (
 from vlmrb_torchrl.checks import require, shown
 
 SUCCESS_LEVEL = 0.8
-BASELINES = ("uer", "per", "per_unweighted", "per_alpha_1")
+BASELINES = ("uer", "per", "per_unweighted", "per_alpha_1", "per_computed")
 EPISODES = (
     "The episodes of an evaluation depend on its number alone: all methods and seeds play the "
     "same ones, and how other episodes would have gone is not in the intervals."

@@ -100,6 +100,11 @@ class Learner:
         with self.fabric.autocast():  # of `fabric run --precision`
             return self._updates[name](self.fabric.to_device(batch))
 
+    def td_error(self, transitions: TensorDictBase) -> Tensor:
+        """|δ| of transitions ``[B]``."""
+        with self.fabric.autocast():
+            return self.module.td_error(self.fabric.to_device(transitions))
+
     def state_dict(self) -> State:
         """Weights, buffers and counts; the optimizers' states."""
         return {

@@ -10,7 +10,7 @@ from torchrl.data import LazyTensorStorage
 from recipes.demonstrations import Batches, Demonstrations
 from recipes.dqn import DQN
 from recipes.off_policy import store
-from recipes.replay import Prioritized
+from recipes.replay import Prioritized, Uniform
 from recipes.running import cli
 from recipes.running.metrics import read_rows
 from recipes.sac import SAC
@@ -51,7 +51,8 @@ def test_an_episode_is_judged_as_a_row_of_its_own():
     episode = stream([8], start=1).select(("next", "done"), ("next", "events"))
     with AsyncScorer(buffer, None, judge, clip_transitions=4, mode="sync") as scoring:
         kept = {"transitions": lambda steps: steps.select(("next", "done"))}
-        store(episode, SimpleNamespace(buffer=buffer, scoring=scoring, **kept))
+        memory = SimpleNamespace(buffer=buffer, scoring=scoring, replay=Uniform(), **kept)
+        store(episode, None, memory)
     assert sampler.state_dict()["_score"].tolist() == [0] * 4 + [1] * 4
 
 

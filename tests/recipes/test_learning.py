@@ -168,6 +168,21 @@ def test_weights_four_times_as_large_teach_the_same_bit_for_bit(algorithm):
 # -------------------------------------------------------------- what replay goes by
 
 
+@ALL
+def test_td_error_is_that_of_the_update_and_teaches_nothing(algorithm):
+    module = shifted(algorithm, "td_error")
+    drawn, before = batch(is_discrete(algorithm), size=8), copy.deepcopy(module.state_dict())
+    torch.manual_seed(1)
+    found = module.td_error(drawn)
+    assert found.shape == (8,)
+    assert not found.requires_grad
+    assert all(map(torch.equal, module.state_dict().values(), before.values()))
+    torch.manual_seed(1)
+    signal, _ = getattr(module, module.next_update())(drawn)
+    assert torch.equal(found, signal)
+    assert signal.min() >= 0 < signal.max()
+
+
 def shifted(algorithm, signal, **arguments):
     """An algorithm whose target networks differ from the online ones."""
     module = built(algorithm, **arguments)

@@ -23,6 +23,7 @@ from recipes.sac import SAC
 from recipes.settings import Scoring, Training
 from recipes.tasks import DoorKey, Task
 from recipes.td3 import TD3
+from recipes.transitions import Transitions
 from tests.recipes.chain import batch, learner
 from tests.recipes.fabric_run import fabric_run
 from vlmrb_torchrl.scorers import RandomScorer
@@ -327,6 +328,22 @@ def test_guided_replay_s_settings_reach_its_sampler():
     sampler = VLMGuided(eps=0.01, **given).sampler()
     assert {name: getattr(sampler, name) for name in given} == given
     assert sampler._eps == 0.01
+
+
+def test_a_new_transition_has_the_error_that_is_computed_for_it_if_asked():
+    for first in ("computed", "greatest"):
+        replay = Prioritized(alpha=1.0, td_error_offset=1e-3, first_td_error=first)
+        buffer = replay.buffer()
+        memory = SimpleNamespace(
+            buffer=buffer, replay=replay, scoring=None, transitions=Transitions(0.9)
+        )
+        learner = SimpleNamespace(td_error=lambda rows: 0.25 * torch.arange(1, len(rows) + 1))
+        off_policy.store(DoorKey(6).make(2, seed=0).rollout(3), learner, memory)
+        assert buffer.sampler.visited[:6].all() == (first == "computed")
+        leaf = buffer.sampler.probabilities(6)
+        due = [0.25 * (i + 1) if first == "computed" else 1.0 for i in range(6)]
+        due = torch.tensor(due, dtype=torch.float64) + 1e-3
+        torch.testing.assert_close(leaf, due / due.sum())
 
 
 def test_each_run_s_noisy_judge_tosses_other_coins():
