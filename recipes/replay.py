@@ -28,7 +28,12 @@ from recipes.learning import Signal
 from recipes.settings import linear
 from vlmrb_torchrl import ScoreBonus, VLMPrioritizedSampler, VLMReplayBuffer, keys
 from vlmrb_torchrl.checks import require
-from vlmrb_torchrl.samplers import AttentiveSampler, OptimizedSampler, ReducibleLossSampler
+from vlmrb_torchrl.samplers import (
+    AttentiveSampler,
+    GuidedPERSampler,
+    OptimizedSampler,
+    ReducibleLossSampler,
+)
 
 FirstTDError = Literal["greatest", "computed"]
 """|δ| of a new transition: the greatest there was, so that each is soon learnt from once (Schaul et
@@ -373,6 +378,41 @@ class VLMGuided(Judged):
         sampler = buffer.sampler
         figures = {"lambda": float(sampler.lmbda), "beta": float(sampler.beta)}
         return super().figures(buffer, drawn) | figures
+
+
+class GuidedPER(VLMGuided):
+    """VLM-RB over PER: q(i) = λ q^P(i) + (1-λ) q^R(i), where q^R(i) ∝ (|δ_i| + ε)^α is PER.
+
+    Where the judge has praised nothing yet it is PER.
+
+    Args:
+        rest_alpha: α of PER, 0 (uniform: VLM-RB) to 1.
+        td_error_offset: ε of PER, in units of return.
+        first_td_error: |δ| of a new transition: the greatest there was, or its own, computed when
+            it is stored.
+    """
+
+    def __init__(
+        self,
+        rest_alpha: ClosedUnitInterval = 1.0,
+        td_error_offset: PositiveFinite = 1e-3,
+        first_td_error: FirstTDError = "greatest",
+        **guided: Any,
+    ) -> None:
+        super().__init__(**guided)
+        self.signal = "td_error"
+        self.rest_alpha, self.td_error_offset = rest_alpha, td_error_offset
+        self.first_td_error = first_td_error
+
+    def sampler(self) -> Sampler:
+        """Build the sampler of both, λ still at 0."""
+        return GuidedPERSampler(
+            self.capacity,
+            lmbda=0.0,
+            rest_alpha=self.rest_alpha,
+            rest_eps=self.td_error_offset,
+            **self._priorities,
+        )
 
 
 class RewardBonus(Judged):

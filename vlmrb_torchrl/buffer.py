@@ -32,6 +32,7 @@ from vlmrb_torchrl.checks import is_key, require
 from vlmrb_torchrl.keys import GENERATION, INDEX, TD_ERROR
 from vlmrb_torchrl.samplers import (
     AttentiveSampler,
+    GuidedPERSampler,
     OptimizedSampler,
     ReducibleLossSampler,
     VLMPrioritizedSampler,
@@ -42,6 +43,7 @@ _FLAT_SAMPLERS = (  # which draw a slot an item
     RandomSampler,
     PrioritizedSampler,
     AttentiveSampler,
+    GuidedPERSampler,
     OptimizedSampler,
     ReducibleLossSampler,
     VLMPrioritizedSampler,

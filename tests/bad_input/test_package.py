@@ -143,6 +143,10 @@ CONSTRUCTORS: dict[Callable[..., Any], tuple[dict[str, Any], dict[str, tuple[Any
             "reward_key": NO_NAME,
         },
     ),
+    samplers.GuidedPERSampler: (
+        {"max_capacity": 8},
+        {"rest_alpha": SHARE, "rest_eps": NOT_NEGATIVE},
+    ),
     samplers.ReducibleLossSampler: (
         {"max_capacity": 8},
         {

@@ -14,7 +14,7 @@ from tensordict.nn import TensorDictModule
 from recipes import iqn, off_policy
 from recipes.dqn import DQN
 from recipes.iqn import IQN
-from recipes.replay import AER, Prioritized, Replay, VLMGuided
+from recipes.replay import AER, GuidedPER, Prioritized, Replay, VLMGuided
 from recipes.running import cli
 from recipes.running.cli import check
 from recipes.running.metrics import read_rows
@@ -138,7 +138,8 @@ def test_every_file_of_settings_trains_over_the_end_of_the_ring_and_writes_its_f
         assert last["train/epsilon"] == pytest.approx(0.1)
     if isinstance(replay, Prioritized):
         assert last["replay/beta"] == replay.beta_end == buffer.sampler.beta
-        assert 0 < last["replay/least_weight"] < 1  # (N P)^-β of a likely one
+        least = last["replay/least_weight"]
+        assert 0 < least < 1 if replay.beta_end else least == 1  # (N P)^-β of a likely one
     if isinstance(replay, VLMGuided):
         assert last["replay/lambda"] == replay.lmbda == buffer.sampler.lmbda
     if replay.uses_scores:
@@ -328,6 +329,10 @@ def test_guided_replay_s_settings_reach_its_sampler():
     sampler = VLMGuided(eps=0.01, **given).sampler()
     assert {name: getattr(sampler, name) for name in given} == given
     assert sampler._eps == 0.01
+    sampler = GuidedPER(eps=0.01, rest_alpha=0.7, td_error_offset=0.02, **given).sampler()
+    assert {name: getattr(sampler, name) for name in given} == given
+    rest = sampler.rest
+    assert (sampler._eps, rest.alpha, rest._eps, rest.lmbda) == (0.01, 0.7, 0.02, 1.0)
 
 
 def test_a_new_transition_has_the_error_that_is_computed_for_it_if_asked():

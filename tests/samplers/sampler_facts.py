@@ -84,5 +84,10 @@ def chi_square(drawn: Tensor, q: np.ndarray) -> float:
 
 
 def snapshot(sampler: VLMPrioritizedSampler) -> dict[str, Any]:
-    state = sampler.state_dict()
-    return {k: v.tolist() if isinstance(v, Tensor) else v for k, v in state.items()}
+    def read(state: Any) -> Any:
+        if isinstance(state, dict):
+            return {name: read(part) for name, part in state.items()}
+        return state.tolist() if isinstance(state, Tensor) else state
+
+    read_state: dict[str, Any] = read(sampler.state_dict())
+    return read_state

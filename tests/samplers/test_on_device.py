@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.samplers.sampler_facts import EVERY, SEED, SLOTS, Slots, facts, snapshot, told
-from vlmrb_torchrl.samplers import VLMPrioritizedSampler
+from vlmrb_torchrl.samplers import GuidedPERSampler, VLMPrioritizedSampler
 
 GPU = torch.device("cuda:0")
 # Where no data is touched, or only the host's.
@@ -59,8 +59,8 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def working(**arguments: Any) -> VLMPrioritizedSampler:
-    sampler = VLMPrioritizedSampler(SLOTS, device="cuda", **arguments)
+def working(kind: type = VLMPrioritizedSampler, **arguments: Any) -> VLMPrioritizedSampler:
+    sampler: VLMPrioritizedSampler = kind(SLOTS, device="cuda", **arguments)
     sampler.mark_update(torch.arange(SLOTS, device=GPU), storage=OnGpu(SLOTS))
     return sampler
 
@@ -75,8 +75,11 @@ def test_a_value_on_the_fake_gpu_cannot_be_read() -> None:
 @pytest.mark.parametrize(
     ("td_boost", "within", "source"), [(True, False, GPU), (False, True, torch.device("cpu"))]
 )
-def test_nothing_is_waited_for(td_boost: bool, within: bool, source: torch.device) -> None:
-    sampler = working(td_boost=td_boost, max_priority_within_buffer=within, beta=0.4)
+@pytest.mark.parametrize("kind", [VLMPrioritizedSampler, GuidedPERSampler])
+def test_nothing_is_waited_for(
+    td_boost: bool, within: bool, source: torch.device, kind: type
+) -> None:
+    sampler = working(kind, td_boost=td_boost, max_priority_within_buffer=within, beta=0.4)
     sampler._rng = torch.Generator() if source.type == "cpu" else None
     for rows in (SLOTS // 2, SLOTS):  # a buffer that fills up, then a full one
         storage, index = OnGpu(rows), torch.arange(8, device=source)

@@ -24,7 +24,7 @@ from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 from tests.samplers.sampler_facts import written
 from vlmrb_torchrl.buffer import VLMReplayBuffer
-from vlmrb_torchrl.samplers import VLMPrioritizedSampler
+from vlmrb_torchrl.samplers import GuidedPERSampler, VLMPrioritizedSampler
 
 CAPACITY = 101
 SEED = 31
@@ -42,8 +42,10 @@ def td_error_of(ids: Tensor) -> Tensor:
 class World:
     """A buffer under random operations."""
 
-    def __init__(self, seed: int, shared: bool, device: str = "cpu") -> None:
-        self.sampler = VLMPrioritizedSampler(CAPACITY, td_boost=True, threshold=None)
+    def __init__(
+        self, seed: int, shared: bool, device: str = "cpu", kind: type = VLMPrioritizedSampler
+    ) -> None:
+        self.sampler = kind(CAPACITY, td_boost=True, threshold=None)
         storage = LazyTensorStorage(CAPACITY, device=device)
         self.ids = 0
         TensorDictReplayBuffer(storage=storage).extend(self.new(40))
@@ -165,6 +167,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
         pytest.param("cuda", False, marks=needs_gpu),
     ],
 )
+@pytest.mark.parametrize("kind", [VLMPrioritizedSampler, GuidedPERSampler])
 @pytest.mark.parametrize(
     ("rounds", "operations_each"),
     [
@@ -175,13 +178,13 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
     ids=["hundreds", "thousands", "million"],
 )
 def test_no_write_lands_on_a_wrong_transition(
-    request: Any, rounds: int, operations_each: int, device: str, shared: bool
+    request: Any, rounds: int, operations_each: int, device: str, shared: bool, kind: type
 ) -> None:
     torch.set_num_threads(1)
     if device == "played":
         request.getfixturevalue("as_on_a_gpu")
         device = "cpu"
-    world = World(SEED, shared, device)
+    world = World(SEED, shared, device, kind)
     print("seed", SEED)
     world.run(rounds, operations_each)
     print(

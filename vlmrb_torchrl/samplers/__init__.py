@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from vlmrb_torchrl.samplers.attentive import AttentiveSampler
+from vlmrb_torchrl.samplers.guided_per import GuidedPERSampler
 from vlmrb_torchrl.samplers.optimized import OptimizedSampler
 from vlmrb_torchrl.samplers.reducible import ReducibleLossSampler
 from vlmrb_torchrl.samplers.vlm import VLMPrioritizedSampler
 
-__all__ = ["AttentiveSampler", "OptimizedSampler", "ReducibleLossSampler", "VLMPrioritizedSampler"]
+__all__ = [
+    "AttentiveSampler",
+    "GuidedPERSampler",
+    "OptimizedSampler",
+    "ReducibleLossSampler",
+    "VLMPrioritizedSampler",
+]

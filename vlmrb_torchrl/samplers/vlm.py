@@ -365,6 +365,12 @@ class VLMPrioritizedSampler(SavedInFolder, PrioritizedSampler):
         prefers = self._positive * total > 0.0
         return lmbda * prefers, total.clamp_min(torch.finfo(self.dtype).tiny)
 
+    def _density(self, index: Tensor, rows: Any) -> Tensor:
+        """N q^P of slots ``[B]``, float64; 1 while there is nothing to prefer."""
+        prefers, total = self._mixture(1.0)
+        density: Tensor = self._sum_tree[index].double() * (prefers * rows / total)
+        return density.add_(1.0 - prefers)
+
     def probabilities(self, length: int) -> Tensor:
         """The probability q of every slot, float64 ``[length]``, in closed form.
 
