@@ -109,11 +109,8 @@ class GuidedPERSampler(VLMPrioritizedSampler):
         density = lmbda * self._density(index, rows) + other * self.rest._density(index, rows)
         return index, density.pow(minus_beta).float(), density / rows
 
-    def probabilities(self, length: int) -> Tensor:
-        """The probability q of every slot; see ``VLMPrioritizedSampler``."""
-        q = super().probabilities(length)
-        other = 1.0 - float(self._mixture(torch.tensor(self._lmbda, dtype=torch.float64))[0])
-        return q.add_(self.rest.probabilities(length).sub_(1.0 / length), alpha=other)
+    def _rest_of(self, length: int) -> Tensor:
+        return self.rest.probabilities(length)
 
     # ---------------------------------------------------------------- writing
 

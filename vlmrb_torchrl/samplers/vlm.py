@@ -385,7 +385,11 @@ class VLMPrioritizedSampler(SavedInFolder, PrioritizedSampler):
         mixture = self._mixture(torch.tensor(self._lmbda, dtype=torch.float64))
         lmbda, total = map(float, mixture)
         leaves = self._sum_tree.leaves()[:length].double()
-        return leaves.mul_(lmbda / total).add_((1.0 - lmbda) / length)
+        return leaves.mul_(lmbda / total).add_((1.0 - lmbda) * self._rest_of(length))
+
+    def _rest_of(self, length: int) -> Any:
+        """The probability of each slot in the draws that do not follow the judge."""
+        return 1.0 / length
 
     def statistics(self, length: int) -> dict[str, float]:
         """Figures for a logger, in one O(N) pass.
