@@ -167,8 +167,7 @@ def grid_mlp(
     if widths or activate_last_layer:
         layers.append(nn.ReLU())
     if widths:
-        rest = mlp(first, out_features, widths[:-1], activate_last_layer=activate_last_layer)
-        layers.append(rest)
+        layers += mlp(first, out_features, widths[:-1], activate_last_layer=activate_last_layer)
     return nn.Sequential(*layers)
 
 
