@@ -65,6 +65,9 @@ def grid_sizes(env: EnvBase) -> tuple[int, int, int]:
     return observation.shape[-1] - 1, int(observation.space.high.max()) + 1, action.space.n
 
 
+_MANY_ROWS = 1_000  # from which on choosing is faster: at 727, of DoorKey-8x8, it is not
+
+
 class GridLinear(nn.Module):
     """A linear layer over the one-hot codes of a grid's cells, an empty cell (0) as zeros.
 
@@ -96,9 +99,6 @@ class GridLinear(nn.Module):
         one_hot = functional.embedding(observation[..., :-1].int(), self.codes).flatten(-2)
         one_hot = torch.cat([one_hot, observation[..., -1:].to(one_hot.dtype)], dim=-1)
         return one_hot @ self.weight + self.bias
-
-
-_MANY_ROWS = 1_000  # from which on choosing is faster: at 727, of DoorKey-8x8, it is not
 
 
 def _rows_of(cells: Tensor, codes: int) -> tuple[Tensor, Tensor]:

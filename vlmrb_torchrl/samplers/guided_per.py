@@ -61,7 +61,6 @@ class GuidedPERSampler(VLMPrioritizedSampler):
         require(is_real(rest_alpha, 0, 1), "rest_alpha", rest_alpha, "use a number from 0 to 1")
         require(is_real(rest_eps, 0), "rest_eps", rest_eps, "use a finite number >= 0")
         super().__init__(max_capacity, **arguments)
-        same = {name: arguments[name] for name in ("dtype", "device") if name in arguments}
         self.rest = VLMPrioritizedSampler(
             max_capacity,
             lmbda=1.0,
@@ -69,8 +68,9 @@ class GuidedPERSampler(VLMPrioritizedSampler):
             eps=rest_eps,
             td_boost=True,
             unscored_priority=1.0,
+            dtype=self.dtype,
+            device=self._device,
             max_priority_within_buffer=self._max_priority_within_buffer,
-            **same,
         )
 
     @property
